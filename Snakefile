@@ -1,0 +1,26 @@
+# The graph of stages. Which steps there are stands in params/<profile>/; see nbs/graph.ipynb.
+#   snakemake --cores all --config profile=mini seeds=1,2,3
+# One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
+from landmark import graph
+
+seeds = [int(s) for s in str(config.get("seeds", 1)).replace(",", " ").split()]
+only = str(config.get("only", "")).split() or None
+try:
+    STEPS = graph.prepare(graph.plan(str(config.get("profile", "mini")), seeds, only))
+except graph.ParameterError as e:
+    raise WorkflowError(str(e))
+
+os.environ.setdefault("TQDM_MININTERVAL", "5")     # progress in a log: a line now and then
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # two stages side by side do not spin for a core
+
+rule all:
+    input: [s.stamp for s in STEPS]
+    default_target: True
+
+for step in STEPS:
+    rule:
+        name: f"{step.stage}_{step.name}_seed{step.seed}".replace("-", "_")
+        input: [u.stamp for u in step.upstream]
+        output: step.stamp
+        params: command=graph.command(step)
+        shell: "{params.command}"
