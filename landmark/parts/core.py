@@ -197,33 +197,39 @@ def stage_dir(
     profile = 'tiny' if default_world() == 'tiny' and cfg.profile == 'mini' else cfg.profile
     return runs_dir()/profile/f'seed{cfg.seed}'/stage/f'{cfg.name}-{hash8(key)}'
 
-# %% ../../nbs/parts/core.ipynb #d72424d6
+# %% ../../nbs/parts/core.ipynb #16fb311d
+def _finished(path:Path)->Path|None:
+    "The artifact that `path` is, or lies in (at most three levels down)."
+    return next((d for d in (path, *path.parents[:3]) if (d/'manifest.json').exists()), None)
+
 def artifact(
     cfg,      # the asking stage's config
-    ref:str,  # a path, or "@stage/name"
-)->Path: # the artifact's directory, finished
-    "Find an upstream artifact."
+    ref:str,  # a path, or "@stage/name", perhaps with a path inside
+)->Path: # the folder, in a finished artifact
+    "Find an upstream artifact, or a part of one."
     asking = type(cfg).__module__.rpartition('.')[2]
-    if not ref: raise ParameterError(f'{asking}: an upstream artifact is missing: give its directory, or @stage/name (for instance @extract/default)')
+    if not ref: raise ParameterError(f'{asking}: an upstream artifact is missing: give its directory, or @stage/name (for instance @extract/final)')
     if ref.startswith('@'):
-        stage, _, name = ref[1:].partition('/')
+        stage, name, *rest = ref[1:].split('/')
         home = stage_dir(stage, cfg).parent
         done = sorted(home.glob(f'{name}-????????/manifest.json'), key=os.path.getmtime)
         if not done: raise ParameterError(f'{asking}: {ref} is not there: no finished run `{name}` in {home}; run the stage {stage} first')
-        return done[-1].parent
+        return done[-1].parent.joinpath(*rest)
     path = Path(ref) if Path(ref).is_absolute() else project_root()/ref
-    if not (path/'manifest.json').exists():
-        raise ParameterError(f'{asking}: {path} has no manifest.json: it is ' + ('unfinished or no artifact' if path.exists() else 'not there'))
+    if not path.exists() or _finished(path) is None:
+        raise ParameterError(f'{asking}: {path} ' + ('has no manifest.json: it is unfinished, or no artifact' if path.exists() else 'is not there'))
     return path
 
-# %% ../../nbs/parts/core.ipynb #b61b7f5a
+# %% ../../nbs/parts/core.ipynb #149056d4
 def digest_of(
-    path:Path, # an artifact's directory, a part of one, or a folder in the Google Landmarks layout
+    path:Path, # an artifact's directory, a part of one, a file, or a folder in the Google Landmarks layout
 )->str: # 8 hex characters
     "What an input consists of, in short."
-    path = Path(path)
-    for d in (path, path.parent):
-        if (d/'manifest.json').exists(): return hash8(read_json(d/'manifest.json')['outputs'])
+    path = Path(path); home = _finished(path)
+    if home:
+        inside = path.relative_to(home).as_posix()
+        rows = {k: v for k, v in read_json(home/'manifest.json')['outputs'].items() if inside == '.' or f'{k}/'.startswith(f'{inside}/')}
+        if rows: return hash8(rows)
     if path.is_file(): return sha256_of(path)[:8]
     return hash8([(str(p.relative_to(path)), sha256_of(p)) for p in sorted([*path.glob('*.csv'), *path.glob('*/*.csv')])])
 
