@@ -10,6 +10,7 @@ VENV    ?= .venv
 PROFILE ?= mini
 SEEDS   ?= 1
 CORES   ?= all
+JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 BIN     := $(abspath $(VENV))/bin
 STAMP   := $(VENV)/.landmark-$(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
 HERE    := $(VENV)/.at-$(shell pwd | cksum | cut -d' ' -f1)
@@ -28,9 +29,8 @@ $(STAMP):
 	@rm -f $(VENV)/.landmark-*; touch $@
 
 demo: setup
-	@$(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --quiet rules --config profile=$(PROFILE) seeds="$(subst $() ,$(comma),$(strip $(SEEDS)))"
+	@$(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
 	@$(BIN)/landmark_graph done $(PROFILE) $(SEEDS)
-comma := ,
 
 lab: setup
 	$(BIN)/jupyter lab nbs
@@ -38,15 +38,23 @@ lab: setup
 runs: setup
 	@$(BIN)/landmark_graph runs
 
+# exported code in step with the notebooks, then the notebooks, then the tests: pytest's summary closes the log
+test: export LANDMARK_WORLD := tiny
+test: export OMP_NUM_THREADS := 1
 test: setup
-	@tools/test
+	@echo "== export: does landmark/ mirror nbs/?"
+	@$(BIN)/python tests/check_export.py
+	@echo "== notebooks"
+	@$(BIN)/nbdev_test --n_workers $(JOBS) --pause 0.1
+	@echo "== tests"
+	@$(BIN)/python -m pytest
 
 report: setup
-	@$(BIN)/python tools/report.py $(PROFILE) $(SEEDS)
-	@$(MAKE) --no-print-directory readme
+	@$(BIN)/landmark_report $(PROFILE) $(SEEDS)
+	@$(BIN)/landmark_report readme
 
 readme: setup
-	@$(BIN)/python tools/readme.py
+	@$(BIN)/landmark_report readme
 
 export: setup
 	@$(BIN)/nbdev_export

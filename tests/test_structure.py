@@ -1,0 +1,95 @@
+"The shape of the house: imports go down only, stages have one parameters cell, notebooks carry no outputs."
+import ast, dataclasses, importlib, json, os, subprocess, sys
+from pathlib import Path
+
+import nbformat, pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in (ROOT/'landmark').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+from landmark.graph import STAGES
+
+
+def imports(name):
+    "Modules of ours that a module imports."
+    out = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): out |= {a.name for a in node.names if a.name in MODULES}
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ''
+            if node.level: base = '.'.join(name.split('.')[:-node.level] + ([base] if base else []))
+            out |= {m for m in [base, *(f'{base}.{a.name}' for a in node.names)] if m in MODULES}
+    return out
+
+
+GRAPH = {m: imports(m) for m in MODULES}
+is_part = lambda m: m.startswith('landmark.parts.')
+
+
+def test_no_cycles():
+    done, path = set(), []
+    def visit(m):
+        assert m not in path, f'imports go in a circle: {" → ".join(path[path.index(m):] + [m])}'
+        if m in done: return
+        path.append(m); [visit(n) for n in sorted(GRAPH[m])]; path.pop(); done.add(m)
+    for m in GRAPH: visit(m)
+
+
+def test_parts_know_no_stages_and_stages_meet_through_artifacts():
+    stages = {f'landmark.{s}' for s in STAGES}
+    up = {m: sorted(n for n in GRAPH[m] if not is_part(n)) for m in GRAPH if is_part(m)}
+    assert not {m: n for m, n in up.items() if n}, 'a part imports something above it'
+    side = {m: sorted(GRAPH[m] & stages) for m in stages if GRAPH[m] & stages}
+    assert not side, f'a stage imports a stage: {side}'
+
+
+def test_core_imports_nothing_of_ours(): assert GRAPH['landmark.parts.core'] == set()
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean(path):
+    nb = nbformat.read(path, 4)
+    assert not [c for c in nb.cells if c.cell_type == 'code' and (c.outputs or c.execution_count)], 'a source notebook carries no outputs: jupyter nbconvert --clear-output --inplace'
+    assert nb.metadata.kernelspec.name == 'python3'
+    assert all(c.get('id') for c in nb.cells) and len({c.id for c in nb.cells}) == len(nb.cells)
+    assert nb.cells[0].cell_type == 'markdown' and nb.cells[0].source.startswith('# '), 'the first cell is the title'
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_parameters_cell_is_the_config(stage):
+    "One tagged cell, and the same names, defaults and order as the stage's Config."
+    import papermill
+    path = ROOT/'nbs'/f'{STAGES[stage]}.ipynb'
+    nb = nbformat.read(path, 4)
+    assert sum('parameters' in c.metadata.get('tags', []) for c in nb.cells) == 1
+    assert not any('nbdev_export' in c.source for c in nb.cells if c.cell_type == 'code')
+    cell = {k: ast.literal_eval(v['default']) for k, v in papermill.inspect_notebook(str(path)).items()}
+    cfg = importlib.import_module(f'landmark.{stage}').Config()
+    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    want = {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    assert list(cell) == list(want)
+    assert {k: plain(v) for k, v in cell.items()} == want
+
+
+def test_every_parameter_has_a_comment():
+    for stage in STAGES:
+        src = (ROOT/'landmark'/f'{stage}.py').read_text(encoding='utf-8')
+        cls = next(n for n in ast.parse(src).body if isinstance(n, ast.ClassDef) and n.name == 'Config')
+        bare = [n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and '#' not in src.splitlines()[n.end_lineno-1][n.end_col_offset:]]
+        assert not bare, f'{stage}: parameters without a comment: {bare}'
+
+
+def test_reading_a_module_changes_nothing(tmp_path):
+    "Importing everything makes no file and prints no word."
+    r = subprocess.run([sys.executable, '-c', f'import importlib; [importlib.import_module(m) for m in {sorted(MODULES)!r}]'],
+                       cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert r.stdout == '' and list(tmp_path.iterdir()) == []
+
+
+def test_every_profile_is_valid():
+    "The graph checks every parameter file against its stage's config."
+    from landmark import graph
+    for profile in graph.profiles():
+        steps = graph.plan(profile)
+        assert steps and {s.stage for s in steps} <= set(STAGES)
