@@ -53,6 +53,9 @@ report: setup
 	@$(BIN)/landmark_report $(PROFILE) $(SEEDS)
 	@$(BIN)/landmark_report readme
 
+bench: setup
+	@$(BIN)/landmark_bench $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
+
 readme: setup
 	@$(BIN)/landmark_report readme
 
