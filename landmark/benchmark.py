@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['collect', 'run_benchmarks', 'save_rows', 'table', 'main']
 
-# %% ../nbs/08_benchmark.ipynb #edf8eee2
+# %% ../nbs/08_benchmark.ipynb #a81fe445
 import argparse, importlib, json, os, pkgutil, sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ import pandas as pd
 import landmark.parts
 from .parts.bench import FAMILIES, REGISTRY, device_name
 from .parts.core import ParameterError, log, project_root, write_text
+from .parts.plots import to_markdown
 
 # %% ../nbs/08_benchmark.ipynb #c4307609
 def collect()->dict: # family → {name: function}
@@ -35,7 +36,7 @@ def run_benchmarks(
             log(f'{family}: {name}')
             yield from fn(quick, device)
 
-# %% ../nbs/08_benchmark.ipynb #da38f074
+# %% ../nbs/08_benchmark.ipynb #d0b4c205
 def save_rows(
     rows:list,  # rows of a run
     path:Path,  # reports/benchmark/<device>.jsonl
@@ -51,7 +52,6 @@ def table(
     home:Path, # reports/benchmark
 )->str: # Markdown
     "The committed figures as one table."
-    from landmark.tables import to_markdown
     rows = [json.loads(l) for p in sorted(Path(home).glob('*.jsonl')) for l in p.read_text(encoding='utf-8').splitlines() if l]
     t = lambda s: '–' if s is None else f'{s:.3g} s' if s >= 1 else f'{1000*s:.3g} ms'
     df = pd.DataFrame([dict(what=r['name'], size=r['size'], ours=t(r['ours_s']), plain=t(r['plain_s']), ratio='–' if r['ratio'] is None else f'{r["ratio"]:,.0f}×' if r['ratio'] >= 10 else f'{r["ratio"]:.2g}×',

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'CONCLUSIONS', 'TITLES', 'Config', 'read_all', 'paper',
-           'mean_sd', 'pivot', 'to_markdown', 'table_datasets', 'table_losses', 'table_training', 'table_reranking',
-           'table_cleaning', 'table_grid', 'table_recognition', 'differences', 'table_verdicts', 'make_tables', 'run',
-           'main']
+           'mean_sd', 'pivot', 'table_datasets', 'table_losses', 'table_training', 'table_reranking', 'table_cleaning',
+           'table_grid', 'table_recognition', 'differences', 'table_verdicts', 'make_tables', 'run', 'main']
 
-# %% ../nbs/07_tables.ipynb #67bdbe5c
+# %% ../nbs/07_tables.ipynb #7246f69b
 import tempfile
 from dataclasses import field
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from .parts.core import ParameterError, artifact, is_tiny, open_stage, project_root, read_json, stage_config, stage_main, write_csv, write_json, write_text
+from .parts.plots import to_markdown
 from .parts.verdicts import bootstrap_interval, verdict
 
 # %% ../nbs/07_tables.ipynb #60dfa0e7
@@ -55,7 +55,7 @@ def paper(
     "The published figures."
     return pd.read_csv(project_root()/'nbs'/'paper'/f'{name}.csv')
 
-# %% ../nbs/07_tables.ipynb #8d927e8d
+# %% ../nbs/07_tables.ipynb #942d173b
 def mean_sd(
     x,            # values, one per seed
     scale=100.0,  # 100 for per cent
@@ -77,14 +77,6 @@ def pivot(
         part = df[(df.benchmark == bench) & (df.metric == metric)]
         out[title] = part.groupby(row).value.apply(mean_sd)
     return pd.DataFrame(out).rename_axis(row).reset_index().fillna('–')
-
-def to_markdown(
-    df:pd.DataFrame, # a table
-)->str: # the same in Markdown
-    "A table in Markdown."
-    cell = lambda v: '–' if isinstance(v, float) and np.isnan(v) else f'{v:g}' if isinstance(v, float) else str(v)
-    lines = [list(map(str, df.columns)), ['---']*len(df.columns), *[[cell(v) for v in r] for r in df.itertuples(index=False)]]
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 # %% ../nbs/07_tables.ipynb #a5da35c1
 RETRIEVAL = {('gld_private', 'mAP@100'): 'Private', ('gld_public', 'mAP@100'): 'Public'}
