@@ -91,7 +91,7 @@ def _image_size(name)->dict:
     entry = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else ''
     return dict(dynamic_img_size=True) if entry.endswith(('vision_transformer', 'eva', 'deit')) else dict(strict_img_size=False) if entry.endswith(('swin_transformer', 'swin_transformer_v2')) else {}
 
-# %% ../../nbs/parts/backbones.ipynb #cf87cbce
+# %% ../../nbs/parts/backbones.ipynb #aeb02c65
 class RetrievalModel(nn.Module):
     "Images to descriptors: backbone, pooling, linear layer, batch norm."
     def __init__(self,
@@ -106,8 +106,7 @@ class RetrievalModel(nn.Module):
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(backbone, k)).view(3, 1, 1)*255, persistent=False)
     def forward(self, images):
         "Descriptors, not normalised, of uint8 RGB images [b, 3, h, w]."
-        x = (images.float() - self.mean)/self.std
-        if torch.is_autocast_enabled(x.device.type): x = x.contiguous(memory_format=torch.channels_last)
+        x = ((images.float() - self.mean)/self.std).contiguous(memory_format=torch.channels_last)      # twice as fast on CPUs too
         return self.bn(self.fc(self.pool(self.backbone(x))))
 
 # %% ../../nbs/parts/backbones.ipynb #2888290a
