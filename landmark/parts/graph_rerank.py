@@ -218,7 +218,7 @@ def _pop(hv, hr, hx, m):
         hv[i], hr[i], hx[i] = hv[w], hr[w], hx[w]; i = w
     hv[i], hr[i], hx[i] = v, r, x
 
-# %% ../../nbs/parts/graph_rerank.ipynb #08e3079b
+# %% ../../nbs/parts/graph_rerank.ipynb #da17e225
 @njit(cache=True, nogil=True, parallel=True)
 def _traverse(q_sims, q_idxs, sims, idxs, t, k, n_threads, out):
     "EGT of every query into a row of `out`."
@@ -242,7 +242,7 @@ def _traverse(q_sims, q_idxs, sims, idxs, t, k, n_threads, out):
                         if not above: break
                 # explore: the edges of what just joined
                 for a in range(1 if first else n_out-done):
-                    width = q_idxs.shape[1] if first else k
+                    width = min(k, q_idxs.shape[1] if first else idxs.shape[1])
                     for e in range(width):
                         y = q_idxs[i, e] if first else idxs[out[i, done+a], e]
                         s = max(q_sims[i, e] if first else sims[out[i, done+a], e], np.float32(0))
@@ -258,7 +258,7 @@ def egt(
     sims:np.ndarray,     # similarities index → index [n, k'], descending
     idxs:np.ndarray,     # those index images [n, k'], −1 for none
     t:float=np.inf,      # threshold above which everything joins at once
-    k:int=100,           # edges explored per image
+    k:int=100,           # edges explored per image, the query included
     length:int=100,      # list length
 )->np.ndarray: # ranks [q, length], −1 where nothing more can be reached
     "Explore-exploit graph traversal from every query."
@@ -268,5 +268,5 @@ def egt(
         if np.size(i) and np.max(i) >= len(idxs): raise ValueError(f"{name} neighbour {np.max(i)} is outside the index of {len(idxs)} images")
     out = np.full((len(q_idxs), length), -1, np.int64)
     _traverse(np.asarray(q_sims, np.float32), np.asarray(q_idxs, np.int64), np.asarray(sims, np.float32), np.asarray(idxs, np.int64),
-              np.float32(min(t, 1e30)), min(k, idxs.shape[1]), get_num_threads(), out)
+              np.float32(min(t, 1e30)), min(k, max(idxs.shape[1], q_idxs.shape[1])), get_num_threads(), out)
     return out

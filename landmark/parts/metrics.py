@@ -75,7 +75,7 @@ def map_of_submission(
     "mAP@k of a submission; a query without an answer counts 0."
     return mean_of([ap_at_k(submitted.get(q, ()), set(p), k) for q, p in truth.items()])
 
-# %% ../../nbs/parts/metrics.ipynb #1e199567
+# %% ../../nbs/parts/metrics.ipynb #49d9c868
 def gap(
     predicted:np.ndarray,  # landmark_id per prediction, −1 for none [n]
     scores:np.ndarray,     # confidence, higher is surer [n]
@@ -85,15 +85,15 @@ def gap(
     "Global average precision (micro-AP), one prediction per image."
     predicted, scores = np.asarray(predicted, np.int64), np.asarray(scores, np.float64)
     if not len(predicted) == len(scores) == len(truth): raise MetricError(f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels; each image has one")
-    given = predicted >= 0
-    if not np.isfinite(scores[given]).all(): raise MetricError(f"{int((~np.isfinite(scores[given])).sum())} scores are not finite; an image without prediction has landmark_id −1")
+    given = (predicted >= 0) | ~np.isnan(scores)
+    if not np.isfinite(scores[given]).all(): raise MetricError(f"{int((~np.isfinite(scores[given])).sum())} scores are not finite; an image without prediction has landmark_id −1 and no score")
     right = [{int(t)} - {-1} if np.ndim(t) == 0 and not isinstance(t, (set, frozenset)) else set(t) for t in truth]
     m = sum(bool(t) for t in right)
     if not m: return float("nan")
     keys = np.arange(len(scores)) if keys is None else np.asarray(keys)
     order = np.lexsort((predicted, keys, -scores))
     order = order[given[order]]
-    correct = np.array([int(predicted[i]) in right[i] for i in order], float)
+    correct = np.array([predicted[i] >= 0 and int(predicted[i]) in right[i] for i in order], float)
     return float((correct*correct.cumsum()/np.arange(1, len(order)+1)).sum()/m) if len(order) else 0.0
 
 # %% ../../nbs/parts/metrics.ipynb #c4f19795
