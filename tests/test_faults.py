@@ -32,7 +32,7 @@ def test_a_right_parameter_passes(tmp_path):
 
 def test_unknown_profile(tmp_path):
     r = subprocess.run([sys.executable, '-m', 'snakemake', '-n', '--config', 'profile=nosuch'], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    assert r.returncode != 0 and "there is no profile 'nosuch'; there are" in r.stderr
+    assert r.returncode != 0 and "there is no profile 'nosuch'; there are" in r.stdout + r.stderr
 
 
 @pytest.mark.parametrize('files, words', [
