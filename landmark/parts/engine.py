@@ -23,7 +23,7 @@ from .core import atomic_path, read_json, write_csv, write_json
 from .loading import make_loader
 from .losses import MetricHead, draw_pairs, make_head, mine_tuples
 
-# %% ../../nbs/parts/engine.ipynb #13de0724
+# %% ../../nbs/parts/engine.ipynb #7e20e324
 @dataclass(frozen=True)
 class Recipe:
     "How to train; the defaults are the original's."
@@ -41,6 +41,7 @@ class Recipe:
     compile:bool=False         # compile the network (pays on a GPU with few image sizes)
     drop_uneven:bool=True      # leave out batches that are not full
     min_batch:int=8            # otherwise: leave out those smaller than this
+    rising:tuple=()            # size groups, from first epochs to last; empty: the one the photos have
     scale_up:str=''            # size group of the last epochs, with batch norm frozen; empty: none
     scale_up_epochs:int=1      # how many
     frozen_bn:bool=False       # batch norm frozen all the time
@@ -188,7 +189,7 @@ def _slice(batch, tuple_size, rank, world):
     "This process's share of a batch; tuples stay whole."
     return batch.reshape(-1, tuple_size)[rank::world].reshape(-1)
 
-# %% ../../nbs/parts/engine.ipynb #dc5a9817
+# %% ../../nbs/parts/engine.ipynb #06f830df
 class Trainer:
     "Trains one model; `run` continues from the checkpoint if there is one."
     def __init__(self,
@@ -205,28 +206,32 @@ class Trainer:
         self.net, self.photos, self.labels, self.recipe, self.state_dir = net, photos, torch.as_tensor(labels), recipe, Path(state_dir)
         self.device, self.on_epoch, self.on_log, self.desc = device, on_epoch, on_log, desc
         self.tuples = isinstance(net.head, MetricHead) and net.head.kind in ('contrastive', 'tuple_triplet')
-        self.size = 2+recipe.n_negatives if self.tuples else 1
+        self.size, self.sizes = 2+recipe.n_negatives if self.tuples else 1, photos.sizes
         self.rows, self.bad, self.step, self.epoch, self.at, self.plan, self.best = [], [], 0, 0, 0, None, -math.inf
 
     @property
     def n_epochs(self): return self.recipe.epochs + (self.recipe.scale_up_epochs if self.recipe.scale_up else 0)
 
+    def sizes_of(self, epoch):
+        "Size group of an epoch."
+        if epoch >= self.recipe.epochs: return self.recipe.scale_up
+        rising = self.recipe.rising
+        return rising[epoch*len(rising)//self.recipe.epochs] if rising else self.sizes
+
     def enter_epoch(self):
         "Image size and batch norm of this epoch."
-        late = self.epoch >= self.recipe.epochs
-        if late: self.photos.use_sizes(self.recipe.scale_up)
-        self.frozen = late or self.recipe.frozen_bn
+        self.photos.use_sizes(self.sizes_of(self.epoch))
+        self.frozen = self.epoch >= self.recipe.epochs or self.recipe.frozen_bn
         train_mode(self.net, self.frozen)
         if self.frozen: freeze_batch_norm(self.net.model)
 
     def n_batches(self):
         "Steps of the whole run; for tuples, as many photos as the other losses pass."
         if self.tuples: return self.n_epochs*math.ceil(len(self.photos)/self.size/max(1, self.recipe.batch_size//self.size))
-        usual, sizes = len(plan_batches(self.photos, self.recipe, 0)), self.photos.sizes
-        if not usual: raise ValueError(f"No batch of {self.recipe.batch_size} photos can be filled from {len(self.photos)}: lower `batch_size` or set `drop_uneven: false`.")
-        if not self.recipe.scale_up: return usual*self.n_epochs
-        self.photos.use_sizes(self.recipe.scale_up); late = len(plan_batches(self.photos, self.recipe, 0)); self.photos.use_sizes(sizes)
-        return usual*self.recipe.epochs + late*self.recipe.scale_up_epochs
+        epochs, steps = [self.sizes_of(e) for e in range(self.n_epochs)], {}
+        for sizes in set(epochs): self.photos.use_sizes(sizes); steps[sizes] = len(plan_batches(self.photos, self.recipe, 0))
+        if not min(steps.values()): raise ValueError(f"No batch of {self.recipe.batch_size} photos can be filled from {len(self.photos)}: lower `batch_size` or set `drop_uneven: false`.")
+        return sum(steps[s] for s in epochs)
 
 # %% ../../nbs/parts/engine.ipynb #a38bcd96
 @patch
