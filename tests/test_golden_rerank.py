@@ -37,7 +37,7 @@ def test_sort_insert(name, thresh):
     everything = sort_insert(listed, labels, scores, index_labels, index_scores, thresh, room)
     np.testing.assert_array_equal((everything >= 0).sum(1) - topk, G[f'n_insert_{name}'])
     if topk == G['baseline_top100'].shape[1]:
-        np.testing.assert_array_equal(rank(problem(), 'sort_insert', topk, insert_thresh=thresh, voting_k=G['voting_k']), want)
+        np.testing.assert_array_equal(rank(problem(), 'sort+insert', topk, insert_thresh=thresh, voting_k=G['voting_k']), want)
 
 
 def test_defect_1_the_list_is_cut_after_inserting():

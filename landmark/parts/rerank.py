@@ -175,7 +175,7 @@ def fill_up(
     _fill_up(np.asarray(ranks, np.int64), np.asarray(more, np.int64), n, out)
     return out
 
-# %% ../../nbs/parts/rerank.ipynb #289f896d
+# %% ../../nbs/parts/rerank.ipynb #c098adf6
 @method("baseline", "retrieval")
 def baseline(problem, topk):
     "Plain search."
@@ -194,7 +194,7 @@ def aqe(problem, topk, alpha:float=3.0, n_qe:int=10):
     "Search with expanded queries."
     return _searched(problem, topk, alpha_qe(problem.queries[:], problem.index, alpha, n_qe, problem.knn("queries", "index", n_qe)))
 
-@method("dba_aqe", "DBA, αQE")
+@method("dba+aqe", "DBA, αQE")
 def dba_aqe(problem, topk, alpha:float=3.0, n_qe:int=10):
     "Augment the index, then expand the queries in it."
     index = augment_index(problem.index, alpha, n_qe, problem.knn("index", "index", n_qe+1))
@@ -229,18 +229,18 @@ def graph_traversal(problem, topk, k_egt:int=100, t_egt:float=float("inf")):
     ranks = egt(*problem.knn("queries", "index", k_egt), *problem.knn("index", "index", k_egt), t_egt, k_egt, min(topk, len(problem.index)))
     return fill_up(ranks, problem.knn("queries", "index", topk)[1], topk, len(problem.index))
 
-# %% ../../nbs/parts/rerank.ipynb #24934bb6
+# %% ../../nbs/parts/rerank.ipynb #460b6618
 @method("sort", "sort-step", needs_labels=True)
 def sort_step(problem, topk, voting_k:int=3):
     "Images of the query's predicted landmark first."
     return sort_insert(problem.knn("queries", "index", topk)[1], *problem.vote("queries", voting_k), *problem.vote("index", voting_k), topk=topk, insert=False)
 
-@method("sort_insert", "sort-step, insert-step (ours)", needs_labels=True)
+@method("sort+insert", "sort-step, insert-step (ours)", needs_labels=True)
 def sort_insert_step(problem, topk, voting_k:int=3, insert_thresh:float=0.6):
     "Sort-step and insert-step."
     return sort_insert(problem.knn("queries", "index", topk)[1], *problem.vote("queries", voting_k), *problem.vote("index", voting_k), insert_thresh, topk)
 
-@method("aqe_sort_insert", "αQE, then ours", needs_labels=True)
+@method("aqe+sort+insert", "αQE, then ours", needs_labels=True)
 def aqe_sort_insert(problem, topk, alpha:float=3.0, n_qe:int=10, voting_k:int=3, insert_thresh:float=0.6):
     "αQE, then sort-step and insert-step."
     return sort_insert(aqe(problem, topk, alpha, n_qe), *problem.vote("queries", voting_k), *problem.vote("index", voting_k), insert_thresh, topk)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORE_VERSION', 'StoreError', 'check_rows', 'l2n', 'fingerprint', 'write_shard', 'missing_shards', 'finish_store',
-           'Store', 'open_store', 'write_store', 'check_store', 'ensemble', 'concat_stores', 'rows_of', 'read_h5',
-           'write_h5']
+           'Store', 'open_store', 'write_store', 'Rows', 'check_store', 'ensemble', 'concat_stores', 'rows_of',
+           'read_h5', 'write_h5']
 
 # %% ../../nbs/parts/store.ipynb #5d3511bc
 import hashlib, json
@@ -217,6 +217,18 @@ def write_store(
         rows = slice(i*shard_size, (i+1)*shard_size)
         write_shard(store_dir, i, ids[rows], np.asarray(x[rows]), card, dtype)
     return open_store(finish_store(store_dir, n_shards, card))
+
+# %% ../../nbs/parts/store.ipynb #979ed7e3
+class Rows:
+    "Chosen rows of a store or array, read when asked for."
+    def __init__(self, base, rows): self.base, self.rows, self.ndim = base, np.asarray(rows, np.int64), 2
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, rows): return np.asarray(self.base[self.rows[rows]], np.float32)
+    shape = property(lambda self: (len(self), self.base.shape[1]))
+    ids = property(lambda self: self.base.ids[self.rows])
+    def blocks(self, n:int=65536)->Iterator:
+        "Pairs (first row, float32 [≤n, d]) that cover the rows in order."
+        for a in range(0, len(self), n): yield a, self[a:a+n]
 
 # %% ../../nbs/parts/store.ipynb #86683e42
 def check_store(
