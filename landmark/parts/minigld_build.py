@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Camera', 'look_at', 'Face', 'Round', 'Sprite', 'Body', 'body', 'box', 'hip', 'gable', 'cylinder', 'dome',
-           'paint_order', 'Canvas', 'clip_near', 'level_of', 'draw_face', 'draw_round', 'draw_sprite', 'draw_bodies']
+           'paint_order', 'Canvas', 'clip_near', 'level_of', 'sunlight', 'draw_face', 'meet', 'draw_round',
+           'draw_sprite', 'in_view', 'draw_bodies']
 
 # %% ../../nbs/parts/minigld_build.ipynb #4ba41330
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ def look_at(at, target, w:int, h:int, fov:float, roll:float=0.)->Camera:
     c, s = np.cos(np.radians(roll)), np.sin(np.radians(roll))
     return Camera(np.asarray(at, float), np.array([c*right+s*down, c*down-s*right, forward]), float(max(w, h)/2/np.tan(np.radians(fov)/2)), w, h)
 
-# %% ../../nbs/parts/minigld_build.ipynb #7141b609
+# %% ../../nbs/parts/minigld_build.ipynb #8c0f140d
 @dataclass
 class Face:
     "A flat piece of surface."
@@ -47,7 +48,11 @@ class Face:
     u: np.ndarray        # along the surface's width [3]
     v: np.ndarray        # along its height, downwards [3]
     cut: list = None     # polygon in units of u and v; the whole face if None
-    two_sided: bool = False
+
+    def __post_init__(self):
+        c = np.array(self.cut or [(0, 0), (1, 0), (1, 1), (0, 1)], float); n = np.cross(self.v, self.u)
+        self.normal, self.points = n/np.linalg.norm(n), self.o+c[:, :1]*self.u+c[:, 1:]*self.v
+        self.share = abs(cv2.contourArea(c.astype(np.float32)))          # of the parallelogram
 
 @dataclass
 class Round:
@@ -73,14 +78,14 @@ class Body:
     parts: list = field(default_factory=list)
     target: bool = True  # belongs to the landmark
 
-# %% ../../nbs/parts/minigld_build.ipynb #794926d8
+# %% ../../nbs/parts/minigld_build.ipynb #981ced8a
 def _v(*x): return np.array(x, float)
 
 def body(parts:list, target:bool=True)->Body:
     "A body with its bounding box."
     pts = []
     for p in parts:
-        if isinstance(p, Face): pts += [p.o+p.u*s+p.v*t for s, t in (p.cut or [(0, 0), (1, 0), (0, 1), (1, 1)])]
+        if isinstance(p, Face): pts += list(p.points)
         elif isinstance(p, Round):
             z = np.linspace(0, p.z1-p.z0, 5); r = np.sqrt(max(0, (p.a+p.b*z+p.c*z*z).max()))
             pts += [(p.x-r, p.y-r, p.z0), (p.x+r, p.y+r, p.z1)]
@@ -150,112 +155,104 @@ def paint_order(bodies:list, eye:np.ndarray)->list: # positions, far to near
         order.append(left.pop(int(ok[0]) if len(ok) else int(sub.argmin())))
     return [int(i) for i in order]
 
-# %% ../../nbs/parts/minigld_build.ipynb #87f75f27
+# %% ../../nbs/parts/minigld_build.ipynb #88bcbe73
 class Canvas:
     "What the camera sees before light and weather."
     def __init__(self, cam:Camera, sun:np.ndarray):
         self.cam, self.sun, s = cam, sun, (cam.h, cam.w)
         self.rgb = np.zeros((*s, 3), np.uint8)
-        self.light = np.zeros(s, np.float32)        # share of the sun
-        self.sky = np.ones(s, np.float32)           # share of the sky
-        self.glow = np.zeros(s, np.uint8)
+        self.lit = np.zeros((*s, 3), np.uint8)      # share of the sun and of the sky (100 is all), glow
         self.far = np.full(s, 1e4, np.float32)      # metres
         self.who = np.zeros(s, np.uint8)            # 0 sky or ground, 1 others, 2 landmark
         self.all = np.zeros(s, np.uint8)            # where the landmark would be seen if nothing stood before it
 
-    def put(self, y0, x0, mask, rgb, light, sky, glow, far, who):
+    def put(self, y0, x0, mask, rgb, lit, far:float, who:int):
         "Copy a patch into the buffers where its mask is set."
         s = np.s_[y0:y0+mask.shape[0], x0:x0+mask.shape[1]]
-        for name, new in (('rgb', rgb), ('light', light), ('sky', sky), ('glow', glow)):
-            getattr(self, name)[s] = cv2.copyTo(new, mask, np.ascontiguousarray(getattr(self, name)[s]))
+        cv2.copyTo(rgb, mask, self.rgb[s]); cv2.copyTo(lit, mask, self.lit[s])
         inside = mask > 0
-        self.far[s][inside] = far if np.isscalar(far) else far[inside]
-        self.who[s][inside] = who
+        self.far[s][inside] = far; self.who[s][inside] = who
         if who == 2: self.all[s][inside] = 1
+
+    def window(self, px:np.ndarray)->tuple: # x0, y0, x1, y1
+        "The part of the picture that a set of points may touch."
+        (x0, y0), (x1, y1) = np.floor(px.min(0)), np.ceil(px.max(0))+1
+        return max(int(x0), 0), max(int(y0), 0), min(int(x1), self.cam.w), min(int(y1), self.cam.h)
 
 def clip_near(points:np.ndarray, cam:Camera, near:float=.25)->np.ndarray:
     "The part of a polygon in space that lies before the camera."
     d = (points-cam.at)@cam.turn[2]-near
-    if (d >= 0).all(): return points
+    if d.min() >= 0: return points
     out = []
     for p, q, a, b in zip(points, np.roll(points, -1, 0), d, np.roll(d, -1)):
         if a >= 0: out.append(p)
         if (a >= 0) != (b >= 0): out.append(p+(q-p)*(a/(a-b)))
     return np.array(out).reshape(-1, 3)
 
-# %% ../../nbs/parts/minigld_build.ipynb #6c5706e6
+# %% ../../nbs/parts/minigld_build.ipynb #e621a452
 def level_of(pyramid:list, ratio:float)->int:
     "The level with about one pixel per pixel of the picture."
     return int(np.clip(round(np.log2(max(ratio, 1e-6))-.35), 0, len(pyramid)-1))
 
+def sunlight(sun:np.ndarray, face:Face)->np.ndarray: # [3, 4]
+    "The linear map from slopes and glow of a surface to its share of sun and sky, and glow."
+    n, u, v = face.normal, face.u/np.linalg.norm(face.u), face.v/np.linalg.norm(face.v)
+    nl = float(n@sun); facing = 100*(max(0., nl)*4 if nl < .25 else 1.)       # no slope is lit on a wall in the shade
+    a, b = -float(u@sun)/60*facing, -float(v@sun)/60*facing
+    return np.array([[a, b, 0, facing*max(nl, 0.)-128*(a+b)], [0, .62, 0, 82+18*n[2]-80], [0, 0, 1, 0]])
+
 def draw_face(cv:Canvas, face:Face, pyramid:list, who:int):
-    "Paint a flat face."
+    "Paint a flat face that looks at the camera."
     cam = cv.cam
-    n = np.cross(face.v, face.u); n /= np.linalg.norm(n)
-    if (cam.at-face.o)@n <= 0:
-        if not face.two_sided: return
-        n = -n
-    cut = np.array(face.cut or [(0, 0), (1, 0), (1, 1), (0, 1)], float)
-    pts = clip_near(face.o+cut[:, :1]*face.u+cut[:, 1:]*face.v, cam)
+    if (cam.at-face.o)@face.normal <= 0: return
+    pts = clip_near(face.points, cam)
     if len(pts) < 3: return
-    px, depth = cam.project(pts)
-    px = px.clip(-8000, 8000)
-    x0, y0 = np.floor(px.min(0)).astype(int).clip(0); x1, y1 = np.ceil(px.max(0)).astype(int)+1
-    x1, y1 = min(x1, cam.w), min(y1, cam.h)
+    px = cam.project(pts)[0].clip(-8000, 8000)
+    x0, y0, x1, y1 = cv.window(px)
     if x1-x0 < 1 or y1-y0 < 1: return
     mask = np.zeros((y1-y0, x1-x0), np.uint8)
     cv2.fillPoly(mask, [np.round((px-[x0, y0])*16).astype(np.int32)], 255, cv2.LINE_8, 4)
-    seen = abs(cv2.contourArea(px.astype(np.float32)))
-    share = abs(cv2.contourArea(cut.astype(np.float32)))
     h, w = pyramid[0][0].shape[:2]
-    k = level_of(pyramid, np.sqrt(h*w*share/max(seen, 1.))*(1. if len(pts) == len(cut) else .6))
-    rgb, aux = pyramid[k]; h, w = rgb.shape[:2]
-    H = cam.matrix()@cam.turn@np.c_[face.u/w, face.v/h, face.o-cam.at]
-    H = np.array([[1, 0, -x0], [0, 1, -y0], [0, 0, 1.]])@H
-    size = (x1-x0, y1-y0)
-    rgb, aux = (cv2.warpPerspective(a, H, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for a in (rgb, aux))
-    s, u, v = cv.sun, face.u/np.linalg.norm(face.u), face.v/np.linalg.norm(face.v)
-    facing = max(0., n@s)*4 if n@s < .25 else 1.                               # no slope is lit on a wall in the shade
-    gx, gy = aux[..., 0].astype(np.float32)-128, aux[..., 1].astype(np.float32)-128
-    light = np.maximum(0, float(n@s)-gx*float(u@s)/60-gy*float(v@s)/60)*float(facing)
-    cv.put(y0, x0, mask, rgb, light, .82+.18*float(n[2])+gy/160, aux[..., 2], float(np.median(depth)), who)
+    ratio = np.sqrt(h*w*face.share/max(abs(cv2.contourArea(px.astype(np.float32))), 1.))*(1. if len(pts) == len(face.points) else .6)
+    rgb, aux = pyramid[level_of(pyramid, ratio)]; h, w = rgb.shape[:2]
+    H = np.array([[cam.f, 0, cam.w/2-x0], [0, cam.f, cam.h/2-y0], [0, 0, 1.]])@cam.turn@np.stack([face.u/w, face.v/h, face.o-cam.at], 1)
+    rgb, aux = (cv2.warpPerspective(a, H, (x1-x0, y1-y0), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for a in (rgb, aux))
+    cv.put(y0, x0, mask, rgb, cv2.transform(aux, sunlight(cv.sun, face)), float(np.linalg.norm(pts.mean(0)-cam.at)), who)
 
-# %% ../../nbs/parts/minigld_build.ipynb #6acd95e5
-def draw_round(cv:Canvas, p:Round, pyramid:list, who:int):
-    "Paint a piece of a quadric: one ray per pixel of its bounding box."
-    cam = cv.cam
-    z = np.linspace(0, p.z1-p.z0, 5); radius = np.sqrt(np.maximum(0, p.a+p.b*z+p.c*z*z)).max()
-    corners = np.array([(p.x+i*radius, p.y+j*radius, k) for i in (-1, 1) for j in (-1, 1) for k in (p.z0, p.z1)])
-    px, depth = cam.project(corners)
-    if depth.min() < .3: return
-    x0, y0 = np.floor(px.min(0)).astype(int).clip(0); x1, y1 = np.ceil(px.max(0)).astype(int)+1
-    x1, y1 = min(x1, cam.w), min(y1, cam.h)
-    if x1-x0 < 1 or y1-y0 < 1: return
+# %% ../../nbs/parts/minigld_build.ipynb #4ab7e00a
+def meet(p:Round, cam:Camera, x0:int, y0:int, x1:int, y1:int)->tuple: # x, y, z (from the axis and z0) and where it is met
+    "Where the rays of a part of the picture meet a round."
     gx, gy = np.meshgrid((np.arange(x0, x1, dtype=np.float32)+.5-cam.w/2)/cam.f, (np.arange(y0, y1, dtype=np.float32)+.5-cam.h/2)/cam.f)
     R = cam.turn.astype(np.float32)
     d = [gx*R[0, i]+gy*R[1, i]+R[2, i] for i in range(3)]
     ox, oy, oz = (float(t) for t in cam.at-[p.x, p.y, p.z0])
     A = d[0]**2+d[1]**2-p.c*d[2]**2
     B = ox*d[0]+oy*d[1]-(p.b/2+p.c*oz)*d[2]
-    C = ox*ox+oy*oy-p.a-p.b*oz-p.c*oz*oz
-    root = B*B-A*C
-    t = (-B-np.sqrt(np.maximum(root, 0)))/np.where(np.abs(A) < 1e-7, 1e-7, A)
-    zz = oz+t*d[2]
-    mask = ((root > 0) & (t > .3) & (zz >= 0) & (zz <= p.z1-p.z0)).astype(np.uint8)*255
-    if not mask.any(): return
-    x, y = ox+t*d[0], oy+t*d[1]
-    angle = np.arctan2(x, -y)                                                  # 0 in front
-    h, w = pyramid[0][0].shape[:2]
-    k = level_of(pyramid, h/max(4., px[:, 1].max()-px[:, 1].min()))
-    rgb, aux = pyramid[k]; h, w = rgb.shape[:2]
-    mu = ((angle/(2*np.pi)+.5)*p.turns % 1*w).astype(np.float32); mv = ((1-zz/(p.z1-p.z0))*h-.5).astype(np.float32)
-    rgb, aux = (cv2.remap(a, mu, mv, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for a in (rgb, aux))
-    nz = -(p.b/2+p.c*zz); norm = np.sqrt(x*x+y*y+nz*nz)+1e-6
+    root = B*B-A*(ox*ox+oy*oy-p.a-p.b*oz-p.c*oz*oz)
+    t = (-B-np.sqrt(np.maximum(root, 0)))/np.where(np.abs(A) < 1e-7, np.float32(1e-7), A)
+    z = oz+t*d[2]
+    return ox+t*d[0], oy+t*d[1], z, (root > 0) & (t > .3) & (z >= 0) & (z <= p.z1-p.z0)
+
+def draw_round(cv:Canvas, p:Round, pyramid:list, who:int):
+    "Paint a piece of a quadric: one ray per pixel of its bounding box."
+    cam = cv.cam
+    z = np.linspace(0, p.z1-p.z0, 5); radius = np.sqrt(np.maximum(0, p.a+p.b*z+p.c*z*z)).max()
+    px, depth = cam.project([(p.x+i*radius, p.y+j*radius, k) for i in (-1, 1) for j in (-1, 1) for k in (p.z0, p.z1)])
+    if depth.min() < .3: return
+    x0, y0, x1, y1 = cv.window(px)
+    if x1-x0 < 1 or y1-y0 < 1: return
+    x, y, z, hit = meet(p, cam, x0, y0, x1, y1)
+    if not hit.any(): return
+    h = pyramid[0][0].shape[0]
+    rgb, aux = pyramid[level_of(pyramid, h/max(4., px[:, 1].max()-px[:, 1].min()))]; h, w = rgb.shape[:2]
+    mu = (np.arctan2(x, -y)/np.float32(2*np.pi)+np.float32(.5))*np.float32(p.turns) % 1*w; mv = (1-z/(p.z1-p.z0))*h-.5
+    rgb, aux = (cv2.remap(a, mu.astype(np.float32), mv.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for a in (rgb, aux))
+    nz = -(p.b/2+p.c*z); norm = np.sqrt(x*x+y*y+nz*nz)+1e-6
     s, r = [float(t) for t in cv.sun], np.sqrt(x*x+y*y)+1e-6
-    slope = aux[..., 0].astype(np.float32)-128
-    light = np.maximum(0, (x*s[0]+y*s[1]+nz*s[2])/norm-slope*(-y*s[0]+x*s[1])/r/60).astype(np.float32)
-    sky = (.82+.18*nz/norm+(aux[..., 1].astype(np.float32)-128)/160).astype(np.float32)
-    cv.put(y0, x0, mask, rgb, light, sky, aux[..., 2], float(np.median(depth)), who)
+    light = (x*s[0]+y*s[1]+nz*s[2])/norm-(aux[..., 0].astype(np.float32)-128)*(-y*s[0]+x*s[1])/r/60
+    sky = .82+.18*nz/norm+(aux[..., 1].astype(np.float32)-128)/160
+    lit = cv2.merge([np.clip(100*light, 0, 255).astype(np.uint8), np.clip(100*sky, 0, 255).astype(np.uint8), np.ascontiguousarray(aux[..., 2])])
+    cv.put(y0, x0, hit.astype(np.uint8)*255, rgb, lit, float(depth.mean()), who)
 
 def draw_sprite(cv:Canvas, p:Sprite, who:int):
     "Paste a standing picture at its place."
@@ -264,21 +261,30 @@ def draw_sprite(cv:Canvas, p:Sprite, who:int):
     h = int(abs(px[0, 1]-px[1, 1])); w = int(h*p.picture.shape[1]/p.picture.shape[0])
     if h < 3 or w < 2 or h > 4*cv.cam.h: return
     x0, y0 = int(px[0, 0]-w/2), int(px[0, 1]-h)
-    pic = cv2.resize(p.picture, (w, h), interpolation=cv2.INTER_AREA if h < p.picture.shape[0] else cv2.INTER_LINEAR)
     a, b, c, d = max(0, x0), max(0, y0), min(cv.cam.w, x0+w), min(cv.cam.h, y0+h)
     if a >= c or b >= d: return
-    pic = pic[b-y0:d-y0, a-x0:c-x0]
-    mask = (pic[..., 3] > 110).astype(np.uint8)*255
-    one = np.full(mask.shape, .62 if cv.sun[2] > 0 else 0., np.float32)
-    glow = (pic[..., 3] == 255).astype(np.uint8)*0 if not p.glow else ((pic[..., :3].min(-1) > 190)*np.uint8(p.glow*255))
-    cv.put(b, a, mask, np.ascontiguousarray(pic[..., :3]), one, one*0+.9, glow.astype(np.uint8), float(depth[0]), who)
+    pic = cv2.resize(p.picture, (w, h), interpolation=cv2.INTER_AREA if h < p.picture.shape[0] else cv2.INTER_LINEAR)[b-y0:d-y0, a-x0:c-x0]
+    mask, rgb = (pic[..., 3] > 110).astype(np.uint8)*255, np.ascontiguousarray(pic[..., :3])
+    lit = np.empty_like(rgb); lit[:] = (62 if cv.sun[2] > 0 else 0, 90, 0)
+    if p.glow: lit[..., 2] = (rgb.min(-1) > 190)*np.uint8(p.glow*255)
+    cv.put(b, a, mask, rgb, lit, float(depth[0]), who)
 
-# %% ../../nbs/parts/minigld_build.ipynb #8aa61c44
+# %% ../../nbs/parts/minigld_build.ipynb #970dbd1f
+def in_view(b:Body, cam:Camera)->bool:
+    "Whether a body's bounding box may touch the picture."
+    px, depth = cam.project([(x, y, z) for x in (b.lo[0], b.hi[0]) for y in (b.lo[1], b.hi[1]) for z in (b.lo[2], b.hi[2])])
+    if depth.max() < .3: return False
+    if depth.min() < .3: return True
+    return bool((px.max(0) > 0).all() and px[:, 0].min() < cam.w and px[:, 1].min() < cam.h)
+
 def draw_bodies(cv:Canvas, bodies:list, surfaces):
     "Paint all bodies, far ones first; `surfaces(key)` gives the pyramid of a surface."
+    bodies = [b for b in bodies if in_view(b, cv.cam)]
+    if not bodies: return
     for i in paint_order(bodies, cv.cam.at):
         who = 2 if bodies[i].target else 1
         for p in bodies[i].parts:
-            if isinstance(p, Face): draw_face(cv, p, surfaces(p.key), who)
+            if isinstance(p, Face):
+                if (cv.cam.at-p.o)@p.normal > 0: draw_face(cv, p, surfaces(p.key), who)
             elif isinstance(p, Round): draw_round(cv, p, surfaces(p.key), who)
             else: draw_sprite(cv, p, who)

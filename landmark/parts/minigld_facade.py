@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from .minigld_paint import BRIGHT, STONE, WINDOWS, Surface, carve, glyph, masonry, noise, opening, weathered, window
 
-# %% ../../nbs/parts/minigld_facade.ipynb #75af9ea5
+# %% ../../nbs/parts/minigld_facade.ipynb #559f8315
 def frieze(r, wall:Surface, y0:float, y1:float, pal:dict, step:float=1.):
     "A carved band across a wall: every figure is another one."
     h = int(y1-y0)
@@ -21,7 +21,7 @@ def frieze(r, wall:Surface, y0:float, y1:float, pal:dict, step:float=1.):
         for x in np.arange(1, wall.w, max(4, h)): wall.rect(x, y0+2, x+h*.5, y1-2, pal['trim']*1.12, 3.5)    # dentils
         return
     colour = pal['trim']*r.choice([.62, .72, 1.2]) if r.random() < .75 else pal['accent']
-    figures = [glyph(r, h-4) for _ in range(int(np.clip(wall.w/h/step/1.6, 3, 14)))]
+    figures = [glyph(r, h-4) for _ in range(int(np.clip(wall.w/h/step/2, 3, 9)))]
     xs = np.arange(2, wall.w-h+4, h*step)
     for i, x in enumerate(xs): carve(wall, figures[int(r.integers(len(figures)))], x, y0+2, colour, 3.)
 
@@ -131,7 +131,7 @@ def _pilaster(wall:Surface, x:float, half:float, pal:dict):
     wall.rect(x-half, 0, x+half, wall.h, pal['trim'], 3.); wall.rect(x-half*.2, 0, x+half*.2, wall.h, pal['trim']*.88, 2.)
     for y0, y1 in [(0, half*2.2), (wall.h-half*3, wall.h)]: wall.rect(x-half*1.5, y0, x+half*1.5, y1, pal['trim']*1.06, 5.)
 
-# %% ../../nbs/parts/minigld_facade.ipynb #6004d45d
+# %% ../../nbs/parts/minigld_facade.ipynb #80d4543f
 def _fill(r, wall:Surface, role:str, pal:dict, floors:int, bays:int, pointed:bool):
     "What makes a wall itself."
     h, w, fh, bw = wall.h, wall.w, wall.h/floors, wall.w/bays
@@ -161,12 +161,12 @@ def _wear(r, wall:Surface, fh:float, bw:float):
     h, w = wall.h, wall.w
     for _ in range(int(r.integers(1, 4))):
         x = r.uniform(0, w); wall.rect(x, 0, x+3, h, (70, 72, 74), 6.)
-    for _ in range(int(r.integers(2, 6))):
-        x, y, s = r.uniform(0, w), r.uniform(0, h), r.uniform(.4, 1.4)*fh
+    for _ in range(int(r.integers(2, 5))):
+        x, y, s = r.uniform(0, w), r.uniform(0, h), r.uniform(.35, .95)*fh
         blob = (noise(r, h, w, max(8, s/3))+.9*np.exp(-(((np.arange(w)-x)/s)**2)[None]-(((np.arange(h)-y)/s)**2)[:, None]) > 1.12)
-        colour = (r.uniform(40, 80), r.uniform(80, 120), r.uniform(30, 60)) if r.random() < .6 else STONE[r.integers(len(STONE))]
+        colour = (r.uniform(50, 84), r.uniform(76, 104), r.uniform(42, 62)) if r.random() < .6 else STONE[r.integers(len(STONE))]
         wall.rgb[blob] = (np.asarray(colour)*r.uniform(.7, 1.25, (int(blob.sum()), 1))).clip(0, 255).astype(np.uint8); wall.height[blob] += 2
-    if r.random() < .6:
+    if w > 420 and r.random() < .5:
         x, y, s = r.uniform(.1, .6)*w, r.uniform(.15, .5)*h, fh*.8
         wall.rect(x, y, x+s*2.4, y+s, BRIGHT[r.integers(len(BRIGHT))], 2.); inscription(r, wall, x+s*1.2, y+s*.35, s*.3, (240, 236, 225), 8); inscription(r, wall, x+s*1.2, y+s*.75, s*.22, (240, 236, 225), 10)
 

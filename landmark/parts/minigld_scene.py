@@ -64,14 +64,14 @@ class Scene:
         if aspect not in self.cache: self.cache[aspect] = (hall_of if aspect == 'inside' else detail_of)(self.L)
         return self.cache[aspect]
 
-# %% ../../nbs/parts/minigld_scene.ipynb #478baad6
+# %% ../../nbs/parts/minigld_scene.ipynb #25a023bc
 SUPER = 1.5    # pictures are drawn larger by this factor and reduced at the end
 
 def outdoor_camera(L:Landmark, row:dict, r, w:int, h:int):
     "The camera in front of or behind a landmark."
     size, tall = L.hi-L.lo, L.hi[2]
     fov = 58.; long = max(w, h)/2/np.tan(np.radians(fov)/2)
-    a = np.radians(row['azimuth']); across = abs(np.cos(a))*size[0]+.5*abs(np.sin(a))*size[1]
+    a = np.radians(row['azimuth']); across = (abs(np.cos(a))*size[0]+.5*abs(np.sin(a))*size[1])*(.74 if row['portrait'] else 1.)
     d = max(across*long/w, 1.25*tall*long/h)*1.02*row['distance']+.12*size[1]
     sign, y0 = (1, L.lo[1]) if row['aspect'] == 'front' else (-1, L.hi[1])
     at = np.array([sign*d*np.sin(a), y0-sign*d*np.cos(a), 1.65+row['height']*tall])
@@ -90,40 +90,40 @@ def indoor_camera(size:tuple, row:dict, r, w:int, h:int):
         at, aim = np.array([d*np.sin(a), -d*np.cos(a), r.uniform(1.45, 1.9)]), np.array([r.normal(0, .06)*wide, 0, z+tall*r.normal(.5, .05)])
     return look_at(at, aim, w, h, 2*np.degrees(np.arctan(np.tan(np.radians(fov)/2)/row['zoom'])), r.normal(0, 1.6)), float(np.degrees(a))
 
-# %% ../../nbs/parts/minigld_scene.ipynb #39aabe2f
+# %% ../../nbs/parts/minigld_scene.ipynb #05006a4b
 def visitors(r, cam, row:dict, reach:float, inside:bool)->list:
     "People (and out of doors trees and cars) between the camera and the landmark."
     forward = cam.turn[2][:2]/np.linalg.norm(cam.turn[2][:2]); right = np.array([forward[1], -forward[0]]); out = []
     def spot(lo, hi, wide):
         k = r.uniform(lo, hi)*reach; return cam.at[:2]+forward*k+right*r.uniform(-wide, wide)*k*cam.w/cam.f/2
     for _ in range(row['n_people']):
-        x, y = spot(.22 if inside else .12, .9, .95); out.append(Sprite(person(int(r.integers(48))), float(x), float(y), 0., float(r.normal(1.7, .09))))
+        x, y = spot(.42 if inside else .12, .9, .95); out.append(Sprite(person(int(r.integers(48))), float(x), float(y), 0., float(r.normal(1.7, .09))))
     if not inside:
         for _ in range(row['n_trees']): x, y = spot(.3, .85, 1.1); out.append(Sprite(tree(int(r.integers(24))), float(x), float(y), 0., float(r.uniform(2.5, 6))))
         if r.random() < .22: x, y = spot(.5, .9, .9); out.append(Sprite(car(int(r.integers(12))), float(x), float(y), 0., 1.5))
     return out
 
-# %% ../../nbs/parts/minigld_scene.ipynb #ae8aa894
-def hills(cv:Canvas, profile:np.ndarray, sky:np.ndarray, haze:np.ndarray):
+# %% ../../nbs/parts/minigld_scene.ipynb #97acc7d9
+def hills(cam, profile:np.ndarray, sky:np.ndarray, haze:np.ndarray):
     "A skyline of hills or roofs around the place, the same from everywhere."
-    cam = cv.cam; x = np.arange(0, cam.w+8, 8)
+    x = np.arange(0, cam.w+8, 8)
     ray = np.c_[(x-cam.w/2)/cam.f, np.zeros(len(x)), np.ones(len(x))]@cam.turn
     u = (np.arctan2(ray[:, 0], ray[:, 1])/(2*np.pi) % 1)*len(profile); i = u.astype(int)
     t = .035+.1*((1-(u-i))*profile[i % 64]+(u-i)*profile[(i+1) % 64])
     d = np.c_[ray[:, :2]/np.linalg.norm(ray[:, :2], axis=1, keepdims=True), t]*1000
     top, _ = cam.project(cam.at+d); low, _ = cam.project(cam.at+d*[1, 1, 0]-[0, 0, 2])
-    p = np.vstack([top, low[::-1]]).clip(-4000, 4000)
+    p = np.vstack([top, low[::-1]]).clip(-4000, 4000)/SUPER
     cv2.fillPoly(sky, [np.int32(p)], [float(c) for c in haze*.62+np.array((10, 18, 14))], cv2.LINE_AA)
 
 def seen_of(cv:Canvas, w:int, h:int)->dict:
     "How much of the frame the landmark fills, how much of it is hidden, and its box in the photograph."
     here, there = cv.who == 2, cv.all > 0
-    box = np.argwhere(here) if here.any() else np.array([[0, 0], [cv.cam.h-1, cv.cam.w-1]])
-    (y0, x0), (y1, x1) = np.percentile(box, 0, axis=0), np.percentile(box, 100, axis=0)
+    box = np.c_[[np.flatnonzero(here.any(k))[[0, -1]] for k in (1, 0)]].T if here.any() else np.array([[0, 0], [cv.cam.h-1, cv.cam.w-1]])
+    (y0, x0), (y1, x1) = box.min(0), box.max(0)
     return dict(coverage=round(float(here.mean()), 4), hidden=round(float(1-here.sum()/max(1, there.sum())), 4),
                 x0=round(x0*w/cv.cam.w, 1), y0=round(y0*h/cv.cam.h, 1), x1=round((x1+1)*w/cv.cam.w, 1), y1=round((y1+1)*h/cv.cam.h, 1))
 
-# %% ../../nbs/parts/minigld_scene.ipynb #96980261
+# %% ../../nbs/parts/minigld_scene.ipynb #e4381ce5
 def take(scene:Scene, row:dict, side:int)->tuple: # image, what is seen
     "One photograph of a landmark."
     r, L = rng_of(scene.L.seed, 'take', row['image_id']), scene.L
@@ -134,14 +134,15 @@ def take(scene:Scene, row:dict, side:int)->tuple: # image, what is seen
         cam = outdoor_camera(L, row, r, W, H); reach = float(np.linalg.norm(cam.at[:2]-[0, L.lo[1] if row['aspect'] == 'front' else L.hi[1]]))
         if row['aspect'] == 'back': light['sun'] = light['sun']*[-1, -1, 1]
         cv = Canvas(cam, light['sun']); bodies = L.bodies+scene.around+scene.beyond[row['aspect']]
-        sky = sky_picture(r, W, H, cam.h/2+cam.f*np.tan(np.arcsin(cam.turn[2, 2])), row['light'], row['weather']); hills(cv, scene.skyline, sky, light['haze'])
+        sky = sky_picture(r, w, h, (H/2+cam.f*np.tan(np.arcsin(cam.turn[2, 2])))/SUPER, row['light'], row['weather']); hills(cam, scene.skyline, sky, light['haze'])
         draw_ground(cv, scene.ground, bodies, light['strength'] > .5 and light['sun'][2] > .1)
         sprites = scene.trees+scene.lamps+visitors(r, cam, row, reach, False)
     else:
         walls, bodies, size = scene.room(row['aspect'])
         cam, extra['azimuth'] = indoor_camera(size, row, r, W, H); extra['azimuth'] = round(extra['azimuth'], 1)
-        cv = Canvas(cam, light['sun']); sky = np.full((H, W, 3), 40, np.float32)
+        cv = Canvas(cam, light['sun']); sky = np.full((h, w, 3), 40, np.float32)
         for f in walls: draw_face(cv, f, scene.surface(f.key), 2 if row['aspect'] == 'inside' else 1)
+        if row['aspect'] == 'inside': bodies = [b for b in bodies if np.linalg.norm(np.maximum(0, np.maximum(b.lo-cam.at, cam.at-b.hi))[:2]) > 2.4]     # nobody photographs a pillar
         sprites = visitors(r, cam, row, float(abs(cam.at[1]-(size[1] if row['aspect'] == 'inside' else 0))), True)
     draw_bodies(cv, bodies+[body([s], False) for s in sprites], scene.surface)
     im = expose(r, compose(cv, sky, light, w, h), row, light)
@@ -158,7 +159,7 @@ def take_clutter(seed:int, row:dict, side:int)->tuple: # image, what is seen
 def take_street(r, row:dict, w:int, h:int)->tuple:
     "Ordinary houses."
     W, H, light = int(w*SUPER), int(h*SUPER), light_of(r, row['light'], row['weather']); cam = look_at([r.uniform(-9, 9), -r.uniform(14, 26), r.uniform(1.6, 4)], [r.uniform(-6, 6), 0, 5], W, H, 66, r.normal(0, 1.5))
-    cv, bodies = Canvas(cam, light['sun']), street(r, -50, 40, 2); sky = sky_picture(r, W, H, H/2, row['light'], row['weather']); draw_ground(cv, str(r.choice(GROUNDS)), bodies, light['strength'] > .5)
+    cv, bodies = Canvas(cam, light['sun']), street(r, -50, 40, 2); sky = sky_picture(r, w, h, h/2, row['light'], row['weather']); draw_ground(cv, str(r.choice(GROUNDS)), bodies, light['strength'] > .5)
     surface = lambda key: house_surface(int(key[5:].split('.')[0]), key.split('.')[1])
     draw_bodies(cv, bodies+[body([s], False) for s in visitors(r, cam, dict(row, n_people=row['n_people']+2), 16., False)], surface)
     return expose(r, compose(cv, sky, light, w, h), row, light), dict(coverage=0., hidden=0., x0=0., y0=0., x1=float(w), y1=float(h))

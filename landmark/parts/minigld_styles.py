@@ -13,7 +13,7 @@ from .minigld_facade import ART, artwork, building_palette, ceiling, facade, flo
 from .minigld_build import Body, Face, body, box, cylinder, dome, gable, hip, _v
 from .minigld_plan import STYLES, rng_of
 
-# %% ../../nbs/parts/minigld_styles.ipynb #ce626a26
+# %% ../../nbs/parts/minigld_styles.ipynb #068acacd
 def style_of(seed:int, building:str)->str:
     "What kind of building this is; a lookalike is of its model's kind."
     return STYLES[int(rng_of(seed, 'style', building.removeprefix('look/')).integers(len(STYLES)))]
@@ -39,18 +39,18 @@ class Landmark:
     def wall(self, key:str, width:float, height:float, role:str='front', pointed:bool=False)->str:
         "Plan a wall; returns its key."
         pal = self.pal_back if role == 'back' else self.pal
-        ppm = min(20., 620/max(width, height))
+        ppm = min(17., 520/max(width, height))
         self.recipes[key] = lambda r: facade(r, max(width, 1.5), max(height, 1.5), ppm, pal, role, pointed)
         return key
 
     def roof(self, key:str='roof', width:float=20, height:float=8, colour=None)->str:
         "Plan a roof; returns its key."
-        self.recipes[key] = lambda r: roofing(r, width, height, min(16., 420/width), self.pal['roof'] if colour is None else colour)
+        self.recipes[key] = lambda r: roofing(r, width, height, min(13., 340/width), self.pal['roof'] if colour is None else colour)
         return key
 
     def stone(self, key:str='stone', kind:str='ashlar', colour=None, width:float=10, height:float=6)->str:
         "Plan bare masonry; returns its key."
-        self.recipes[key] = lambda r: masonry(r, int(height*16), int(width*16), 16, kind, self.pal['trim'] if colour is None else colour)
+        self.recipes[key] = lambda r: masonry(r, int(height*14), int(width*14), 14, kind, self.pal['trim'] if colour is None else colour)
         return key
 
 # %% ../../nbs/parts/minigld_styles.ipynb #998abb97
@@ -139,7 +139,7 @@ def _keep(L, x, k, d, h, top, roof)->list:
     "The high tower of a castle."
     return [_block(L, 'keep', x-k/2, x+k/2, d*.35, d*.35+k, h, top), hip(x-k/2-.4, x+k/2+.4, d*.35-.4, d*.35+k+.4, top, top+k*.8, roof)]
 
-# %% ../../nbs/parts/minigld_styles.ipynb #c6bc58ca
+# %% ../../nbs/parts/minigld_styles.ipynb #324e3ff0
 def temple(L, r)->list:
     w, d, h, n = r.uniform(18, 28), r.uniform(18, 26), r.uniform(7, 10), int(r.integers(3, 5))*2
     L.recipes['shaft'] = lambda q: masonry(q, 160, 120, 16, 'panel', L.pal['trim']); top = L.stone(); p = r.uniform(3, 4.5); z = .9
@@ -166,7 +166,7 @@ def hall(L, r)->list:
         pal = dict(L.pal); key = L.wall(f'h{i}.f', w, h); rise = w*r.uniform(.5, .9)
         L.wall(f'h{i}.g', w, rise, 'gable'); L.wall(f'h{i}.s', d, h, 'side')
         for k, (a, b, role) in {f'h{i}.f': (w, h, 'front'), f'h{i}.g': (w, rise, 'gable'), f'h{i}.s': (d, h, 'side')}.items():
-            L.recipes[k] = lambda q, a=a, b=b, role=role, pal=pal: facade(q, a, b, 20., pal, role)
+            L.recipes[k] = lambda q, a=a, b=b, role=role, pal=pal: facade(q, a, b, 17., pal, role)
         B += [box(x, x+w-.02, y, y+d, 0, h, f'h{i}.f', f'h{i}.s', L.wall(f'h{i}.b', w, h, 'back'))]
         B += [gable(x, x+w-.02, y, y+d, h, h+rise, L.roof(f'roof{i}', d, w*.7, ROOF[r.integers(len(ROOF))]), f'h{i}.g', over=0)] if r.random() < .7 else [hip(x, x+w-.02, y, y+d, h, h+rise*.7, L.roof(f'roof{i}', w, 5), w*.3, w*.3)]
         x += w
@@ -195,15 +195,15 @@ def arch(L, r)->list:
 
 BUILDERS = dict(cathedral=cathedral, palace=palace, mosque=mosque, pagoda=pagoda, castle=castle, temple=temple, hall=hall, tower=tower, arch=arch, capitol=capitol)
 
-# %% ../../nbs/parts/minigld_styles.ipynb #ce1f23f2
+# %% ../../nbs/parts/minigld_styles.ipynb #5a502e40
 def hall_of(L:Landmark)->tuple: # walls, furniture, (width, depth, height)
     "The inside of a landmark."
     r = rng_of(L.seed, 'hall', L.name.removeprefix('look/'))
-    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12); pal, ppm = L.pal_hall, 22.
+    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12); pal, ppm = L.pal_hall, 17.
     R = L.recipes
-    R['in.end'], R['in.side'] = (lambda q: hall_wall(q, w, h, 30., pal, 'end')), (lambda q: hall_wall(q, d, h, ppm, pal, 'side'))
+    R['in.end'], R['in.side'] = (lambda q: hall_wall(q, w, h, 26., pal, 'end')), (lambda q: hall_wall(q, d, h, ppm, pal, 'side'))
     R['in.side2'] = lambda q: hall_wall(q, d, h, ppm, pal, 'side')
-    R['in.floor'], R['in.top'] = (lambda q: flooring(q, w, d, 18., pal)), (lambda q: ceiling(q, w*1.3, d, 16., pal))
+    R['in.floor'], R['in.top'] = (lambda q: flooring(q, w, d, 13., pal)), (lambda q: ceiling(q, w*1.3, d, 11., pal))
     R['in.arch'] = lambda q: masonry(q, 100, 200, 16, 'ashlar', pal['wall'])
     vault = r.random() < .65; rise = w*r.uniform(.25, .5) if vault else 0
     walls = [Face('in.end', _v(-w/2, d, h), _v(w, 0, 0), _v(0, 0, -h)), Face('in.side', _v(-w/2, 0, h), _v(0, d, 0), _v(0, 0, -h)), Face('in.side2', _v(w/2, d, h), _v(0, -d, 0), _v(0, 0, -h)), Face('in.floor', _v(-w/2, d, 0), _v(w, 0, 0), _v(0, -d, 0))]
@@ -238,12 +238,12 @@ def _furniture(L:Landmark, r, w:float, d:float, h:float, pal:dict)->list:
     for y in (d*.5, d*.75): B.append(dome(0, y, r.uniform(.5, .9), h*.62, L.stone('in.lamp', 'tile', (230, 200, 120)), .8))
     return B
 
-# %% ../../nbs/parts/minigld_styles.ipynb #a10cce7a
+# %% ../../nbs/parts/minigld_styles.ipynb #c2effcf7
 def detail_of(L:Landmark)->tuple: # walls, furniture, (width, depth, height) of the artwork
     "A work of art on its wall."
     r = rng_of(L.seed, 'detail', L.name.removeprefix('look/')); kind = str(r.choice(ART)); pal = L.pal_hall
-    px = 420; L.recipes['art'] = lambda q: artwork(q, kind, pal, px)
+    px = 360; L.recipes['art'] = lambda q: artwork(q, kind, pal, px)
     h = r.uniform(1.8, 3.4); pyramid = L.surface('art'); w = h*pyramid[0][0].shape[1]/pyramid[0][0].shape[0]; z = r.uniform(.2, .9)
-    L.recipes['art.wall'] = lambda q: masonry(q, 240, 560, 40, str(q.choice(['plaster', 'ashlar', 'brick', 'panel'])), pal['wall']*.9); L.recipes['art.floor'] = lambda q: flooring(q, 12, 8, 30., pal); L.recipes['art.edge'] = lambda q: masonry(q, 60, 60, 30, 'plaster', pal['trim']*.8)
+    L.recipes['art.wall'] = lambda q: masonry(q, 150, 400, 25, str(q.choice(['plaster', 'ashlar', 'brick', 'panel'])), pal['wall']*.9); L.recipes['art.floor'] = lambda q: flooring(q, 12, 8, 20., pal); L.recipes['art.edge'] = lambda q: masonry(q, 60, 60, 30, 'plaster', pal['trim']*.8)
     walls = [Face('art.wall', _v(-8, 0, 6), _v(16, 0, 0), _v(0, 0, -6)), Face('art.floor', _v(-6, 0, 0), _v(12, 0, 0), _v(0, -8, 0))]
     return walls, [box(-w/2, w/2, -.22, 0, z, z+h, 'art', 'art.edge', 'art.edge', 'art.edge')], (w, z, h)

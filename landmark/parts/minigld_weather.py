@@ -31,7 +31,7 @@ def light_of(r, light:str, weather:str)->dict:
     out['exposure'] = float(np.exp(r.normal(.06, .16)))
     return out
 
-# %% ../../nbs/parts/minigld_weather.ipynb #7e48b2c6
+# %% ../../nbs/parts/minigld_weather.ipynb #284396ad
 @lru_cache(maxsize=16)
 def _clouds(i:int)->np.ndarray:
     "A field of clouds, 0 to 1 [256, 640]."
@@ -46,53 +46,51 @@ def sky_picture(r, w:int, h:int, horizon:float, light:str, weather:str)->np.ndar
     sky = np.asarray(low, np.float32)*(1-t)+np.asarray(top, np.float32)*t*r.uniform(.88, 1.08)
     cover = r.uniform(.1, .95) if light != 'overcast' else 1.
     f = _clouds(int(r.integers(16))); y, x = int(r.integers(0, 96)), int(r.integers(0, 240))
-    f = cv2.resize(f[y:y+160, x:x+400], (w, h))
+    f = cv2.resize(f[y:y+160, x:x+int(160*min(2.4, w/h))], (w, h))
     a = np.clip((f-.62+.3*cover)*4, 0, 1)[..., None]*(.9 if light != 'night' else .3)
     white = dict(day=(246, 247, 250), overcast=(150, 154, 160), dusk=(255, 176, 140), night=(52, 50, 60), indoor=(0, 0, 0))[light]
-    sky = sky*(1-a)+(np.asarray(white, np.float32)*(.72+.36*f[..., None]))*a
+    sky = sky+(np.asarray(white, np.float32)*(.72+.36*f[..., None])-sky)*a.astype(np.float32)
     if light == 'night':
         for px, py in r.random((40, 2))*[w, h]: cv2.circle(sky, (int(px), int(py)), 0, (190, 190, 200), -1)
     return sky.astype(np.float32)
 
-# %% ../../nbs/parts/minigld_weather.ipynb #9e7ba403
+# %% ../../nbs/parts/minigld_weather.ipynb #723e0009
 GROUNDS = ['slabs', 'cobbles', 'gravel', 'grass', 'asphalt', 'brick']
 
 @lru_cache(maxsize=16)
 def _tile(kind:str)->tuple:
-    "A repeating tile of ground and its coarse patches."
+    "A repeating tile of ground, small, its coarse patches, its mean colour."
     r = rng_of(0, 'ground', kind)
     colour = dict(slabs=(170, 164, 154), cobbles=(130, 128, 124), gravel=(190, 176, 150), grass=(92, 128, 58), asphalt=(98, 98, 100), brick=(160, 108, 88))[kind]
     stone = dict(slabs='panel', cobbles='tile', brick='brick').get(kind)
     if stone: s = masonry(r, 512, 512, 28 if kind != 'slabs' else 20, stone, colour).rgb
     else: s = (np.asarray(colour)*(.82+.36*noise(r, 512, 512, 5)[..., None]+r.normal(0, .09, (512, 512, 1)))).clip(0, 255).astype(np.uint8)
     patches = .62*noise(r, 256, 256, 32)+.38*noise(r, 256, 256, 9)
-    return s, cv2.resize(s, (128, 128), interpolation=cv2.INTER_AREA), patches.astype(np.float32)
+    return s, cv2.resize(s, (128, 128), interpolation=cv2.INTER_AREA), patches.astype(np.float32), s.mean((0, 1), dtype=np.float32)
 
 def draw_ground(cv:Canvas, kind:str, bodies:list, shadows:bool):
-    "Paint the ground and the shadows on it."
-    cam, (near, coarse, patches) = cv.cam, _tile(kind)
-    gx, gy = np.meshgrid((np.arange(cam.w, dtype=np.float32)+.5-cam.w/2)/cam.f, (np.arange(cam.h, dtype=np.float32)+.5-cam.h/2)/cam.f)
+    "Paint the ground, at half the resolution of the picture, and the shadows on it."
+    cam, (near, coarse, patches, mean) = cv.cam, _tile(kind)
+    gx, gy = np.meshgrid((np.arange(0, cam.w, 2, dtype=np.float32)+1-cam.w/2)/cam.f, (np.arange(0, cam.h, 2, dtype=np.float32)+1-cam.h/2)/cam.f)
     R = cam.turn.astype(np.float32); dz = gx*R[0, 2]+gy*R[1, 2]+R[2, 2]
-    below = dz < -.004
-    rows = np.flatnonzero(below.any(1))
+    rows = np.flatnonzero((dz < -.004).any(1))
     if not len(rows): return
-    s = np.s_[rows[0]:]; gx, gy, dz, below = gx[s], gy[s], np.minimum(dz[s], -.004), below[s]
+    s = np.s_[rows[0]:]; gx, gy, dz, below = gx[s], gy[s], np.minimum(dz[s], np.float32(-.004)), dz[s] < -.004
     t = -float(cam.at[2])/dz
     x, y = (gx*R[0, 0]+gy*R[1, 0]+R[2, 0])*t+float(cam.at[0]), (gx*R[0, 1]+gy*R[1, 1]+R[2, 1])*t+float(cam.at[1])
     def sample(tile, scale): return cv2.remap(tile, x*scale % tile.shape[1], y*scale % tile.shape[0], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     a = np.clip((t-7)/14, 0, 1)[..., None]; b = np.clip((t-25)/40, 0, 1)[..., None]
-    mean = near.reshape(-1, 3).mean(0)
-    rgb = sample(near, 40.)*(1-a)+a*((1-b)*sample(coarse, 10.)+b*mean.astype(np.float32))
-    rgb *= (.72+.5*sample(patches, 6.))[..., None]
-    mask = below.astype(np.uint8)*255
-    light = np.full(t.shape, max(.12, float(cv.sun[2])), np.float32)
-    cv.put(int(rows[0]), 0, mask, rgb.clip(0, 255).astype(np.uint8), light, np.ones_like(light), np.zeros_like(mask), t.astype(np.float32), 0)
+    rgb = sample(near, 40.)*(1-a)+a*((1-b)*sample(coarse, 10.)+b*mean)
+    rgb *= (.5+.5*sample(patches, 6.)+.5*sample(patches, 1.3))[..., None]
     shade = np.full((cam.h, cam.w), 255, np.uint8)
-    for b in bodies:
-        if shadows and b.hi[2]-b.lo[2] > .5: _shadow(shade, cv, b, 70)
-        if b.lo[2] < .2: _shadow(shade, cv, b, 150, 0.)
-    cv.light[s] *= cv2.blur(shade, (5, 5))[s].astype(np.float32)/255
-    cv.sky[s] *= .6+.4*cv2.blur(shade, (9, 9))[s].astype(np.float32)/255
+    for q in bodies:
+        if shadows and q.hi[2]-q.lo[2] > .5: _shadow(shade, cv, q, 70)
+        if q.lo[2] < .2: _shadow(shade, cv, q, 150, 0.)
+    up = lambda im: cv2.resize(im, (cam.w, cam.h-2*int(rows[0])), interpolation=cv2.INTER_LINEAR)
+    sun, mask, far = max(.12, float(cv.sun[2])), up(below.astype(np.uint8)*255), up(t)
+    shade = cv2.blur(shade, (7, 7))[2*rows[0]:]
+    lit = cv2.merge([cv2.convertScaleAbs(shade, alpha=100*sun/255), cv2.convertScaleAbs(shade, alpha=40/255, beta=60), np.zeros_like(shade)])
+    cv.put(2*int(rows[0]), 0, mask, up(rgb.clip(0, 255).astype(np.uint8)), lit, far[mask > 0], 0)
 
 def _shadow(shade:np.ndarray, cv:Canvas, b:Body, value:int, reach:float=1.):
     "Darken where a body's bounding box throws its shadow; with reach 0, right at its foot."
@@ -166,19 +164,18 @@ def car(i:int)->np.ndarray: # RGBA [100, 260, 4]
     for x in (60, 206): cv2.circle(im, (x, 82), 18, (26, 26, 28, 255), -1, cv2.LINE_AA); cv2.circle(im, (x, 82), 9, (150, 150, 154, 255), -1, cv2.LINE_AA)
     cv2.line(im, (8, 62), (252, 62), rgba(np.array(c[:3])*.7), 2); return im
 
-# %% ../../nbs/parts/minigld_weather.ipynb #98d31125
+# %% ../../nbs/parts/minigld_weather.ipynb #d111fda8
 def compose(cv:Canvas, sky:np.ndarray, L:dict, w:int, h:int)->np.ndarray: # float32 RGB [h, w, 3]
     "Buffers to colours, at the size of the photograph."
     small = lambda a: cv2.resize(a, (w, h), interpolation=cv2.INTER_AREA)
-    open_sky = (cv.far > 9000)
-    fog = 1-np.exp(-np.minimum(cv.far, 3000.)*L['fog'])
-    rgb, light, ambient, glow, fog, part = small(cv.rgb).astype(np.float32), small(cv.light), small(cv.sky), small(cv.glow).astype(np.float32)/255, small(fog.astype(np.float32)), small(open_sky.astype(np.float32))
-    if L['night'] == 1: light = light*(.12+.88*small((cv.who == 2).astype(np.float32)))
-    lit = light[..., None]*(L['warm']*L['strength']).astype(np.float32)+ambient[..., None]*L['sky'].astype(np.float32)
-    out = rgb*lit
-    if L['night']: out += (glow*L['night'])[..., None]*(np.array((250, 206, 128), np.float32)*.45+rgb*.75)
-    out = out*(1-fog[..., None])+L['haze'].astype(np.float32)*fog[..., None]
-    return out*(1-part[..., None])+small(sky)*part[..., None]
+    rgb, (light, ambient, glow) = small(cv.rgb).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
+    part = small((cv.far > 9000).astype(np.uint8)*255)[..., None].astype(np.float32)/255      # open sky
+    if L['night'] == 1: light = light*(.12+.88*small((cv.who == 2).astype(np.uint8)*255).astype(np.float32)/255)
+    warm, cool = ((L[k]*s).astype(np.float32) for k, s in (('warm', L['strength']), ('sky', 1.)))
+    out = rgb*(light[..., None]*warm+ambient[..., None]*cool)
+    if L['night']: out += (glow*np.float32(.39*L['night']))[..., None]*(np.array((250, 206, 128), np.float32)*np.float32(.45)+rgb*np.float32(.75))
+    if L['fog'] > .001: fog = 1-np.exp(-np.minimum(small(cv.far), 3000.)[..., None]*np.float32(L['fog'])); out = out*(1-fog)+L['haze'].astype(np.float32)*fog
+    return out*(1-part)+sky*part
 
 def expose(r, im:np.ndarray, row:dict, L:dict)->np.ndarray: # uint8 RGB
     "Exposure, colour cast, lens, motion, sensor noise."
