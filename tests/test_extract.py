@@ -1,0 +1,58 @@
+"""Extraction: shards, machines, kills, unreadable images."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from landmark import extract
+from landmark.parts.backbones import make_model
+from landmark.parts.core import ParameterError
+from landmark.parts.engine import save_model
+from landmark.parts.images import image_path
+from landmark.parts.store import open_store
+from test_train import folder_world
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    "A folder world of 12 photos and a finished artifact with two untrained models."
+    monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    world = folder_world(tmp_path/'world', n=12); models = tmp_path/'models'
+    for name in ('a_v1', 'b_v1'): save_model(models/name, make_model('test_resnet', d=8), dict(backbone='test_resnet', pooling='gem', dim=8))
+    (models/'manifest.json').write_text('{"outputs": {}}')
+    return world, dict(world=str(world), models=str(models), splits=['v1_train'], sizes='64', min_side=32, device='cpu', n_workers=1, shard_size=5, dtype='float32')
+
+def test_a_killed_run_goes_on_with_the_missing_shards(setting, monkeypatch):
+    world, args = setting; cfg = extract.Config(**args); whole = extract.extract_shard; made = []
+    def dies(job):
+        if len(made) == 2: raise KeyboardInterrupt
+        made.append(job[5]); return whole(job)
+    monkeypatch.setattr(extract, 'extract_shard', dies)
+    with pytest.raises(KeyboardInterrupt): extract.run(cfg)
+    made.clear(); monkeypatch.setattr(extract, 'extract_shard', lambda job: made.append(job[5]) or whole(job))
+    out = extract.run(cfg); assert len(made) == 4, '2 of 6 shards were there already'
+    store = open_store(out/'a_v1'/'v1_train'); assert store.shape == (12, 8)
+    np.testing.assert_allclose(np.linalg.norm(store[:], axis=1), 1, rtol=1e-5)
+    made.clear(); assert extract.run(cfg) == out and not made
+
+def test_several_machines_make_the_same_store(setting):
+    _, args = setting
+    one = extract.run(extract.Config(**args, name='one'))
+    first = extract.run(extract.Config(**args, name='two', shard=1, n_shards=2)); assert not (first/'manifest.json').exists()
+    both = extract.run(extract.Config(**args, name='two', shard=0, n_shards=2)); assert (both/'manifest.json').exists()
+    for name in ('a_v1', 'b_v1'):
+        a, b = (open_store(d/name/'v1_train') for d in (one, both)); assert list(a.ids) == list(b.ids); np.testing.assert_array_equal(a[:], b[:])
+
+def test_unreadable_images_are_listed_and_bounded(setting):
+    world, args = setting; ids = pd.read_csv(world/'v1'/'train.csv', dtype=str).id
+    image_path(world/'v1'/'train', ids[3]).write_bytes(b'no picture')
+    out = extract.run(extract.Config(**args))
+    wrong = pd.read_csv(out/'unreadable.csv', dtype=str); assert wrong.image_id.tolist() == [ids[3]] and 'not an image' in wrong.reason[0]
+    assert len(open_store(out/'a_v1'/'v1_train')) == 11
+    image_path(world/'v1'/'train', ids[4]).unlink()
+    with pytest.raises(ValueError, match='2 of 12 images of v1_train cannot be read, more than `max_bad`'): extract.run(extract.Config(**args, name='more'))
+
+@pytest.mark.parametrize('change,says', [(dict(splits=['indexx']), "there is no split 'indexx'"), (dict(select=['c_v1']), '`select` names c_v1, but there are a_v1, b_v1'),
+                                         (dict(models='gone'), 'gone is not there'), (dict(models=''), 'an upstream artifact is missing'), (dict(shard=2, n_shards=2), 'it counts from 0')])
+def test_wrong_parameters_stop_at_once(setting, change, says):
+    _, args = setting
+    with pytest.raises(ParameterError, match=says): extract.run(extract.Config(**{**args, **change}))

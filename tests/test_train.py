@@ -1,0 +1,145 @@
+"""Training: killed and continued, bad input, one process against two."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from landmark import train
+from landmark.parts.core import ParameterError
+from landmark.parts.engine import TrainingError
+from landmark.parts.images import image_path
+
+SMALL = dict(backbone='test_resnet', dim=8, sizes='64', epochs=2, batch_size=4, log_every=1, checkpoint_every=2, device='cpu', n_workers=1, n_negatives=1)
+
+def folder_world(world, n=24, n_labels=3):
+    "Noise photos of a few labels, laid like the Google Landmarks sets."
+    rng, rows = np.random.default_rng(0), []
+    for i in range(n):
+        image_id, label = f'{i*7919:016x}', 10+i % n_labels
+        path = image_path(world/'v1'/'train', image_id[::-1]); path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), cv2.resize(rng.integers(0, 255, (6, 8, 3), np.uint8), (80, 60)) // 2 + 40*(i % n_labels)); rows.append((image_id[::-1], 'http://', label))
+    pd.DataFrame(rows, columns=['id', 'url', 'landmark_id']).to_csv(world/'v1'/'train.csv', index=False)
+    return world
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    return folder_world(tmp_path/'world')
+
+def weights(out, name): return load_file(out/name/'weights.safetensors')
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+@pytest.mark.parametrize('loss', ['arcface', 'contrastive'])
+def test_killed_and_continued_ends_with_the_same_weights(world, loss, monkeypatch):
+    cfg = train.Config(world=str(world), loss=loss, name='whole', **SMALL); whole = train.run(cfg)
+    class Killed(BaseException): pass
+    class Dies(train.Watch):
+        def __call__(self, rows, rate):
+            if rows[-1]['step'] == 11: raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(train, 'Watch', Dies)
+        with pytest.raises(Killed): train.run(train.Config(world=str(world), loss=loss, name='killed', **SMALL))
+    state = torch.load(next((Path(os.environ['LANDMARK_RUNS'])).rglob('killed-*/.state/*/last.pt')), weights_only=True)
+    assert 0 < state['step'] < 11 and state['at'] > 0, 'the checkpoint lies within an epoch'
+    again = train.run(train.Config(world=str(world), loss=loss, name='killed', **SMALL))
+    assert same(weights(whole, f'{loss}_v1'), weights(again, f'{loss}_v1'))
+    pd.testing.assert_frame_equal(pd.read_csv(whole/f'{loss}_v1'/'metrics.csv'), pd.read_csv(again/f'{loss}_v1'/'metrics.csv'))
+    assert not same(weights(whole, f'{loss}_v1'), weights(train.run(train.Config(world=str(world), loss=loss, name='other', **{**SMALL, 'lr': 1e-3})), f'{loss}_v1'))
+
+def start(world, name, **more):
+    "Training in a process of its own."
+    code = f"from landmark import train; train.run(train.Config(**{dict(world=str(world), name=name, **{**SMALL, **more})!r}))"
+    root = str(Path(train.__file__).parents[1])
+    return subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': root, 'OMP_NUM_THREADS': '1'}, stderr=subprocess.PIPE)
+
+def test_sigkill(world):
+    "Killed by the system in the middle: the next call finishes with the same weights."
+    whole = train.run(train.Config(world=str(world), name='whole', **{**SMALL, 'epochs': 12}))
+    p = start(world, 'killed', epochs=12); t = time.time()
+    while not (found := list(Path(os.environ['LANDMARK_RUNS']).rglob('killed-*/.state/*/last.pt'))) and time.time()-t < 60: time.sleep(0.02)
+    p.send_signal(signal.SIGKILL); p.communicate(); assert found
+    assert not list(Path(os.environ['LANDMARK_RUNS']).rglob('killed-*/manifest.json')), 'it was killed before it was done'
+    again = train.run(train.Config(world=str(world), name='killed', **{**SMALL, 'epochs': 12}))
+    assert same(weights(whole, 'arcface_v1'), weights(again, 'arcface_v1'))
+
+
+def test_two_processes_follow_the_curve_of_one(world):
+    "With batch norm frozen, a batch on two processes is the batch of one."
+    args = {**SMALL, 'frozen_bn': True, 'drop_uneven': True, 'lr': 1e-3, 'optimizer': 'sgd'}
+    one = train.run(train.Config(world=str(world), name='one', **args)); two = train.run(train.Config(world=str(world), name='two', **{**args, 'devices': 2}))
+    a, b = (pd.read_csv(d/'arcface_v1'/'metrics.csv') for d in (one, two))
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4); np.testing.assert_allclose(a.accuracy, b.accuracy)
+    for k, v in weights(one, 'arcface_v1').items(): torch.testing.assert_close(v, weights(two, 'arcface_v1')[k], rtol=1e-3, atol=1e-5)
+
+def test_a_parent_gives_its_weights_and_loses_its_classifier(world, tmp_path):
+    (world/'v2').mkdir(); (world/'v2'/'train').symlink_to(world/'v1'/'train')
+    pd.read_csv(world/'v1'/'train.csv', dtype=str).assign(landmark_id=lambda d: [i % 5 for i in range(len(d))]).to_csv(world/'v2'/'train.csv', index=False)
+    v1 = train.run(train.Config(world=str(world), name='v1', **SMALL))
+    still = {**SMALL, 'lr': 0., 'lr_end': 0., 'frozen_bn': True, 'weight_decay': 0.}
+    both = train.run(train.Config(world=str(world), name='both', train_set='v1+v2', parent=str(v1), **still))
+    assert same(weights(v1, 'arcface_v1'), weights(both, 'arcface_v1+v2')), 'without learning it still is its parent'
+    card = json.loads((both/'arcface_v1+v2'/'card.json').read_text()); assert card['result']['classes'] == 5
+    with pytest.raises(ParameterError, match='starts from cosface_v1, but .* has only arcface_v1'):
+        train.run(train.Config(world=str(world), loss='cosface', train_set='v1+v2', parent=str(v1), **SMALL))
+    with pytest.raises(ParameterError, match='is test_resnet with gem and 8 numbers, the parameters ask for test_resnet, gem, 16'):
+        train.run(train.Config(world=str(world), train_set='v1+v2', parent=str(v1), **{**SMALL, 'dim': 16}))
+
+def test_scale_up_freezes_batch_norm(world):
+    out = train.run(train.Config(world=str(world), name='up', scale_up='96', **{**SMALL, 'lr': 0., 'lr_end': 0., 'epochs': 1}))
+    plain = train.run(train.Config(world=str(world), name='plain', **{**SMALL, 'lr': 0., 'lr_end': 0., 'epochs': 1}))
+    a, b = weights(out, 'arcface_v1'), weights(plain, 'arcface_v1')
+    assert same(a, b), 'the last epoch changes no statistics'
+    table = pd.read_csv(out/'arcface_v1'/'metrics.csv'); assert table.epoch.tolist()[-1] == 1
+
+def damage(world, k, text=b'\xff\xd8 cut'):
+    for i in range(k): image_path(world/'v1'/'train', pd.read_csv(world/'v1'/'train.csv', dtype=str).id[i]).write_bytes(text)
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_corrupt_photo_is_counted_and_listed(world, in_memory):
+    damage(world, 1)
+    out = train.run(train.Config(world=str(world), in_memory=in_memory, **SMALL))
+    assert len(pd.read_csv(out/'arcface_v1'/'unreadable.csv')) == 1
+    assert json.loads((out/'manifest.json').read_text())['metrics']['arcface_v1']['loss'] > 0
+
+def test_a_photo_that_goes_bad_in_the_middle(world):
+    "Its header can be read, so that it is met inside a batch; for tuples the whole tuple goes."
+    path = image_path(world/'v1'/'train', pd.read_csv(world/'v1'/'train.csv', dtype=str).id[0])
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes())//2])
+    for loss in ('arcface', 'contrastive'):
+        out = train.run(train.Config(world=str(world), loss=loss, in_memory=False, name=loss, **SMALL))
+        assert pd.read_csv(out/f'{loss}_v1'/'unreadable.csv').path.tolist() == [str(path)]
+
+def test_too_many_corrupt_photos(world):
+    damage(world, 5)
+    with pytest.raises(TrainingError, match='5 of 24 photos cannot be read, more than `max_bad` = 0.01'): train.run(train.Config(world=str(world), **SMALL))
+
+def test_a_loss_that_explodes_names_its_batch(world):
+    with pytest.raises(TrainingError, match=r'The loss of batch \d+ in epoch \d+ is (nan|inf).*Its images: .*\.jpg'):
+        train.run(train.Config(world=str(world), loss='softmax', **{**SMALL, 'optimizer': 'sgd', 'lr': 1e30, 'clip': 0., 'warmup': 0.}))
+
+@pytest.mark.parametrize('change,says', [(dict(loss='archface'), "`loss` is 'archface'; allowed are"), (dict(train_set='v3'), "`train_set` is 'v3'; allowed are"),
+                                         (dict(train_set='v1+v2'), 'starts from arcface_v1: give the artifact'), (dict(device='cuda:7'), 'cuda:7 was asked for')])
+def test_wrong_parameters_stop_at_once(world, change, says):
+    with pytest.raises(ParameterError, match=says): train.run(train.Config(world=str(world), **{**SMALL, **change}))
+
+@pytest.mark.parametrize('change,says', [(dict(sizes='XXL'), "`sizes` is 'XXL'; allowed are"), (dict(augment='hard'), "`augment` is 'hard'"), (dict(optimizer='lion'), "`optimizer` is 'lion'"),
+                                         (dict(pooling='gemm'), "`pooling` is 'gemm'"), (dict(backbone='resnet1001'), "neither fishnet150 nor a model of timm"),
+                                         (dict(batch_size=64, drop_uneven=True), 'No batch of 64 photos can be filled from 24'), (dict(weights='gone.pth'), 'There are no weights at gone.pth')])
+def test_other_wrong_values(world, change, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says): train.run(train.Config(world=str(world), **{**SMALL, **change}))
+
+def test_labels_with_one_image_and_one_label(world):
+    csv = world/'v1'/'train.csv'; df = pd.read_csv(csv, dtype=str); df.loc[0, 'landmark_id'] = '999'; df.to_csv(csv, index=False)
+    for loss in ('arcface', 'contrastive'): train.run(train.Config(world=str(world), loss=loss, name=loss, **SMALL))
+    df.assign(landmark_id=1).to_csv(csv, index=False)
+    with pytest.raises(ParameterError, match='shows 1 landmark; at least 2 are needed'): train.run(train.Config(world=str(world), name='single', **SMALL))
