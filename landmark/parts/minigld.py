@@ -6,7 +6,7 @@
 __all__ = ['VERSION', 'tasks_of', 'render_task', 'relation', 'ground_truth', 'solutions', 'category_table', 'write_tables',
            'draw_world']
 
-# %% ../../nbs/parts/minigld.ipynb #559e330d
+# %% ../../nbs/parts/minigld.ipynb #8c053dc2
 import dataclasses, json, math, pickle
 from pathlib import Path
 import cv2
@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from .core import atomic_path, parallel_map
 from .minigld_plan import BENCHMARKS, STYLES, WORLDS, Knobs, landmark_name, plan_world, rng_of, scaled
-from .minigld_scene import photograph, style_of
+from .minigld_scene import photograph
+from .minigld_styles import style_of
 
 # %% ../../nbs/parts/minigld.ipynb #5fbc2170
 VERSION = 1    # of the drawer; a new number is a new world

@@ -72,7 +72,7 @@ def _leaflet(r, w:int, h:int)->np.ndarray:
     for y in np.arange(.32, .88, .055): inscription(r, s, w*.34, h*y, h*.03, (50, 50, 56), int(r.integers(14, 22)))
     carve(s, glyph(r, int(h*.3)), w*.66, h*.4, BRIGHT[r.integers(len(BRIGHT))], 0); return s.rgb.astype(np.float32)
 
-# %% ../../nbs/parts/minigld_clutter.ipynb #a213bf56
+# %% ../../nbs/parts/minigld_clutter.ipynb #414213a4
 def landscape(r, w:int, h:int, row:dict)->np.ndarray:
     "Mountains, hills, the sea."
     light = row['light'] if row['light'] != 'indoor' else 'day'; horizon = h*r.uniform(.35, .65); im = sky_picture(r, w, h, horizon, light, 'clear')
@@ -84,7 +84,7 @@ def landscape(r, w:int, h:int, row:dict)->np.ndarray:
         im[mask] = tex[mask]
     if r.random() < .5:
         y = int(horizon+h*.06); water = _stained(r, w, h-y, np.array((74, 120, 150))*dim, 6)*.6+im[max(0, 2*y-h):y][::-1][:h-y].mean((0, 1))*.4; im[y:] = cv2.blur(water, (25, 1))
-    else: [paste(im, tree(int(r.integers(24))), x, h*y, h*.34*(y-.3), dim) for x, y in sorted(zip(r.random(14)*w, r.uniform(.6, 1.1, 14)), key=lambda t: t[1])]
+    else: [paste(im, tree(int(r.integers(14))), x, h*y, h*.34*(y-.3), dim) for x, y in sorted(zip(r.random(14)*w, r.uniform(.6, 1.1, 14)), key=lambda t: t[1])]
     return im
 
 def animal(r, w:int, h:int, row:dict)->np.ndarray:
@@ -97,13 +97,13 @@ def animal(r, w:int, h:int, row:dict)->np.ndarray:
             for a in np.arange(0, 6.2, 1.05): cv2.ellipse(im, (int(x*w+np.cos(a)*k), int(y*h+np.sin(a)*k*.7)), (int(k*.7), int(k*.4)), np.degrees(a), 0, 360, rgba(c)[:3], -1, cv2.LINE_AA)
             cv2.circle(im, (int(x*w), int(y*h)), int(k*.45), (236, 200, 70), -1, cv2.LINE_AA)
         return im
-    c, s = np.array([(70, 54, 42), (190, 150, 100), (60, 60, 62), (226, 220, 210)][r.integers(4)])*r.uniform(.8, 1.1), h*r.uniform(.22, .36); x, y = w*r.uniform(.4, .6), h*.55
+    c, s = np.array([(70, 54, 42), (190, 150, 100), (60, 60, 62), (206, 198, 186)][r.integers(4)])*r.uniform(.7, 1.), h*r.uniform(.22, .36); x, y = w*r.uniform(.4, .6), h*.55
     for k in (-.8, -.5, .5, .8): cv2.line(im, (int(x+k*s), int(y)), (int(x+k*s+r.normal(0, 5)), int(y+s*.95)), rgba(c*.8)[:3], max(2, int(s*.14)), cv2.LINE_AA)
     cv2.ellipse(im, (int(x), int(y)), (int(s), int(s*.46)), 0, 0, 360, rgba(c)[:3], -1, cv2.LINE_AA); hx, hy = int(x+s*1.02), int(y-s*.5)
     cv2.line(im, (int(x+s*.7), int(y-s*.1)), (hx, hy), rgba(c)[:3], int(s*.36), cv2.LINE_AA); cv2.ellipse(im, (hx, hy), (int(s*.36), int(s*.27)), 12, 0, 360, rgba(c*1.1)[:3], -1, cv2.LINE_AA)
     for k in (-.2, .12): cv2.fillPoly(im, [np.int32([(hx+k*s-6, hy-s*.16), (hx+k*s+8, hy-s*.16), (hx+k*s, hy-s*.46)])], rgba(c*.75)[:3], cv2.LINE_AA)
     cv2.circle(im, (hx+int(s*.12), hy-int(s*.05)), max(1, int(s*.05)), (16, 14, 14), -1, cv2.LINE_AA); cv2.line(im, (int(x-s*.9), int(y-s*.1)), (int(x-s*1.4), int(y-s*r.uniform(.1, .7))), rgba(c)[:3], max(2, int(s*.1)), cv2.LINE_AA)
-    return im
+    return im*(.72+.4*noise(r, h, w, 4)[..., None])*(.8+.4*noise(r, h, w, 50)[..., None])
 
 # %% ../../nbs/parts/minigld_clutter.ipynb #ae2f7335
 PAINTERS = dict(people=people, food=food, map=map_sheet, landscape=landscape, animal=animal)

@@ -6,7 +6,7 @@
 __all__ = ['SUPER', 'house_surface', 'street', 'Scene', 'outdoor_camera', 'indoor_camera', 'visitors', 'hills', 'seen_of', 'take',
            'take_clutter', 'take_street', 'photograph']
 
-# %% ../../nbs/parts/minigld_scene.ipynb #768b4a19
+# %% ../../nbs/parts/minigld_scene.ipynb #95d6abf6
 from functools import lru_cache
 import cv2
 import numpy as np
@@ -15,7 +15,8 @@ from .minigld_clutter import PAINTERS
 from .minigld_facade import building_palette, facade, roofing
 from .minigld_paint import finish, noise, palette
 from .minigld_plan import rng_of
-from .minigld_styles import Landmark, detail_of, hall_of, style_of
+from .minigld_rooms import detail_of, hall_of
+from .minigld_styles import Landmark
 from .minigld_weather import GROUNDS, car, compose, draw_ground, expose, lamp, light_of, person, sky_picture, tree
 
 # %% ../../nbs/parts/minigld_scene.ipynb #6270ecb6
@@ -37,7 +38,7 @@ def street(r, x0:float, x1:float, y:float, face:int=-1)->list:
         x += w+(r.uniform(3, 9) if r.random() < .2 else 0)
     return out
 
-# %% ../../nbs/parts/minigld_scene.ipynb #e945e9c4
+# %% ../../nbs/parts/minigld_scene.ipynb #60c80f9e
 class Scene:
     "A landmark with everything around it, for one aspect after the other."
     def __init__(self, seed:int, building:str):
@@ -50,7 +51,7 @@ class Scene:
         if r.random() < .7: around += street(r, left-38, left-8, r.uniform(3, 9))
         if r.random() < .7: around += street(r, right, right+36, r.uniform(3, 9))
         self.beyond = dict(front=street(r, -60, 60, deep+r.uniform(22, 45)) if r.random() < .65 else [], back=street(r, -60, 60, L.lo[1]-r.uniform(30, 50)) if r.random() < .65 else [])
-        self.trees = [Sprite(tree(int(r.integers(24))), float(r.choice([-1, 1])*r.uniform(.45, 1.1)*(x1-x0)), float(r.choice([L.lo[1]-r.uniform(2, 9), deep+r.uniform(2, 9)])), 0., float(r.uniform(3.5, 9))) for _ in range(int(r.integers(0, 6)))]
+        self.trees = [Sprite(tree(int(r.integers(14))), float(r.choice([-1, 1])*r.uniform(.45, 1.1)*(x1-x0)), float(r.choice([L.lo[1]-r.uniform(2, 9), deep+r.uniform(2, 9)])), 0., float(r.uniform(3.5, 9))) for _ in range(int(r.integers(0, 6)))]
         self.lamps = [Sprite(lamp(int(r.integers(2))), float(s*r.uniform(3, 12)), float(y), 0., 4.2, 1.) for s in (-1, 1) for y in (L.lo[1]-r.uniform(4, 10), deep+r.uniform(4, 10))] if r.random() < .6 else []
         self.around = [b for b in around if b.hi[0] < x0-1 or b.lo[0] > x1+1]
 
@@ -64,7 +65,7 @@ class Scene:
         if aspect not in self.cache: self.cache[aspect] = (hall_of if aspect == 'inside' else detail_of)(self.L)
         return self.cache[aspect]
 
-# %% ../../nbs/parts/minigld_scene.ipynb #25a023bc
+# %% ../../nbs/parts/minigld_scene.ipynb #78b49f1d
 SUPER = 1.5    # pictures are drawn larger by this factor and reduced at the end
 
 def outdoor_camera(L:Landmark, row:dict, r, w:int, h:int):
@@ -84,13 +85,13 @@ def indoor_camera(size:tuple, row:dict, r, w:int, h:int):
     if row['aspect'] == 'inside':
         wide, deep, tall = size; d = np.clip(max(1.3*wide, 1.15*tall)*row['distance'], 5, deep-1.2)
         x = np.clip(d*np.sin(a), -.4*wide, .4*wide); a = np.arcsin(x/d)
-        at, aim = np.array([x, deep-d*np.cos(a), r.uniform(1.5, 2.4)]), np.array([r.normal(0, .07)*wide, deep, tall*r.uniform(.36, .46)]); fov = 64.
+        at, aim = np.array([x, deep-d*np.cos(a), r.uniform(1.5, 2.4)]), np.array([r.normal(0, .2)*wide, deep, tall*r.uniform(.3, .52)]); fov = 64.
     else:
         wide, z, tall = size; d = 1.5*max(wide*h/w if w > h else wide, tall*(w/h if h > w else 1.))*row['distance']; fov = 54.
         at, aim = np.array([d*np.sin(a), -d*np.cos(a), r.uniform(1.45, 1.9)]), np.array([r.normal(0, .06)*wide, 0, z+tall*r.normal(.5, .05)])
     return look_at(at, aim, w, h, 2*np.degrees(np.arctan(np.tan(np.radians(fov)/2)/row['zoom'])), r.normal(0, 1.6)), float(np.degrees(a))
 
-# %% ../../nbs/parts/minigld_scene.ipynb #05006a4b
+# %% ../../nbs/parts/minigld_scene.ipynb #d1664992
 def visitors(r, cam, row:dict, reach:float, inside:bool)->list:
     "People (and out of doors trees and cars) between the camera and the landmark."
     forward = cam.turn[2][:2]/np.linalg.norm(cam.turn[2][:2]); right = np.array([forward[1], -forward[0]]); out = []
@@ -99,11 +100,11 @@ def visitors(r, cam, row:dict, reach:float, inside:bool)->list:
     for _ in range(row['n_people']):
         x, y = spot(.42 if inside else .12, .9, .95); out.append(Sprite(person(int(r.integers(48))), float(x), float(y), 0., float(r.normal(1.7, .09))))
     if not inside:
-        for _ in range(row['n_trees']): x, y = spot(.3, .85, 1.1); out.append(Sprite(tree(int(r.integers(24))), float(x), float(y), 0., float(r.uniform(2.5, 6))))
+        for _ in range(row['n_trees']): x, y = spot(.3, .85, 1.1); out.append(Sprite(tree(int(r.integers(14))), float(x), float(y), 0., float(r.uniform(2.5, 6))))
         if r.random() < .22: x, y = spot(.5, .9, .9); out.append(Sprite(car(int(r.integers(12))), float(x), float(y), 0., 1.5))
     return out
 
-# %% ../../nbs/parts/minigld_scene.ipynb #97acc7d9
+# %% ../../nbs/parts/minigld_scene.ipynb #3bbf3840
 def hills(cam, profile:np.ndarray, sky:np.ndarray, haze:np.ndarray):
     "A skyline of hills or roofs around the place, the same from everywhere."
     x = np.arange(0, cam.w+8, 8)
@@ -113,7 +114,7 @@ def hills(cam, profile:np.ndarray, sky:np.ndarray, haze:np.ndarray):
     d = np.c_[ray[:, :2]/np.linalg.norm(ray[:, :2], axis=1, keepdims=True), t]*1000
     top, _ = cam.project(cam.at+d); low, _ = cam.project(cam.at+d*[1, 1, 0]-[0, 0, 2])
     p = np.vstack([top, low[::-1]]).clip(-4000, 4000)/SUPER
-    cv2.fillPoly(sky, [np.int32(p)], [float(c) for c in haze*.62+np.array((10, 18, 14))], cv2.LINE_AA)
+    cv2.fillPoly(sky, [np.int32(p)], [float(c) for c in (haze*.62+np.array((10, 18, 14))).clip(0, 255)], cv2.LINE_AA)
 
 def seen_of(cv:Canvas, w:int, h:int)->dict:
     "How much of the frame the landmark fills, how much of it is hidden, and its box in the photograph."
@@ -123,7 +124,7 @@ def seen_of(cv:Canvas, w:int, h:int)->dict:
     return dict(coverage=round(float(here.mean()), 4), hidden=round(float(1-here.sum()/max(1, there.sum())), 4),
                 x0=round(x0*w/cv.cam.w, 1), y0=round(y0*h/cv.cam.h, 1), x1=round((x1+1)*w/cv.cam.w, 1), y1=round((y1+1)*h/cv.cam.h, 1))
 
-# %% ../../nbs/parts/minigld_scene.ipynb #e4381ce5
+# %% ../../nbs/parts/minigld_scene.ipynb #6f20d59a
 def take(scene:Scene, row:dict, side:int)->tuple: # image, what is seen
     "One photograph of a landmark."
     r, L = rng_of(scene.L.seed, 'take', row['image_id']), scene.L
@@ -134,8 +135,8 @@ def take(scene:Scene, row:dict, side:int)->tuple: # image, what is seen
         cam = outdoor_camera(L, row, r, W, H); reach = float(np.linalg.norm(cam.at[:2]-[0, L.lo[1] if row['aspect'] == 'front' else L.hi[1]]))
         if row['aspect'] == 'back': light['sun'] = light['sun']*[-1, -1, 1]
         cv = Canvas(cam, light['sun']); bodies = L.bodies+scene.around+scene.beyond[row['aspect']]
-        sky = sky_picture(r, w, h, (H/2+cam.f*np.tan(np.arcsin(cam.turn[2, 2])))/SUPER, row['light'], row['weather']); hills(cam, scene.skyline, sky, light['haze'])
-        draw_ground(cv, scene.ground, bodies, light['strength'] > .5 and light['sun'][2] > .1)
+        sky = sky_picture(r, w, h, (H/2+cam.f*np.tan(np.arcsin(cam.turn[2, 2])))/SUPER, row['light'], row['weather']); hills(cam, scene.skyline, sky, light['haze']*(1.55 if row['weather'] == 'fog' else 1.))
+        draw_ground(cv, scene.ground, L.bodies+scene.around, light['strength'] > .5 and light['sun'][2] > .1)
         sprites = scene.trees+scene.lamps+visitors(r, cam, row, reach, False)
     else:
         walls, bodies, size = scene.room(row['aspect'])

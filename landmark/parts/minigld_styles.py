@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'style_of', 'Landmark', 'cathedral', 'palace', 'mosque', 'pagoda', 'castle', 'temple', 'capitol', 'hall',
-           'tower', 'arch', 'hall_of', 'detail_of']
+           'tower', 'arch']
 
-# %% ../../nbs/parts/minigld_styles.ipynb #fc9b7001
+# %% ../../nbs/parts/minigld_styles.ipynb #c6dcabaa
 import numpy as np
 from .minigld_paint import BRIGHT, ROOF, STONE, finish, masonry, palette
-from .minigld_facade import ART, artwork, building_palette, ceiling, facade, flooring, hall_wall, roofing
-from .minigld_build import Body, Face, body, box, cylinder, dome, gable, hip, _v
+from .minigld_facade import building_palette, facade, roofing
+from .minigld_build import Body, box, cylinder, dome, gable, hip
 from .minigld_plan import STYLES, rng_of
 
-# %% ../../nbs/parts/minigld_styles.ipynb #068acacd
+# %% ../../nbs/parts/minigld_styles.ipynb #b14c70ba
 def style_of(seed:int, building:str)->str:
     "What kind of building this is; a lookalike is of its model's kind."
     return STYLES[int(rng_of(seed, 'style', building.removeprefix('look/')).integers(len(STYLES)))]
@@ -28,8 +28,14 @@ class Landmark:
         back = building_palette(self.r, palette(self.r)); self.pal_back = dict(back, roof=self.pal['roof'])
         self.pal_hall = dict(building_palette(self.r, palette(self.r)), gothic=self.style == 'cathedral')
         self.bodies = BUILDERS[self.style](self, self.r)
+        if model != building: self._repaint(rng_of(seed, 'double', building))
         lo, hi = np.min([b.lo for b in self.bodies], 0), np.max([b.hi for b in self.bodies], 0)
         self.lo, self.hi = lo, hi
+
+    def _repaint(self, r):
+        "A double has other bays and floors, and slightly other colours."
+        for name in ('pal', 'pal_back', 'pal_hall'):
+            p = building_palette(r, getattr(self, name)); setattr(self, name, dict(p, wall=np.clip(p['wall']*r.uniform(.92, 1.08, 3), 15, 250)))
 
     def surface(self, key:str)->list:
         "The pyramid of a surface, painted when first asked for."
@@ -38,9 +44,10 @@ class Landmark:
 
     def wall(self, key:str, width:float, height:float, role:str='front', pointed:bool=False)->str:
         "Plan a wall; returns its key."
-        pal = self.pal_back if role == 'back' else self.pal
-        ppm = min(17., 520/max(width, height))
-        self.recipes[key] = lambda r: facade(r, max(width, 1.5), max(height, 1.5), ppm, pal, role, pointed)
+        kept = None if self.name.startswith('look/') else self.pal_back if role == 'back' else self.pal
+        palette_of = lambda: kept or (self.pal_back if role == 'back' else self.pal)
+        ppm = min(16., 500/max(width, height))
+        self.recipes[key] = lambda r: facade(r, max(width, 1.5), max(height, 1.5), ppm, palette_of(), role, pointed)
         return key
 
     def roof(self, key:str='roof', width:float=20, height:float=8, colour=None)->str:
@@ -194,56 +201,3 @@ def arch(L, r)->list:
     return B+[cylinder(s*(g/2+(w-g)/4)+q, -.7, .45, 0, z-.1, L.stone('column', 'panel', L.pal['trim'])) for s in (-1, 1) for q in (-(w-g)*.14, (w-g)*.14)]
 
 BUILDERS = dict(cathedral=cathedral, palace=palace, mosque=mosque, pagoda=pagoda, castle=castle, temple=temple, hall=hall, tower=tower, arch=arch, capitol=capitol)
-
-# %% ../../nbs/parts/minigld_styles.ipynb #5a502e40
-def hall_of(L:Landmark)->tuple: # walls, furniture, (width, depth, height)
-    "The inside of a landmark."
-    r = rng_of(L.seed, 'hall', L.name.removeprefix('look/'))
-    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12); pal, ppm = L.pal_hall, 17.
-    R = L.recipes
-    R['in.end'], R['in.side'] = (lambda q: hall_wall(q, w, h, 26., pal, 'end')), (lambda q: hall_wall(q, d, h, ppm, pal, 'side'))
-    R['in.side2'] = lambda q: hall_wall(q, d, h, ppm, pal, 'side')
-    R['in.floor'], R['in.top'] = (lambda q: flooring(q, w, d, 13., pal)), (lambda q: ceiling(q, w*1.3, d, 11., pal))
-    R['in.arch'] = lambda q: masonry(q, 100, 200, 16, 'ashlar', pal['wall'])
-    vault = r.random() < .65; rise = w*r.uniform(.25, .5) if vault else 0
-    walls = [Face('in.end', _v(-w/2, d, h), _v(w, 0, 0), _v(0, 0, -h)), Face('in.side', _v(-w/2, 0, h), _v(0, d, 0), _v(0, 0, -h)), Face('in.side2', _v(w/2, d, h), _v(0, -d, 0), _v(0, 0, -h)), Face('in.floor', _v(-w/2, d, 0), _v(w, 0, 0), _v(0, -d, 0))]
-    if vault:
-        t = np.linspace(0, np.pi, 9); x, z = -w/2*np.cos(t), h+rise*np.sin(t)
-        walls.insert(0, Face('in.arch', _v(-w/2, d, h+rise), _v(w, 0, 0), _v(0, 0, -rise), [((a/w+.5), (h+rise-b)/rise) for a, b in zip(x, z)]))
-        walls += [Face(f'in.top{i}', _v(x[i+1], 0, z[i+1]), _v(0, d, 0), _v(x[i]-x[i+1], 0, z[i]-z[i+1])) for i in range(8)]
-        for i in range(8): R[f'in.top{i}'] = lambda q, i=i: _strip(L, i)
-    else: walls.append(Face('in.top', _v(-w/2, 0, h), _v(w, 0, 0), _v(0, d, 0)))
-    return walls, _furniture(L, r, w, d, h, pal), (w, d, h+rise)
-
-def _strip(L:Landmark, i:int):
-    "One of eight strips of the painted vault, turned along the hall."
-    if 'vault' not in L.painted: L.painted['vault'] = L.recipes['in.top'](rng_of(L.seed, 'paint', L.name, 'vault'))
-    s, n = L.painted['vault'], L.painted['vault'].w//8
-    part = type(s)(n, s.h); cut = np.s_[:, i*n:(i+1)*n]
-    part.rgb, part.height = np.ascontiguousarray(s.rgb[cut].transpose(1, 0, 2)), np.ascontiguousarray(s.height[cut].T)
-    return part
-
-def _furniture(L:Landmark, r, w:float, d:float, h:float, pal:dict)->list:
-    "Columns, benches, an altar, hanging lamps."
-    L.recipes['in.column'] = lambda q: masonry(q, 200, 140, 20, str(q.choice(['panel', 'ashlar', 'striped'])), pal['trim'], pal['second'])
-    L.recipes['in.wood'] = lambda q: masonry(q, 40, 120, 20, 'panel', (112, 74, 46)); L.recipes['in.cloth'] = lambda q: facade(q, 3, 1.5, 40., dict(pal, kind='plaster', wall=pal['accent']), 'tower')
-    B = []
-    if r.random() < .6:
-        for y in np.arange(3, d-1.5, r.uniform(3.6, 5.)):
-            for s in (-1, 1): B += [cylinder(s*w*.36, y, .42, .5, h*.86, 'in.column'), box(s*w*.36-.6, s*w*.36+.6, y-.6, y+.6, 0, .5, 'in.column', top='in.column'), box(s*w*.36-.6, s*w*.36+.6, y-.6, y+.6, h*.86, h*.92, 'in.column')]
-    if r.random() < .55:
-        for y in np.arange(d*.35, d*.78, 1.5):
-            for s in (-1, 1): B.append(box(*sorted((s*w*.06, s*w*.28)), y, y+.4, 0, .9, 'in.wood', top='in.wood'))
-    B.append(box(-1.7, 1.7, d-3, d-1.8, 0, 1.15, 'in.cloth', top='in.wood'))
-    for y in (d*.5, d*.75): B.append(dome(0, y, r.uniform(.5, .9), h*.62, L.stone('in.lamp', 'tile', (230, 200, 120)), .8))
-    return B
-
-# %% ../../nbs/parts/minigld_styles.ipynb #c2effcf7
-def detail_of(L:Landmark)->tuple: # walls, furniture, (width, depth, height) of the artwork
-    "A work of art on its wall."
-    r = rng_of(L.seed, 'detail', L.name.removeprefix('look/')); kind = str(r.choice(ART)); pal = L.pal_hall
-    px = 360; L.recipes['art'] = lambda q: artwork(q, kind, pal, px)
-    h = r.uniform(1.8, 3.4); pyramid = L.surface('art'); w = h*pyramid[0][0].shape[1]/pyramid[0][0].shape[0]; z = r.uniform(.2, .9)
-    L.recipes['art.wall'] = lambda q: masonry(q, 150, 400, 25, str(q.choice(['plaster', 'ashlar', 'brick', 'panel'])), pal['wall']*.9); L.recipes['art.floor'] = lambda q: flooring(q, 12, 8, 20., pal); L.recipes['art.edge'] = lambda q: masonry(q, 60, 60, 30, 'plaster', pal['trim']*.8)
-    walls = [Face('art.wall', _v(-8, 0, 6), _v(16, 0, 0), _v(0, 0, -6)), Face('art.floor', _v(-6, 0, 0), _v(12, 0, 0), _v(0, -8, 0))]
-    return walls, [box(-w/2, w/2, -.22, 0, z, z+h, 'art', 'art.edge', 'art.edge', 'art.edge')], (w, z, h)

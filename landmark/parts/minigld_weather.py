@@ -54,7 +54,7 @@ def sky_picture(r, w:int, h:int, horizon:float, light:str, weather:str)->np.ndar
         for px, py in r.random((40, 2))*[w, h]: cv2.circle(sky, (int(px), int(py)), 0, (190, 190, 200), -1)
     return sky.astype(np.float32)
 
-# %% ../../nbs/parts/minigld_weather.ipynb #723e0009
+# %% ../../nbs/parts/minigld_weather.ipynb #0f162837
 GROUNDS = ['slabs', 'cobbles', 'gravel', 'grass', 'asphalt', 'brick']
 
 @lru_cache(maxsize=16)
@@ -84,7 +84,7 @@ def draw_ground(cv:Canvas, kind:str, bodies:list, shadows:bool):
     rgb *= (.5+.5*sample(patches, 6.)+.5*sample(patches, 1.3))[..., None]
     shade = np.full((cam.h, cam.w), 255, np.uint8)
     for q in bodies:
-        if shadows and q.hi[2]-q.lo[2] > .5: _shadow(shade, cv, q, 70)
+        if shadows and q.hi[2]-q.lo[2] > .9: _shadow(shade, cv, q, 70)
         if q.lo[2] < .2: _shadow(shade, cv, q, 150, 0.)
     up = lambda im: cv2.resize(im, (cam.w, cam.h-2*int(rows[0])), interpolation=cv2.INTER_LINEAR)
     sun, mask, far = max(.12, float(cv.sun[2])), up(below.astype(np.uint8)*255), up(t)
@@ -101,7 +101,7 @@ def _shadow(shade:np.ndarray, cv:Canvas, b:Body, value:int, reach:float=1.):
     p = clip_near(np.c_[hull, np.zeros(len(hull))].astype(float), cv.cam)
     if len(p) > 2: cv2.fillConvexPoly(shade, np.round(cv.cam.project(p)[0].clip(-4000, 4000)*16).astype(np.int32), value, cv2.LINE_8, 4)
 
-# %% ../../nbs/parts/minigld_weather.ipynb #a42beb23
+# %% ../../nbs/parts/minigld_weather.ipynb #5cfc5c13
 def rgba(colour)->tuple:
     "A colour as OpenCV wants it."
     return (*(float(c) for c in np.clip(colour, 0, 255)), 255.)
@@ -126,6 +126,11 @@ def person(i:int)->np.ndarray: # RGBA [240, 96, 4]
     cv2.rectangle(im, (43, 44), (53, 60), skin, -1); cv2.ellipse(im, (48, 34), (14, 18), 0, 0, 360, skin, -1, cv2.LINE_AA)
     cv2.ellipse(im, (48, 28), (16, 16), 0, 180, 360, hair, -1, cv2.LINE_AA)
     if r.random() < .4: cv2.ellipse(im, (48, 34), (16, 20), 0, 0, 360, hair, -1, cv2.LINE_AA)         # from behind
+    else:
+        dark, lips = rgba(np.array(skin[:3])*.3), rgba(np.array(skin[:3])*[.8, .5, .5])
+        for x in (42, 54): cv2.ellipse(im, (x, 33), (2, 1), 0, 0, 360, dark, -1, cv2.LINE_AA); cv2.line(im, (x-3, 29), (x+3, 29), hair, 1, cv2.LINE_AA)
+        cv2.line(im, (48, 34), (47, 40), rgba(np.array(skin[:3])*.78), 1, cv2.LINE_AA); cv2.ellipse(im, (48, 44), (4, 2), 0, 0, 180, lips, -1, cv2.LINE_AA)
+        if r.random() < .2: cv2.ellipse(im, (48, 44), (12, 9), 0, 0, 180, hair, 3, cv2.LINE_AA)        # a beard
     if r.random() < .35: cv2.rectangle(im, (34, 66), (62, 106), rgba(BRIGHT[r.integers(len(BRIGHT))]*.7), -1)
     shade = np.linspace(1.12, .7, 96)[None, :, None]; im[..., :3] = (im[..., :3]*shade*(.92+.16*r.random((240, 96, 1)))).clip(0, 255).astype(np.uint8)
     return im
@@ -164,25 +169,25 @@ def car(i:int)->np.ndarray: # RGBA [100, 260, 4]
     for x in (60, 206): cv2.circle(im, (x, 82), 18, (26, 26, 28, 255), -1, cv2.LINE_AA); cv2.circle(im, (x, 82), 9, (150, 150, 154, 255), -1, cv2.LINE_AA)
     cv2.line(im, (8, 62), (252, 62), rgba(np.array(c[:3])*.7), 2); return im
 
-# %% ../../nbs/parts/minigld_weather.ipynb #d111fda8
+# %% ../../nbs/parts/minigld_weather.ipynb #b9bfd192
 def compose(cv:Canvas, sky:np.ndarray, L:dict, w:int, h:int)->np.ndarray: # float32 RGB [h, w, 3]
     "Buffers to colours, at the size of the photograph."
-    small = lambda a: cv2.resize(a, (w, h), interpolation=cv2.INTER_AREA)
-    rgb, (light, ambient, glow) = small(cv.rgb).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
+    small = lambda a, how=cv2.INTER_LINEAR: cv2.resize(a, (w, h), interpolation=how)
+    rgb, (light, ambient, glow) = small(cv.rgb, cv2.INTER_AREA).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
     part = small((cv.far > 9000).astype(np.uint8)*255)[..., None].astype(np.float32)/255      # open sky
     if L['night'] == 1: light = light*(.12+.88*small((cv.who == 2).astype(np.uint8)*255).astype(np.float32)/255)
     warm, cool = ((L[k]*s).astype(np.float32) for k, s in (('warm', L['strength']), ('sky', 1.)))
-    out = rgb*(light[..., None]*warm+ambient[..., None]*cool)
+    out = cv2.multiply(rgb, cv2.transform(cv2.merge([light, ambient]), np.stack([warm, cool], 1)))
     if L['night']: out += (glow*np.float32(.39*L['night']))[..., None]*(np.array((250, 206, 128), np.float32)*np.float32(.45)+rgb*np.float32(.75))
     if L['fog'] > .001: fog = 1-np.exp(-np.minimum(small(cv.far), 3000.)[..., None]*np.float32(L['fog'])); out = out*(1-fog)+L['haze'].astype(np.float32)*fog
-    return out*(1-part)+sky*part
+    return sky if part.min() == 1 else out if part.max() == 0 else out+(sky-out)*part
 
 def expose(r, im:np.ndarray, row:dict, L:dict)->np.ndarray: # uint8 RGB
     "Exposure, colour cast, lens, motion, sensor noise."
     h, w = im.shape[:2]
-    im = im*(L['exposure']*(1+r.normal(0, .035, 3))).astype(np.float32)
-    grey = im.mean(-1, keepdims=True); im = grey+(im-grey)*np.float32(r.uniform(.72, 1.18))
-    im = 255*(1-np.exp(-im/255*1.55))*np.float32(1/(1-np.exp(-1.55)))                    # soft shoulder
+    colourful, gain = r.uniform(.72, 1.15), L['exposure']*(1+r.normal(0, .035, 3))/255
+    im = cv2.transform(im, (colourful*np.eye(3)+(1-colourful)/3)*gain[:, None])
+    im = np.maximum(im, 0); im = 2*im/(1+im); im *= 255*(.58+.42*im)                     # soft shoulder, deep shadows
     y, x = np.linspace(-1, 1, h, dtype=np.float32)[:, None], np.linspace(-1, 1, w, dtype=np.float32)[None]
     im *= (1-r.uniform(.04, .22)*(x*x+y*y)/2)[..., None].astype(np.float32)
     if row['weather'] == 'rain': im = _streaks(r, im, 90, 12, .35)
