@@ -59,7 +59,7 @@ def extract(
         raise ValueError(f'an image is uint8 of shape [h, w, 3], not {image.dtype} of shape {list(image.shape)}')
     return _rootsift(image, max_keypoints)
 
-# %% ../../nbs/parts/local_features.ipynb #ad8fa1ef
+# %% ../../nbs/parts/local_features.ipynb #6e8ad409
 UNIT = dict(rootsift=255, delf=127) # descriptor of length 1 ↔ whole numbers of this length
 GRID = 16                           # positions are stored in 1/16 pixel
 MAX_SIDE = 4095                     # so that they fit into 16 bits
@@ -72,6 +72,7 @@ def pack(
     if max(f.size) > MAX_SIDE: raise ValueError(f'local features of a {f.size[0]}×{f.size[1]} image: at most {MAX_SIDE} pixels a side; reduce it (max_side)')
     desc, xy = np.asarray(f.desc, np.float32), np.asarray(f.xy, np.float32)
     good = np.isfinite(desc).all(1) & np.isfinite(xy).all(1) & (np.abs(desc).max(1, initial=0) > 0)
+    if len(xy[good]) and (xy[good].min() < -1 or xy[good].max() > MAX_SIDE): raise ValueError(f'local features outside of any image: places from {xy[good].min():.0f} to {xy[good].max():.0f} pixels')
     whole = np.clip(np.rint(desc[good]*UNIT[f.kind]), -127, 127).astype(np.int8)
     place = np.clip(np.rint(xy[good]*GRID), 0, 65535).astype(np.uint16)
     return whole, place, np.clip(np.asarray(f.scores)[good], 0, 65504).astype(np.float16), int((~good).sum())

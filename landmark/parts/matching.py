@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORIGINAL', 'RULES', 'compiled', 'Rule', 'rule_for', 'dots', 'nearest', 'Prepared', 'match', 'sample_stream',
-           'solve_affine', 'ransac']
+           'solve_affine', 'fit_affine', 'ransac']
 
 # %% ../../nbs/parts/matching.ipynb #1cf53832
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ def compiled(fn):
     try: return njit(cache=True, nogil=True, error_model='numpy')(fn)
     except RuntimeError: return njit(nogil=True, error_model='numpy')(fn) # defined in a notebook
 
-# %% ../../nbs/parts/matching.ipynb #15038afa
+# %% ../../nbs/parts/matching.ipynb #ffd73da5
 @dataclass(frozen=True)
 class Rule:
     "What makes a match, and what makes it an inlier."
@@ -33,8 +33,9 @@ class Rule:
     reject:bool = True     # leave degenerate maps out
     max_scale:float = 5.   # a map may not enlarge or shrink more
     max_shear:float = 4.   # largest ratio of the map's singular values
+    refine:int = 8         # rounds of fitting the best map to what lies near it
 
-ORIGINAL = Rule(reject=False)
+ORIGINAL = Rule(reject=False, refine=0)
 RULES = dict(delf=Rule(), rootsift=Rule(max_dist=2., ratio=0.85, residual=0.0125))
 
 def rule_for(
@@ -44,8 +45,8 @@ def rule_for(
     "The thresholds of a kind of local feature."
     if kind not in RULES: raise ValueError(f'no thresholds for local features of kind {kind!r}; allowed: {", ".join(RULES)}')
     rule = replace(RULES[kind], **changes)
-    if rule.n_trials < 1 or rule.residual <= 0 or not 0 <= rule.ratio <= 1 or rule.max_dist <= 0 or rule.max_scale < 1 or rule.max_shear < 1:
-        raise ValueError(f'{rule}: n_trials ≥ 1, residual > 0, 0 ≤ ratio ≤ 1, max_dist > 0, max_scale ≥ 1 and max_shear ≥ 1 are needed')
+    if rule.n_trials < 1 or rule.residual <= 0 or not 0 <= rule.ratio <= 1 or rule.max_dist <= 0 or rule.max_scale < 1 or rule.max_shear < 1 or rule.refine < 0:
+        raise ValueError(f'{rule}: n_trials ≥ 1, residual > 0, 0 ≤ ratio ≤ 1, max_dist > 0, max_scale ≥ 1, max_shear ≥ 1 and refine ≥ 0 are needed')
     return rule
 
 # %% ../../nbs/parts/matching.ipynb #3965dd39
@@ -169,7 +170,7 @@ def _degenerate(a, b, d, e, max_scale, max_shear):
     p = a*e - b*d; s = a*a + b*b + d*d + e*e
     return not (p > 0 and p <= max_scale*max_scale and p*max_scale*max_scale >= 1 and s <= (max_shear + 1/max_shear)*p)
 
-# %% ../../nbs/parts/matching.ipynb #2879673a
+# %% ../../nbs/parts/matching.ipynb #117277f9
 @compiled
 def _count(x, y, u, v, a, b, c, d, e, f, limit):
     "Matches that the map takes to within √limit."
@@ -182,35 +183,62 @@ def _count(x, y, u, v, a, b, c, d, e, f, limit):
 
 @compiled
 def _cost(x, y, u, v, a, b, c, d, e, f, limit, mask):
-    "Sum of the squared residuals of the inliers; marks them in `mask`."
-    total = 0.
+    "Sum of the squared residuals of the inliers, in whole 1/65536 so that no order of summing matters; marks them in `mask`."
+    total = 0
     for m in range(len(x)):
         r = ((a*x[m] + b*y[m]) + c) - u[m]
         s = ((d*x[m] + e*y[m]) + f) - v[m]
         q = r*r + s*s; mask[m] = q < limit
-        if mask[m]: total += q
+        if mask[m]: total += np.int64(q*np.float32(65536))
     return total
 
-# %% ../../nbs/parts/matching.ipynb #ffdba212
+# %% ../../nbs/parts/matching.ipynb #a49f32e3
+@compiled
+def fit_affine(x, y, u, v, mask):
+    "Least-squares affine map over the marked matches (normal equations); zeros if they lie on a line."
+    n = 0.; sx = 0.; sy = 0.; su = 0.; sv = 0.; xx = 0.; xy = 0.; yy = 0.; xu = 0.; yu = 0.; xv = 0.; yv = 0.
+    for m in range(len(x)):
+        if mask[m]:
+            p = np.float64(x[m]); q = np.float64(y[m]); r = np.float64(u[m]); s = np.float64(v[m])
+            n += 1; sx += p; sy += q; su += r; sv += s
+            xx += p*p; xy += p*q; yy += q*q; xu += p*r; yu += q*r; xv += p*s; yv += q*s
+    xx = n*xx - sx*sx; xy = n*xy - sx*sy; yy = n*yy - sy*sy
+    xu = n*xu - sx*su; yu = n*yu - sy*su; xv = n*xv - sx*sv; yv = n*yv - sy*sv
+    det = xx*yy - xy*xy
+    if not det > 0: return 0., 0., 0., 0., 0., 0.
+    a = (xu*yy - yu*xy)/det; b = (yu*xx - xu*xy)/det; d = (xv*yy - yv*xy)/det; e = (yv*xx - xv*xy)/det
+    return a, b, (su - (a*sx + b*sy))/n, d, e, (sv - (d*sx + e*sy))/n
+
+# %% ../../nbs/parts/matching.ipynb #6f167431
 @compiled
 def ransac(
     x, y,    # places in the image [n] float32
     u, v,    # places in the partner
     stream,  # samples [t, 3], see `sample_stream`
     limit,   # squared residual of an inlier, float32
-    reject, max_scale, max_shear, # as in `Rule`
+    reject, max_scale, max_shear, refine, # as in `Rule`
 ):
     "The affine map with most inliers: count, map [6] float64, mask [n]."
-    n = len(x); best = np.int32(0); least = np.inf
-    model = np.zeros(6); mask = np.zeros(n, np.bool_); trial = np.zeros(n, np.bool_)
+    n = len(x); best = np.int32(0); least = np.int64(0)
+    model = np.zeros(6); mask = np.zeros(n, np.bool_); trial = np.zeros(n, np.bool_); near = np.zeros(n, np.bool_)
     if n < 3: return best, model, mask
-    for t in range(len(stream)):
-        i, j, k = _three(stream[t], n)
-        a, b, c, d, e, f, det = solve_affine(x, y, u, v, i, j, k)
-        if det == 0 or (reject and _degenerate(a, b, d, e, max_scale, max_shear)): continue
+    for t in range(len(stream) + refine):
+        r = t - len(stream)                                  # round of refinement
+        if r < 0:
+            i, j, k = _three(stream[t], n)
+            a, b, c, d, e, f, det = solve_affine(x, y, u, v, i, j, k)
+        else:
+            if r == 0: near[:] = mask
+            a, b, c, d, e, f = fit_affine(x, y, u, v, near); det = a*e - b*d
+        if det == 0 or (reject and _degenerate(a, b, d, e, max_scale, max_shear)):
+            if r < 0: continue
+            break
         m = (np.float32(a), np.float32(b), np.float32(c), np.float32(d), np.float32(e), np.float32(f))
         count = _count(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], limit)
-        if count < best or count == 0: continue
+        if r >= 0:
+            wide = 2 - r/max(1, refine-1)
+            _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], np.float32(limit*wide*wide), near)
+        if count < best or count == 0 or (r >= 0 and count == best): continue
         cost = _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], limit, trial)
         if count > best or cost < least:
             best = count; least = cost; mask[:] = trial

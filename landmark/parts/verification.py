@@ -17,7 +17,7 @@ from .core import progress
 from .local_features import LocalFeatures, LocalStore
 from .matching import Prepared, Rule, match, ransac, rule_for, sample_stream
 
-# %% ../../nbs/parts/verification.ipynb #5814d59a
+# %% ../../nbs/parts/verification.ipynb #11e3c96c
 @dataclass
 class Verified:
     "What verification found out about a pair."
@@ -38,7 +38,7 @@ def verify_prepared(
     m1, m2 = match(a, b, rule)
     limit = np.float32((rule.residual*max(b.size))**2)
     (x, y), (u, v) = np.ascontiguousarray(a.xy[m1].T), np.ascontiguousarray(b.xy[m2].T)
-    n, model, mask = ransac(x, y, u, v, sample_stream(rule.n_trials, stream), limit, rule.reject, rule.max_scale, rule.max_shear)
+    n, model, mask = ransac(x, y, u, v, sample_stream(rule.n_trials, stream), limit, rule.reject, rule.max_scale, rule.max_shear, rule.refine)
     return n, model, m1, m2, mask
 
 def verify(
