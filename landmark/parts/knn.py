@@ -12,16 +12,17 @@ import numpy as np
 from numba import njit, prange
 from .core import log, pick_device, progress
 
-# %% ../../nbs/parts/knn.ipynb #c456c56f
+# %% ../../nbs/parts/knn.ipynb #7ffaaae0
 def slow_search(
     queries:np.ndarray, # [q, d]
     base:np.ndarray,    # [n, d]
     k:int,              # neighbours
 )->tuple: # sims float32 [q, k], idxs int64 [q, k]
-    "The definition: all inner products in float64, sorted; equal ones by lowest position."
+    "The definition: all inner products in float64, rounded, sorted; equal ones by lowest position."
     sims = np.array([[sum(a*b for a, b in zip(q, x)) for x in np.asarray(base, np.float64).tolist()] for q in np.asarray(queries, np.float64).tolist()])
+    sims = sims.astype(np.float32).reshape(len(queries), -1)
     idxs = np.argsort(-sims, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(sims, idxs, 1).astype(np.float32), idxs
+    return np.take_along_axis(sims, idxs, 1), idxs
 
 # %% ../../nbs/parts/knn.ipynb #af9ec850
 @njit(cache=True, nogil=True)
@@ -105,16 +106,16 @@ def top_of_rows(
     values, at = scores.gather(1, columns).topk(k, dim=1)
     return values, columns.gather(1, at)
 
-# %% ../../nbs/parts/knn.ipynb #f51169a5
+# %% ../../nbs/parts/knn.ipynb #4ada0e08
 def _torch_candidates(queries, base, k, rows, bar, device, half, memory_mib):
     import torch
     kind = torch.bfloat16 if half else torch.float32
-    q, best, rows = torch.as_tensor(queries).to(device, kind), None, max(k, rows)
+    q, best, rows = torch.as_tensor(queries).to(device, kind), None, min(rows, len(base))
     a = 0
     while a < len(base):
         try:
             x = torch.as_tensor(np.ascontiguousarray(base[a:a+rows], np.float32) if not torch.is_tensor(base) else base[a:a+rows]).to(device, kind)
-            step = max(1, memory_mib*2**20 // 4 // (4*len(x)))
+            step = max(1, int(memory_mib*2**20/4/(4*len(x))))
             parts = [top_of_rows(q[i:i+step] @ x.T, min(k, len(x))) for i in range(0, len(q), step)]
             found = torch.cat([p[0].float() for p in parts]), torch.cat([p[1] for p in parts])+a
             if best is not None:
@@ -149,7 +150,7 @@ def _dots(queries, base, idxs):
             out[r, c] = s
     return out
 
-# %% ../../nbs/parts/knn.ipynb #a57b2083
+# %% ../../nbs/parts/knn.ipynb #99346d03
 def exact_dots(
     queries:np.ndarray, # float32 [q, d]
     base,               # array, tensor or store [n, d]
@@ -179,13 +180,13 @@ def settle(
 )->tuple: # sims [q, k], idxs [q, k], rows where somebody outside could belong inside
     "Bring candidates into the defined order; tell which queries need more of them."
     gaps = -np.diff(sims[:, :k+1].astype(np.float64), axis=1)
-    rows = np.flatnonzero((gaps <= 2*bound[:, None]).any(1) | always)
+    rows = np.flatnonzero((gaps <= 3*bound[:, None]).any(1) | always)
     out_sims, out_idxs = sims[:, :k].copy(), idxs[:, :k].copy()
-    exact = exact_dots(queries[rows], base, idxs[rows])
+    exact = exact_dots(queries[rows], base, idxs[rows]).astype(np.float32)
     order = np.lexsort((idxs[rows], -exact), axis=1)[:, :k]
     kept = np.take_along_axis(exact, order, 1)
     out_sims[rows], out_idxs[rows] = kept, np.take_along_axis(idxs[rows], order, 1)
-    more = sims[rows, -1] + bound[rows] >= kept[:, -1]          # one that was no candidate could be as good as the k-th
+    more = sims[rows, -1] + 2*bound[rows] >= kept[:, -1]        # one that was no candidate could be as good as the k-th
     return out_sims, out_idxs, rows[more & (sims.shape[1] < len(base))]
 
 # %% ../../nbs/parts/knn.ipynb #7a10d392

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RecognitionError', 'recognise', 'inliers_of', 'distractor_rule', 'choose_limit', 'minus_non_landmarks']
 
-# %% ../../nbs/parts/recognition.ipynb #6e8664da
+# %% ../../nbs/parts/recognition.ipynb #8b03c8c7
 import numpy as np
+from .metrics import gap
 
 # %% ../../nbs/parts/recognition.ipynb #563e4ed4
 class RecognitionError(ValueError):

@@ -1,0 +1,133 @@
+"""The metrics against slow versions that follow the definitions word by word, on whatever hypothesis comes up with."""
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from landmark.parts.metrics import MetricError, ap_at_k, gap, judge, map_at_k, map_of_submission, relevant_mask, revisited, trapezoid_ap
+
+ids = st.integers(0, 12)
+quick = settings(max_examples=200, deadline=None)
+
+
+def slow_ap(ranking, relevant, k):
+    "Sum over the first k places of precision there times relevance there, a repeated image not being relevant again."
+    if not relevant: return None
+    total = 0
+    for i in range(1, min(k, len(ranking))+1):
+        here = ranking[i-1] in relevant and ranking[i-1] not in ranking[:i-1]
+        if here: total += len(set(ranking[:i]) & relevant)/i
+    return total/min(len(relevant), k)
+
+
+@st.composite
+def retrieval(draw):
+    n = draw(st.integers(1, 5))
+    width = draw(st.integers(0, 9))
+    ranks = [draw(st.lists(st.integers(-1, 12), min_size=width, max_size=width)) for _ in range(n)]
+    return ranks, [draw(st.sets(ids, max_size=8)) for _ in range(n)], draw(st.integers(1, 10))
+
+
+@quick
+@given(retrieval())
+def test_map_at_k(case):
+    ranks, relevant, k = case
+    mean, aps = map_at_k(np.array(ranks, int).reshape(len(ranks), -1), relevant, k, per_query=True)
+    slow = [slow_ap(r, p, k) for r, p in zip(ranks, relevant)]
+    assert [None if math.isnan(a) else pytest.approx(a) for a in aps] == slow
+    assert [None if math.isnan(ap_at_k(r, p, k)) else pytest.approx(ap_at_k(r, p, k)) for r, p in zip(ranks, relevant)] == slow
+    scored = [s for s in slow if s is not None]
+    assert math.isnan(mean) if not scored else mean == pytest.approx(sum(scored)/len(scored))
+
+
+@quick
+@given(st.dictionaries(ids, st.lists(ids, max_size=9), max_size=4), st.dictionaries(ids, st.sets(ids, min_size=1, max_size=5), min_size=1, max_size=4))
+def test_submission(submitted, truth):
+    "A query without an answer counts 0, one that nobody asked for counts nothing."
+    slow = [slow_ap(submitted.get(q, []), p, 100) for q, p in truth.items()]
+    assert map_of_submission(submitted, truth) == pytest.approx(sum(slow)/len(slow))
+
+
+def test_more_than_a_hundred():
+    assert map_at_k([list(range(150))], [set(range(150))]) == 1.0
+    assert map_at_k([list(range(100, 200))], [set(range(150))]) == pytest.approx(.5)
+
+
+def slow_gap(predicted, scores, truth, keys):
+    "Sort by score, ties by key, then class; add up the precision at every right answer; divide by the images that show a landmark."
+    rows = sorted((r for r in zip(predicted, scores, truth, keys) if not math.isnan(r[1])), key=lambda r: (-r[1], r[3], r[0]))
+    m, right, total = sum(bool(t) for t in truth), 0, 0
+    for i, (p, _, t, _) in enumerate(rows, 1):
+        if p >= 0 and p in t: right += 1; total += right/i
+    return None if m == 0 else total/m
+
+
+scores = st.one_of(st.sampled_from([0., .25, .5, 1.]), st.floats(-5, 5))           # many ties
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 4), scores, st.sets(st.integers(0, 4), max_size=2)), max_size=12), st.randoms(use_true_random=False))
+def test_gap(rows, random):
+    keys = [f'{i:03d}' for i in range(len(rows))]; random.shuffle(keys)
+    predicted, score, truth = [[r[i] for r in rows] for i in range(3)]
+    for j in range(len(rows)):
+        if random.random() < .2: predicted[j], score[j] = -1, float('nan')
+    got, slow = gap(predicted, score, truth, keys), slow_gap(predicted, score, truth, keys)
+    assert math.isnan(got) if slow is None else got == pytest.approx(slow)
+    order = list(range(len(rows))); random.shuffle(order)                            # the order of the rows does not matter
+    again = gap([predicted[i] for i in order], [score[i] for i in order], [truth[i] for i in order], [keys[i] for i in order])
+    assert math.isnan(again) if slow is None else again == pytest.approx(slow)
+
+
+def slow_judge(ranking, relevant, junk):
+    "Remove junk, then the trapezoids of the precision-recall curve one by one."
+    kept = [x for x in ranking if x >= 0 and x not in junk]
+    if not relevant: return None
+    area, found = 0., 0
+    for i, x in enumerate(kept):
+        if x in relevant:
+            before = 1. if i == 0 else found/i
+            found += 1
+            area += (before + found/(i+1))/2/len(relevant)
+    return area
+
+
+@quick
+@given(st.permutations(list(range(12))), st.integers(0, 12), st.dictionaries(st.integers(0, 11), st.sampled_from(['easy', 'hard', 'junk']), max_size=12))
+def test_revisited(ranking, cut, kinds):
+    gnd = {k: [i for i, v in kinds.items() if v == k] for k in ('easy', 'hard', 'junk')}
+    got = revisited([ranking[:cut]], [gnd])
+    for p, good, bad in (('E', 'easy', ('junk', 'hard')), ('M', ('easy', 'hard'), ('junk',)), ('H', ('hard',), ('junk', 'easy'))):
+        relevant = {i for i, v in kinds.items() if v in good}; junk = {i for i, v in kinds.items() if v in bad}
+        slow, ours = slow_judge(ranking[:cut], relevant, junk), got[p]['aps'][0]
+        assert math.isnan(ours) if slow is None else ours == pytest.approx(slow)
+        kept = [x for x in ranking[:cut] if x not in junk]
+        hits = [i for i, x in enumerate(kept) if x in relevant]
+        for k, value in zip((1, 5, 10), got[p]['pk'][0]):
+            if slow is None: assert math.isnan(value); continue
+            limit = min(k, hits[-1]+1) if hits else 0
+            assert value == pytest.approx(len([h for h in hits if h < limit])/limit if limit else 0)
+
+
+@quick
+@given(st.lists(st.integers(0, 30), unique=True, max_size=8), st.integers(0, 10))
+def test_trapezoid_bounds(ranks, more):
+    n = len(ranks)+more
+    ap = trapezoid_ap(sorted(ranks), n)
+    assert math.isnan(ap) if n == 0 else 0 <= ap <= 1
+    assert trapezoid_ap(range(n), n) == 1 if n else True
+
+
+def test_a_wrong_metric_would_be_noticed():
+    "The slow versions are not mere echoes: counting duplicates twice, forgetting junk, dividing by k all differ from them."
+    assert slow_ap([1, 1], {1, 2}, 2) == .5 and relevant_mask([[1, 1]], [{1, 2}]).sum() == 1
+    assert slow_judge([5, 1], {1}, {5}) == 1 != slow_judge([5, 1], {1}, set())
+    assert judge([5, 1], [1], [5])[0] == 1
+
+
+def test_named_errors():
+    with pytest.raises(MetricError, match='2 rankings but 1 queries'): map_at_k([[1], [2]], [{1}])
+    with pytest.raises(MetricError, match='2 rankings but 1 queries'): revisited([[1], [2]], [{}])
+    with pytest.raises(MetricError, match='1 predictions, 2 scores'): gap([1], [1, 2], [1])
+    with pytest.raises(MetricError, match='not finite'): gap([1], [math.inf], [1])

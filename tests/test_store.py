@@ -1,0 +1,137 @@
+"""The descriptor store: what is written is what is read, and what is broken is named."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from landmark.parts.store import (Rows, StoreError, check_rows, check_store, concat_stores, finish_store, l2n, missing_shards, open_store, read_h5,
+                                  rows_of, write_h5, write_shard, write_store)
+
+rng = np.random.default_rng(0)
+X, IDS = l2n(rng.normal(size=(103, 7))), [f'{i:016x}' for i in range(103)]
+CARD = dict(model='test')
+
+
+@pytest.mark.parametrize('shard_size', [1, 10, 103, 500])
+@pytest.mark.parametrize('dtype', ['float16', 'float32'])
+def test_round_trip(tmp_path, shard_size, dtype):
+    s = write_store(tmp_path/'s', IDS, X, CARD, shard_size, dtype)
+    want = X.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(s[:], want); np.testing.assert_array_equal(s.array(), want)
+    rows = rng.integers(-103, 103, (5, 3))
+    np.testing.assert_array_equal(s[rows], want[rows]); np.testing.assert_array_equal(s[90:5:-3], want[90:5:-3])
+    np.testing.assert_array_equal(s[want[:, 0] > 0], want[want[:, 0] > 0])
+    np.testing.assert_array_equal(Rows(s, rows.ravel())[2:9], want[rows.ravel()[2:9]])
+    assert s.ids.tolist() == IDS and s.card['made_by'] == CARD and s.dim == 7 and check_store(tmp_path/'s') == []
+    assert s[0].dtype == np.float32 and np.asarray(s, np.float64).dtype == np.float64
+
+
+def test_an_empty_store(tmp_path):
+    s = write_store(tmp_path/'s', [], np.zeros((0, 7)), CARD)
+    assert len(s) == 0 and s[:].shape[0] == 0 and len(s.ids) == 0 and check_store(tmp_path/'s') == []
+
+
+def test_nothing_is_copied_on_opening(tmp_path):
+    s = write_store(tmp_path/'s', IDS, X, CARD, 50, 'float32')
+    again = open_store(tmp_path/'s')
+    assert not again._maps                                               # not even mapped
+    again[3]
+    assert list(again._maps) == [0] and isinstance(again.shard(0), np.memmap)
+    assert isinstance(write_store(tmp_path/'one', IDS, X, CARD, dtype='float32').array(), np.memmap)
+
+
+BREAK = dict(
+    missing=(lambda d: (d/'00001.npy').unlink(), '00001.npy missing'),
+    ids_missing=(lambda d: (d/'00000.ids.npy').unlink(), '00000.ids.npy missing'),
+    cut=(lambda d: os.truncate(d/'00001.npy', 200), 'differs from its recorded sha256'),
+    doubled=(lambda d: [(d/f'00001{e}').write_bytes((d/f'00000{e}').read_bytes()) for e in ('.npy', '.ids.npy')], 'occur more than once'),
+    nan=(lambda d: np.save(d/'00000.npy', np.where(np.arange(50)[:, None] == 3, np.nan, X[:50]).astype('f2')), 'are not finite'),
+    zero=(lambda d: np.save(d/'00000.npy', np.where(np.arange(50)[:, None] == 3, 0, X[:50]).astype('f2')), 'are all zero'),
+    newer=(lambda d: edit(d, version=9), 'made by version 9'),
+    foreign=(lambda d: edit(d, format='other'), 'not the card of a descriptor store'),
+    other_dimension=(lambda d: np.save(d/'00000.npy', X[:50, :5].astype('f2')), 'its card says (50, 7)'),
+    unfinished=(lambda d: (d/'card.json').unlink(), '3 finished shards; its writing was interrupted'))
+
+
+def edit(d, **change): (d/'card.json').write_text(json.dumps(json.loads((d/'card.json').read_text()) | change))
+
+
+@pytest.mark.parametrize('kind', BREAK)
+def test_check_names_what_is_broken(tmp_path, kind):
+    write_store(tmp_path/'s', IDS, X, CARD, 50)
+    assert check_store(tmp_path/'s') == []
+    how, said = BREAK[kind]
+    how(tmp_path/'s')
+    assert any(said in p for p in check_store(tmp_path/'s')), check_store(tmp_path/'s')
+
+
+def test_shards_of_other_models_never_meet(tmp_path):
+    d = tmp_path/'s'
+    write_shard(d, 0, IDS[:50], X[:50], CARD); write_shard(d, 1, IDS[50:], X[50:], dict(model='other'))
+    assert missing_shards(d, 2, CARD) == [1]
+    with pytest.raises(StoreError, match='2 models'): finish_store(d, 2, CARD)
+    write_shard(d, 1, IDS[50:], X[50:, :3], CARD)
+    with pytest.raises(StoreError, match='2 dimensions'): finish_store(d, 2, CARD)
+    write_shard(d, 1, IDS[50:], X[50:], CARD, 'float32')
+    with pytest.raises(StoreError, match='2 types'): finish_store(d, 2, CARD)
+    write_shard(d, 1, IDS[50:], X[50:], CARD)
+    assert len(open_store(finish_store(d, 2, CARD))) == 103
+    with pytest.raises(StoreError, match='not made by this card'): finish_store(d, 2, dict(model='third'))
+
+
+KILLED = """
+import sys, time, numpy as np
+from landmark.parts import store
+x, n = np.load(sys.argv[2]), 0
+for i in store.missing_shards(sys.argv[1], 40, dict(model='k')):
+    store.write_shard(sys.argv[1], i, [f'{j}' for j in range(i*5, i*5+5)], x[i*5:i*5+5], dict(model='k')); time.sleep(.01)
+store.finish_store(sys.argv[1], 40, dict(model='k'))
+"""
+
+
+def test_a_killed_writer_goes_on(tmp_path):
+    x = l2n(rng.normal(size=(200, 4))); np.save(tmp_path/'x.npy', x)
+    args = [sys.executable, '-c', KILLED, str(tmp_path/'s'), str(tmp_path/'x.npy')]
+    p = subprocess.Popen(args)
+    while len(list((tmp_path/'s').glob('*.json'))) < 4: time.sleep(.02); assert p.poll() is None
+    p.send_signal(signal.SIGKILL); p.wait()
+    with pytest.raises(StoreError, match='interrupted'): open_store(tmp_path/'s')
+    left = missing_shards(tmp_path/'s', 40, dict(model='k'))
+    assert 0 < len(left) < 40
+    subprocess.run(args, check=True)
+    np.testing.assert_array_equal(open_store(tmp_path/'s')[:], x.astype('f2').astype('f4')); assert check_store(tmp_path/'s') == []
+
+
+def test_ensemble_of_stores_with_other_orders(tmp_path):
+    perm = rng.permutation(103)
+    a = write_store(tmp_path/'a', IDS, X, dict(m='a'), dtype='float32')
+    b = write_store(tmp_path/'b', np.array(IDS)[perm], 5*X[perm][:, :4], dict(m='b'), 20, 'float32')
+    out = concat_stores([a, b], tmp_path/'out', [1, .5], shard_size=33, dtype='float32')
+    want = l2n(np.concatenate([X, .5*l2n(X[:, :4])], 1))
+    np.testing.assert_allclose(out[:], want, atol=1e-6); assert out.ids.tolist() == IDS
+    with pytest.raises(StoreError, match='weights are'): concat_stores([a, b], tmp_path/'w', [1, 0])
+    with pytest.raises(StoreError, match='2 models but 1 weights'): concat_stores([a, b], tmp_path/'v', [1])
+    with pytest.raises(StoreError, match='at least one'): concat_stores([], tmp_path/'u')
+
+
+def test_h5_of_the_original(tmp_path):
+    h5py = pytest.importorskip('h5py')
+    with h5py.File(tmp_path/'x.h5', 'w') as f: f['ids'], f['feats'] = np.array(IDS, 'S'), X
+    s = read_h5(tmp_path/'x.h5', tmp_path/'s')
+    np.testing.assert_array_equal(s[:], X); assert s.ids.tolist() == IDS
+    write_h5(s, tmp_path/'y.h5')
+    with h5py.File(tmp_path/'y.h5') as f: np.testing.assert_array_equal(f['feats'][()], X); assert f['ids'][0] == IDS[0].encode()
+
+
+def test_named_errors(tmp_path):
+    with pytest.raises(StoreError, match=r'2 of 3 rows are not finite \(rows \[0, 2\]\)'): check_rows(np.array([[np.nan], [1], [np.inf]]))
+    with pytest.raises(StoreError, match='ids are not in the store'): rows_of(['a', 'z'], ['a', 'b'])
+    with pytest.raises(StoreError, match='103 ids but 5 descriptors'): write_store(tmp_path/'s', IDS, X[:5], CARD)
+    with pytest.raises(StoreError, match='float16 or float32'): write_shard(tmp_path/'s', 0, IDS, X, CARD, 'float64')
+    with pytest.raises(StoreError, match='1 ids occur more than once'): write_store(tmp_path/'s', ['a', 'a'], X[:2], CARD)
+    with pytest.raises(IndexError): write_store(tmp_path/'t', IDS, X, CARD)[103]
