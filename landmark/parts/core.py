@@ -359,7 +359,7 @@ def parallel_map(
     with ProcessPoolExecutor(n, mp_context=get_context('spawn'), initializer=_watch_parent, initargs=(os.getpid(),)) as pool:
         return list(progress(pool.map(fn, items, chunksize=max(1, min(16, len(items)//(8*n)))), desc, len(items)))
 
-# %% ../../nbs/parts/core.ipynb #f8c109be
+# %% ../../nbs/parts/core.ipynb #3d455f72
 def read_yaml(
     path:Path, # a parameter file
 )->dict: # parameters
@@ -382,6 +382,6 @@ def stage_main(
     try:
         params = {}
         for f in a.file: params |= read_yaml(f)
-        params |= {k: yaml.safe_load(v) for k, v in a.parameter}
+        params |= {k: v if v.startswith('@') else yaml.safe_load(v) for k, v in a.parameter} # @stage/name is no YAML
         print(run(make_config(Config, params)))
     except ParameterError as e: sys.exit(str(e))
