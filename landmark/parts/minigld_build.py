@@ -78,7 +78,7 @@ class Body:
     parts: list = field(default_factory=list)
     target: bool = True  # belongs to the landmark
 
-# %% ../../nbs/parts/minigld_build.ipynb #4c45b9a2
+# %% ../../nbs/parts/minigld_build.ipynb #5dd7f8c7
 def vec(*x): return np.array(x, float)
 
 def body(parts:list, target:bool=True)->Body:
@@ -94,11 +94,12 @@ def body(parts:list, target:bool=True)->Body:
     return Body(pts.min(0), pts.max(0), parts, target)
 
 def box(x0, x1, y0, y1, z0, z1, front, side=None, back=None, top=None, target=True)->Body:
-    "A block with a surface per side."
+    "A block with a surface per side; its back is like its front if nothing else is given."
     side, back = side or front, back or side or front
     f = [Face(front, vec(x0, y0, z1), vec(x1-x0, 0, 0), vec(0, 0, z0-z1)), Face(back, vec(x1, y1, z1), vec(x0-x1, 0, 0), vec(0, 0, z0-z1)),
          Face(side, vec(x0, y1, z1), vec(0, y0-y1, 0), vec(0, 0, z0-z1)), Face(side, vec(x1, y0, z1), vec(0, y1-y0, 0), vec(0, 0, z0-z1))]
     if top: f.append(Face(top, vec(x0, y1, z1), vec(x1-x0, 0, 0), vec(0, y0-y1, 0)))
+    if z0 > .5: f.append(Face(top or side, vec(x0, y0, z0), vec(x1-x0, 0, 0), vec(0, y1-y0, 0)))      # seen from below
     return body(f, target)
 
 # %% ../../nbs/parts/minigld_build.ipynb #1a147f18

@@ -13,7 +13,7 @@ from .minigld_build import Body, Canvas, Sprite, body, clip_near
 from .minigld_paint import BRIGHT, STONE, masonry, noise
 from .minigld_plan import rng_of
 
-# %% ../../nbs/parts/minigld_weather.ipynb #e8c48df9
+# %% ../../nbs/parts/minigld_weather.ipynb #eebb624a
 def light_of(r, light:str, weather:str)->dict:
     "Sun, sky light, fog and exposure of one photograph; colours are RGB factors."
     az, el = np.radians(r.uniform(-80, 80)), np.radians(r.uniform(22, 62))
@@ -27,11 +27,11 @@ def light_of(r, light:str, weather:str)->dict:
     if light == 'indoor':
         t = r.uniform(-1, 1); out.update(sun=np.array([.5*np.sin(az), -.5, .7]), strength=r.uniform(.12, .4), sky=np.array((.74+.1*t, .7, .62-.14*t))*r.uniform(.75, 1.1), night=.75)
     if weather == 'fog': out.update(fog=1/r.uniform(45, 110), strength=out['strength']*.3, sky=out['sky']*1.15, haze=out['haze'].mean()*.6+out['haze']*.4)
-    if weather in ('rain', 'snow'): out.update(strength=out['strength']*.25, fog=1/240, sky=out['sky']*.95)
+    if weather in ('rain', 'snow'): out.update(strength=out['strength']*(.7 if light == 'night' else .25), fog=1/240, sky=out['sky']*(.95 if light in ('night', 'dusk') else 1.5))
     out['exposure'] = float(np.exp(r.normal(.06, .16)))
     return out
 
-# %% ../../nbs/parts/minigld_weather.ipynb #284396ad
+# %% ../../nbs/parts/minigld_weather.ipynb #d0790049
 @lru_cache(maxsize=16)
 def _clouds(i:int)->np.ndarray:
     "A field of clouds, 0 to 1 [256, 640]."
@@ -50,9 +50,10 @@ def sky_picture(r, w:int, h:int, horizon:float, light:str, weather:str)->np.ndar
     a = np.clip((f-.62+.3*cover)*4, 0, 1)[..., None]*(.9 if light != 'night' else .3)
     white = dict(day=(246, 247, 250), overcast=(150, 154, 160), dusk=(255, 176, 140), night=(52, 50, 60), indoor=(0, 0, 0))[light]
     sky = sky+(np.asarray(white, np.float32)*(.72+.36*f[..., None])-sky)*a.astype(np.float32)
-    if light == 'night':
+    if weather == 'fog': sky = sky*.15+sky.mean((0, 1))*.85
+    if light == 'night' and weather == 'clear':
         for px, py in r.random((40, 2))*[w, h]: cv2.circle(sky, (int(px), int(py)), 0, (190, 190, 200), -1)
-    return sky.astype(np.float32)
+    return np.ascontiguousarray(sky, np.float32)
 
 # %% ../../nbs/parts/minigld_weather.ipynb #0f162837
 GROUNDS = ['slabs', 'cobbles', 'gravel', 'grass', 'asphalt', 'brick']
@@ -169,12 +170,12 @@ def car(i:int)->np.ndarray: # RGBA [100, 260, 4]
     for x in (60, 206): cv2.circle(im, (x, 82), 18, (26, 26, 28, 255), -1, cv2.LINE_AA); cv2.circle(im, (x, 82), 9, (150, 150, 154, 255), -1, cv2.LINE_AA)
     cv2.line(im, (8, 62), (252, 62), rgba(np.array(c[:3])*.7), 2); return im
 
-# %% ../../nbs/parts/minigld_weather.ipynb #b9bfd192
+# %% ../../nbs/parts/minigld_weather.ipynb #0486b31f
 def compose(cv:Canvas, sky:np.ndarray, L:dict, w:int, h:int)->np.ndarray: # float32 RGB [h, w, 3]
     "Buffers to colours, at the size of the photograph."
     small = lambda a, how=cv2.INTER_LINEAR: cv2.resize(a, (w, h), interpolation=how)
     rgb, (light, ambient, glow) = small(cv.rgb, cv2.INTER_AREA).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
-    part = small((cv.far > 9000).astype(np.uint8)*255)[..., None].astype(np.float32)/255      # open sky
+    part = small((cv.far > 9000).astype(np.uint8)*255, cv2.INTER_AREA)[..., None].astype(np.float32)/255      # open sky
     if L['night'] == 1: light = light*(.12+.88*small((cv.who == 2).astype(np.uint8)*255).astype(np.float32)/255)
     warm, cool = ((L[k]*s).astype(np.float32) for k, s in (('warm', L['strength']), ('sky', 1.)))
     out = cv2.multiply(rgb, cv2.transform(cv2.merge([light, ambient]), np.stack([warm, cool], 1)))
