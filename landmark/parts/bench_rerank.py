@@ -16,7 +16,7 @@ from .knn import search
 from .rerank import soft_vote, sort_insert
 from .store import l2n
 
-# %% ../../nbs/parts/bench_rerank.ipynb #622d1eb7
+# %% ../../nbs/parts/bench_rerank.ipynb #10d079ec
 def listed(
     q:int, n:int,          # queries, index images
     n_labels:int,          # landmarks
@@ -40,16 +40,15 @@ def listed(
     return ranks, q_labels, rng.random(q, dtype=np.float32), index_labels, rng.random(n, dtype=np.float32)
 
 def plain_sort_insert(ranks, q_labels, q_scores, index_labels, index_scores, thresh=0.6, topk=100)->np.ndarray:
-    "As the original does it: for every query, look through the table of all index predictions."
-    table = pd.DataFrame(dict(position=np.arange(len(index_labels)), label=index_labels, score=index_scores)).set_index("position", drop=False)
-    out = []
-    for row, label, score in zip(ranks.tolist(), q_labels, q_scores):
-        same = (table.label.loc[row] == label).tolist()
-        first = [x for x, s in zip(row, same) if s]
-        more = table[(table.label == label) & (table.score + score > thresh)]
-        more = more[~more.position.isin(row)].sort_values("score", ascending=False, kind="stable")
-        out.append((first + more.position.tolist() + [x for x, s in zip(row, same) if not s])[:topk])
-    return np.array(out)
+    "As the original does it: for every query, look through the whole table of index predictions; ids and labels are strings."
+    ids = np.array([f"{i:016x}" for i in range(len(index_labels))], object)
+    table = pd.DataFrame(dict(id=ids, label=np.array([str(l) for l in index_labels], object), score=index_scores), dtype=object).astype(dict(score="float32"))
+    label_of, out = dict(zip(table.id, table.label)), []
+    for row, label, score in zip(ids[ranks], map(str, q_labels), q_scores):
+        first, rest = ([x for x in row if (label_of[x] == label) == same] for same in (True, False))
+        more = table[(table.label == label) & ~table.id.isin(row) & (table.score + score > thresh)].sort_values("score", ascending=False, kind="stable")
+        out.append((first + more.id.tolist() + rest)[:topk])
+    return np.array([[int(x, 16) for x in row] for row in out])
 
 # %% ../../nbs/parts/bench_rerank.ipynb #542bfc01
 @benchmark("rerank")
