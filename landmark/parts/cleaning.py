@@ -217,7 +217,7 @@ def reasons(
         return f'{verified[i]} verified pairs, {needed[i]} needed'
     return [why(i) for i in range(len(keep))]
 
-# %% ../../nbs/parts/cleaning.ipynb #b523b06e
+# %% ../../nbs/parts/cleaning.ipynb #2523506a
 def spring_layout(
     n:int,             # photos
     edges:np.ndarray,  # pairs of photos that verify [m, 2]
@@ -226,6 +226,7 @@ def spring_layout(
     "Places for the photos of a label."
     t = np.arange(n)*2.39996; x = np.stack([np.cos(t), np.sin(t)], 1)*np.sqrt((np.arange(n)+.5)/n)[:, None] # a sunflower to start from
     pull = np.zeros((n, n)); pull[edges[:, 0], edges[:, 1]] = pull[edges[:, 1], edges[:, 0]] = 1
+    degree = np.maximum(pull.sum(1), 1); pull /= np.sqrt(degree[:, None]*degree) # a crowd shall not fall into one point
     k = 1.2/np.sqrt(max(n, 1))
     for step in range(n_steps):
         d = x[:, None] - x[None]; r = np.maximum(np.linalg.norm(d, axis=2, keepdims=True), 1e-3)

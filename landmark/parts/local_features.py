@@ -6,9 +6,8 @@
 __all__ = ['UNIT', 'GRID', 'MAX_SIDE', 'LocalFeatures', 'extract', 'pack', 'pixel_hash', 'write_shard', 'open_meta',
            'extract_many', 'LocalStore', 'open_local']
 
-# %% ../../nbs/parts/local_features.ipynb #22261e56
+# %% ../../nbs/parts/local_features.ipynb #5a2cb0bd
 import hashlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,14 +146,14 @@ def extract_many(
     parallel_map(partial(_do_shard, kind=kind, max_keypoints=max_keypoints, max_side=max_side), jobs, n_workers, desc='local features')
     return Path(out_dir)
 
-# %% ../../nbs/parts/local_features.ipynb #ec4eae50
+# %% ../../nbs/parts/local_features.ipynb #3ef4e365
 class LocalStore:
     "Local features on disk, by position; memory-mapped."
     def __init__(self,
         path:Path,        # folder of `extract_many`
         keep_open:int=64, # shards held open
     ):
-        self.path, self.keep_open, self._open = Path(path), keep_open, OrderedDict()
+        self.path, self.keep_open, self._open = Path(path), keep_open, {}
         if not (self.path/'meta.json').exists(): raise FileNotFoundError(f'{path} has no meta.json: no local features here, or not finished')
         self.meta = read_json(self.path/'meta.json'); self.kind = self.meta['kind']
     def __len__(self): return self.meta['n']
@@ -167,12 +166,13 @@ class LocalStore:
         s:int, # number of a shard
     )->dict: # its arrays
         "The arrays of a shard."
-        if s not in self._open:
+        a = self._open.get(s) # threads share a store: what another one closes meanwhile stays alive here
+        if a is None:
             d = self.path/f'{s:05d}'
             if not d.exists(): raise FileNotFoundError(f'shard {s} of the local features in {self.path} is missing: extract it (shards=[{s}]) or gather it from the machine that has it')
-            self._open[s] = {k: np.load(d/f'{k}.npy', mmap_mode='r' if k in ('desc', 'xy', 'scores') else None) for k in ('desc', 'xy', 'scores', 'offsets', 'size', 'hash')}
-            while len(self._open) > self.keep_open: self._open.pop(next(iter(self._open)), None)
-        return self._open[s]
+            a = self._open[s] = {k: np.load(d/f'{k}.npy', mmap_mode='r' if k in ('desc', 'xy', 'scores') else None) for k in ('desc', 'xy', 'scores', 'offsets', 'size', 'hash')}
+            for old in list(self._open)[:-self.keep_open]: self._open.pop(old, None)
+        return a
 
     def __getitem__(self, i:int)->LocalFeatures:
         if not 0 <= i < len(self): raise IndexError(f'image {i} of local features that hold {len(self)} images')
