@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'tasks_of', 'render_task', 'relation', 'ground_truth', 'solutions', 'category_table', 'write_tables',
-           'draw_world']
+           'shuffle_labels', 'draw_world']
 
 # %% ../../nbs/parts/minigld.ipynb #8c053dc2
 import dataclasses, json, math, pickle
@@ -107,12 +107,22 @@ def write_tables(out_dir:Path, rows:list, seed:int, v1:dict, v2:dict):
         (out_dir/f'revisited/{bench}/gnd_{bench}.pkl').write_bytes(pickle.dumps(ground_truth(rows, bench), protocol=4))
     _write(table.drop(columns=['id', 'url']), out_dir/'truth.csv')
 
-# %% ../../nbs/parts/minigld.ipynb #02bcaa19
+# %% ../../nbs/parts/minigld.ipynb #37370d21
+def shuffle_labels(rows:list, seed:int)->list:
+    "The same photographs, the labels of each train set dealt out anew."
+    out = [dict(r) for r in rows]
+    for split in ('v1_train', 'v2_train'):
+        which = [i for i, r in enumerate(rows) if r['split'] == split]
+        for i, j in zip(which, rng_of(seed, 'shuffle', split).permutation(which)): out[i]['landmark_id'] = rows[int(j)]['landmark_id']
+    return out
+
+# %% ../../nbs/parts/minigld.ipynb #430b653b
 def draw_world(
     out_dir:Path,     # the world's folder; must not exist
     knobs:Knobs,      # sizes and difficulty
     seed:int,         # another seed is another world
     n_workers:int=0,  # processes; 0 is one per core
+    shuffled:bool=False, # deal the labels of the train sets out anew
 )->Path: # out_dir
     "Draw a world in the Google Landmarks layout; the same bytes on any number of processes."
     out_dir = Path(out_dir)
@@ -122,6 +132,6 @@ def draw_world(
         done = parallel_map(render_task, tasks_of(rows, tmp, seed, knobs.side), n_workers, 'drawing')
         seen = {s['image_id']: s for part in done for s in part}
         rows = [{**r, **seen[r['image_id']]} for r in rows]
-        write_tables(tmp, rows, seed, v1, v2)
+        write_tables(tmp, shuffle_labels(rows, seed) if shuffled else rows, seed, v1, v2)
         (tmp/'world.json').write_text(json.dumps(dict(knobs=dataclasses.asdict(knobs), seed=seed, version=VERSION, made_by='MiniGLD'), indent=1)+'\n')
     return out_dir
