@@ -20,7 +20,7 @@ from .parts.engine import Recipe, Trainer, Training, load_model, save_model
 from .parts.loading import Photos
 from .parts.losses import LOSSES, make_head
 
-# %% ../nbs/03_train.ipynb #0eb29e92
+# %% ../nbs/03_train.ipynb #1dae9888
 TRAIN_SETS = ('v1', 'v2', 'v1+v2', 'v2-clean', 'v1+v2-clean')
 
 @stage_config
@@ -34,18 +34,18 @@ class Config:
     train_set: str | list[str] = "v1"   # one of TRAIN_SETS, or several: one model each
     parent: str = ""             # artifact of 03_train with the v1 models, for v1+…
     clean: str = ""              # artifact of 02_clean, for …-clean
-    backbone: str = "mobilenetv3_small_050" # timm name, or fishnet150
+    backbone: str = "test_resnet" # timm name, or fishnet150
     pretrained: bool = False     # start from weights of the hub
     weights: str = ""            # start from a local file of weights
     sha256: str = ""             # expected hash of that file
     pooling: str = "gem"         # a pooling, or letters per stage such as SMG,MG,G,G
     dim: int = 128               # length of the descriptor
-    sizes: str | list[str] = "128" # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
+    sizes: str | list[str] = "96" # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
     augment: str = "soft"        # none, soft, middle
     margin: float | None = None  # margin of the loss; none: 0.3 for margins, 0.7 contrastive
     s: float = 30.0              # scale of the logits
     label_smoothing: float = 0.0 # share of the target spread over all classes
-    epochs: int = 30             # passes over the training set
+    epochs: int = 14             # passes over the training set
     batch_size: int = 32         # photos in a batch, over all devices
     optimizer: str = "adamw"     # sgd or adamw
     lr: float = 3e-3             # learning rate at the start of the cosine

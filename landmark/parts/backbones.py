@@ -57,7 +57,7 @@ def load_weights(
     net.load_state_dict({k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False)
     return missing
 
-# %% ../../nbs/parts/backbones.ipynb #12970a84
+# %% ../../nbs/parts/backbones.ipynb #a6bb7f29
 def make_backbone(
     name:str,                # timm name, or fishnet150
     pretrained:bool=False,   # take weights of the hub
@@ -69,7 +69,6 @@ def make_backbone(
     if name == 'fishnet150':
         from landmark.parts.fishnet import fishnet150
         net = fishnet150(); channels, cfg = net.channels if stages else net.channels[-1], dict(mean=(.485, .456, .406), std=(.229, .224, .225))
-        net.forward_features = lambda x: nn.Module.__call__(net, x)[-1]
         if pretrained and not weights: raise ValueError("FishNet-150 has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`.")
     else:
         import timm
