@@ -6,8 +6,8 @@
 __all__ = ['Config', 'drawn_folder', 'link', 'photo_folder', 'model_dir', 'describe_by_network', 'describe_by_words', 'read_csv',
            'photo_paths', 'run', 'Collection', 'Answer', 'identify', 'ask_itself', 'write_report', 'explore', 'main']
 
-# %% ../nbs/09_explore.ipynb #451532b2
-import os, re, sys, tempfile
+# %% ../nbs/09_explore.ipynb #caf64cb5
+import html, os, re, sys, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +79,7 @@ def photo_folder(cfg:Config)->Path:
     if not cfg.photos: raise ParameterError('explore: photos is empty; give the folder that holds your photos')
     return Path(cfg.photos).expanduser()
 
-# %% ../nbs/09_explore.ipynb #da0edf4d
+# %% ../nbs/09_explore.ipynb #e6f69362
 def model_dir(cfg:Config)->Path|None:
     "The folder of the trained model that `weights` means."
     if not cfg.weights: return None
@@ -112,7 +112,7 @@ def describe_by_words(
     "VLAD, its vocabulary learned on the photos, and on drawn ones as well where there are few."
     if not words_path.exists():
         desc = sample_descriptors(store, seed=cfg.seed)
-        if len(desc) < 200*cfg.n_words:
+        if len(desc) < 100*cfg.n_words:
             log(f'explore: {len(desc):,} local features are few for {cfg.n_words} words; drawn images help out')
             drawn = read_images(open_world('tiny', 1), 'v2_train').path[:30].tolist()
             with tempfile.TemporaryDirectory() as d: desc = np.concatenate([desc, sample_descriptors(open_local(extract_many(drawn, drawn, Path(d)/'local', n_workers=1)))])
@@ -258,7 +258,7 @@ def ask_itself(
         rows.append(dict(image_id=r.image_id, label=r.label, answer=t.landmark[0] if len(t) else '', confidence=t.confidence[0] if len(t) else 0., right=bool(len(t) and t.landmark[0] == r.label)))
     return pd.DataFrame(rows, columns=['image_id', 'label', 'answer', 'confidence', 'right'])
 
-# %% ../nbs/09_explore.ipynb #f2bd4c84
+# %% ../nbs/09_explore.ipynb #8a7d0be2
 def write_report(
     notebook:Path, # this notebook, executed
     folder:Path,   # where the report goes; what was there is replaced
@@ -271,11 +271,12 @@ def write_report(
     cells = [c for c in nb.cells[start:] if c.cell_type == 'markdown' or c.get('outputs')]
     for c in cells:
         if c.cell_type == 'code': c.source, c.outputs = '', [o for o in c.outputs if o.output_type != 'stream']
-    cells[0].source = f'# {title}'; nb.cells = cells
+    cells[0].source = f'# {html.escape(title)}'; nb.cells = cells
     page = Path(folder)/'index.html'; page.parent.mkdir(parents=True, exist_ok=True); slim = page.with_suffix('.ipynb'); nbformat.write(nb, slim)
     try: render(slim, page)
     finally: slim.unlink()
     text = re.sub(r'<nav>.*?</nav>\n?', '', page.read_text(encoding='utf-8'), count=1, flags=re.S)
+    text = re.sub(r'<title>.*?</title>', lambda m: f'<title>{html.escape(title)}</title>', text, count=1, flags=re.S)
     page.write_text(move_pictures(text, page.parent/'pictures', 'pictures'), encoding='utf-8')
     return page
 

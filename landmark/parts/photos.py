@@ -19,7 +19,7 @@ from .images import SUFFIXES, ImageError, image_path, image_size, read_image
 from .knn import search
 from .local_features import pixel_hash
 
-# %% ../../nbs/parts/photos.ipynb #2ce311a1
+# %% ../../nbs/parts/photos.ipynb #7939aa30
 def shown_name(
     path, # a path, perhaps with bytes that are no text
 )->str: # the same as text that every file and page can hold
@@ -29,7 +29,7 @@ def shown_name(
 def _entries(folder:Path):
     "Folders and files in a folder, sorted by name."
     found = sorted(os.scandir(folder), key=lambda e: e.name)
-    return [e for e in found if e.is_dir()], [e for e in found if not e.is_dir()]
+    return [e for e in found if os.path.isdir(e.path)], [e for e in found if not os.path.isdir(e.path)] # `DirEntry.is_dir` fails on a link to itself
 
 def _why_not(e)->str: # reason, or nothing
     "Why a file is not worth opening."
@@ -40,7 +40,7 @@ def _why_not(e)->str: # reason, or nothing
     if not e.is_file(): return 'not a plain file'
     return 'the file is empty' if e.stat().st_size == 0 else ''
 
-# %% ../../nbs/parts/photos.ipynb #9e8850f0
+# %% ../../nbs/parts/photos.ipynb #d87fea17
 def scan_folder(
     folder:Path, # any folder
 )->tuple: # photos (file, path, label, bytes, mtime); skipped (file, reason)
@@ -58,11 +58,13 @@ def scan_folder(
             why = _why_not(e)
             if why: skipped.append((name(e), why))
             else: s = e.stat(); files.append((name(e), e.path, label, s.st_size, s.st_mtime_ns))
-        for e in reversed(dirs):
+        deeper = []
+        for e in dirs:
             real = os.path.realpath(e.path)
             if e.name.startswith('.'): skipped.append((name(e), 'a hidden folder'))
             elif real in seen: skipped.append((name(e), f'a link to a folder that is read already ({seen[real]})'))
-            else: seen[real] = name(e); todo.append(Path(e.path))
+            else: seen[real] = name(e); deeper.append(Path(e.path))
+        todo += reversed(deeper)
     return pd.DataFrame(files, columns=['file', 'path', 'label', 'bytes', 'mtime'], dtype=object), pd.DataFrame(skipped, columns=['file', 'reason'])
 
 # %% ../../nbs/parts/photos.ipynb #4ddfbb39
