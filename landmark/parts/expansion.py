@@ -5,27 +5,30 @@
 # %% auto #0
 __all__ = ['expand', 'alpha_qe', 'augment_index']
 
-# %% ../../nbs/parts/expansion.ipynb #390bd1f3
+# %% ../../nbs/parts/expansion.ipynb #a3067776
 import numpy as np
 from numba import njit, prange
 from .knn import search, without_self
-from .store import check_rows, l2n
+from .store import l2n
 
-# %% ../../nbs/parts/expansion.ipynb #24d27a21
-@njit(cache=True, nogil=True, parallel=True, fastmath={"reassoc", "contract"})
-def _weighted_sums(base, idxs, weights, out):
-    "Add the weighted neighbours to every row of `out`, then give it unit length."
-    for r in prange(len(out)):
+# %% ../../nbs/parts/expansion.ipynb #a67843e2
+@njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
+def _weighted_sums(x, base, sims, idxs, alpha, own_weight, out, lengths):
+    "Each row of `x` plus its weighted neighbours, at unit length; `lengths` keeps what it was divided by."
+    d = np.uint64(x.shape[1])
+    for r in prange(len(x)):
+        row = out[r]
+        for j in range(d): row[j] = own_weight*x[r, j]
         for c in range(idxs.shape[1]):
-            w, x = weights[r, c], idxs[r, c]
-            if w != 0 and x >= 0:
-                for j in range(out.shape[1]): out[r, j] += w*base[x, j]
-        s = np.float32(0)
-        for j in range(out.shape[1]): s += out[r, j]*out[r, j]
-        s = np.sqrt(s) if s > 0 else np.float32(1)
-        for j in range(out.shape[1]): out[r, j] /= s
+            if idxs[r, c] < 0: continue
+            w, y = np.float32(max(sims[r, c], 0)**alpha), base[idxs[r, c]]
+            for j in range(d): row[j] += w*y[j]
+        s = 0.0
+        for j in range(d): s += np.float64(row[j])*row[j]
+        lengths[r] = np.sqrt(s)
+        for j in range(d): row[j] /= np.float32(lengths[r])
 
-# %% ../../nbs/parts/expansion.ipynb #4a2cf725
+# %% ../../nbs/parts/expansion.ipynb #8ce3690d
 def expand(
     x:np.ndarray,          # descriptors [n, d]
     base,                  # where their neighbours are: array or store [m, d]
@@ -35,17 +38,20 @@ def expand(
     own_weight:float=1.0,  # weight of the descriptor itself
 )->np.ndarray: # float32 [n, d], unit rows
     "Each descriptor plus its neighbours weighted by similarity^alpha."
-    x = np.asarray(x, np.float32)
+    x, sims, idxs = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(sims, np.float32), np.ascontiguousarray(idxs, np.int64)
     if sims.shape != idxs.shape or len(sims) != len(x): raise ValueError(f"{len(x)} descriptors, similarities {sims.shape} and neighbours {idxs.shape} do not belong together")
     if idxs.size and idxs.max() >= len(base): raise ValueError(f"a neighbour is number {idxs.max()}, the base has {len(base)} rows")
     if not np.isfinite(sims).all(): raise ValueError("similarities must be finite")
-    weights = np.where(idxs >= 0, np.maximum(sims, 0)**alpha, 0).astype(np.float32)
-    out = check_rows(x, "descriptors to expand")*np.float32(own_weight)
-    if isinstance(base, np.ndarray) and base.dtype == np.float32: _weighted_sums(base, np.asarray(idxs, np.int64), weights, out)
+    out, lengths = np.empty_like(x), np.empty(len(x))
+    if isinstance(base, np.ndarray) and base.dtype == np.float32: _weighted_sums(x, base, sims, idxs, float(alpha), np.float32(own_weight), out, lengths)
     else:                                                                        # on disk: the rows that are needed, in blocks
         for a in range(0, len(x), 4096):
-            rows, at = np.unique(np.maximum(idxs[a:a+4096], 0), return_inverse=True)
-            _weighted_sums(np.ascontiguousarray(base[rows], np.float32), at.reshape(-1, idxs.shape[1]), weights[a:a+4096], out[a:a+4096])
+            part = slice(a, a+4096)
+            rows, at = np.unique(np.maximum(idxs[part], 0), return_inverse=True)
+            at = np.where(idxs[part] < 0, -1, at.reshape(idxs[part].shape))
+            _weighted_sums(x[part], np.ascontiguousarray(base[rows], np.float32), sims[part], at, float(alpha), np.float32(own_weight), out[part], lengths[part])
+    bad = ~np.isfinite(lengths) | (lengths == 0)
+    if bad.any(): raise ValueError(f"{int(bad.sum())} expanded descriptors are not finite or all zero (row {int(bad.argmax())} first): their own descriptors or neighbours are")
     return out
 
 # %% ../../nbs/parts/expansion.ipynb #ff055746

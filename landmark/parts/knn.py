@@ -129,25 +129,30 @@ def _torch_candidates(queries, base, k, rows, bar, device, half, memory_mib):
             torch.cuda.empty_cache(); log(f"search: the GPU is too small for this block; going on with {rows} rows")
     return best[0].cpu().numpy(), best[1].cpu().numpy()
 
-# %% ../../nbs/parts/knn.ipynb #5d7a6fe9
+# %% ../../nbs/parts/knn.ipynb #afed906f
 def error_bound(
     queries:np.ndarray, # [q, d]
     longest:float,      # length of the longest base row
     half:bool=False,    # candidates come from bfloat16
 )->np.ndarray: # how far a similarity may be off, per query [q]
     "Bound on the error of the candidates' similarities."
-    relative = 4*np.sqrt(queries.shape[1])*2.0**-24 + (3.1*2.0**-9 if half else 0)
+    relative = np.sqrt(queries.shape[1])*2.0**-24 + (3.1*2.0**-9 if half else 0)
     return relative*longest*np.linalg.norm(queries.astype(np.float64), axis=1)
 
-@njit(cache=True, nogil=True, parallel=True, fastmath={"reassoc", "contract"})
+@njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
 def _dots(queries, base, idxs):
-    "Inner products in float64; the same sum for the same row wherever it lies."
-    out = np.empty(idxs.shape, np.float64)
+    "Inner products in float64; the same sum for the same row wherever it lies. Unsigned indices spare the check for negative ones."
+    out, d = np.empty(idxs.shape, np.float64), np.uint64(queries.shape[1])
+    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
     for r in prange(len(idxs)):
+        q = queries[r].astype(np.float64)
         for c in range(idxs.shape[1]):
-            s, x = 0.0, idxs[r, c]
-            for j in range(queries.shape[1]): s += np.float64(queries[r, j])*np.float64(base[x, j])
-            out[r, c] = s
+            x, s, t, u, v, j = base[idxs[r, c]], 0.0, 0.0, 0.0, 0.0, np.uint64(0)
+            while j+four <= d:
+                s += q[j]*x[j]; t += q[j+one]*x[j+one]; u += q[j+two]*x[j+two]; v += q[j+three]*x[j+three]
+                j += four
+            while j < d: s += q[j]*x[j]; j += one
+            out[r, c] = (s+t) + (u+v)
     return out
 
 # %% ../../nbs/parts/knn.ipynb #99346d03
