@@ -190,7 +190,7 @@ def clip_near(points:np.ndarray, cam:Camera, near:float=.25)->np.ndarray:
         if (a >= 0) != (b >= 0): out.append(p+(q-p)*(a/(a-b)))
     return np.array(out).reshape(-1, 3)
 
-# %% ../../nbs/parts/minigld_build.ipynb #e621a452
+# %% ../../nbs/parts/minigld_build.ipynb #5fb3fc4d
 def level_of(pyramid:list, ratio:float)->int:
     "The level with about one pixel per pixel of the picture."
     return int(np.clip(round(np.log2(max(ratio, 1e-6))-.35), 0, len(pyramid)-1))
@@ -210,7 +210,7 @@ def draw_face(cv:Canvas, face:Face, pyramid:list, who:int):
     if len(pts) < 3: return
     px = cam.project(pts)[0].clip(-8000, 8000)
     x0, y0, x1, y1 = cv.window(px)
-    if x1-x0 < 1 or y1-y0 < 1: return
+    if x1-x0 < 2 or y1-y0 < 2: return
     mask = np.zeros((y1-y0, x1-x0), np.uint8)
     cv2.fillPoly(mask, [np.round((px-[x0, y0])*16).astype(np.int32)], 255, cv2.LINE_8, 4)
     h, w = pyramid[0][0].shape[:2]

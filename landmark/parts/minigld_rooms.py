@@ -14,15 +14,15 @@ from .minigld_paint import Surface, masonry
 from .minigld_plan import rng_of
 from .minigld_styles import Landmark
 
-# %% ../../nbs/parts/minigld_rooms.ipynb #ff0e8d15
+# %% ../../nbs/parts/minigld_rooms.ipynb #386d700c
 def hall_of(L:Landmark)->tuple: # walls, furniture, (width, depth, height)
     "The inside of a landmark."
     r = rng_of(L.seed, 'hall', L.name.removeprefix('look/'))
-    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12); pal, ppm = L.pal_hall, 17.
+    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12); pal, ppm = L.pal_hall, 17.*L.fine
     R = L.recipes
-    R['in.end'], R['in.side'] = (lambda q: hall_wall(q, w, h, 26., pal, 'end')), (lambda q: hall_wall(q, d, h, ppm, pal, 'side'))
+    R['in.end'], R['in.side'] = (lambda q: hall_wall(q, w, h, 26.*L.fine, pal, 'end')), (lambda q: hall_wall(q, d, h, ppm, pal, 'side'))
     R['in.side2'] = lambda q: hall_wall(q, d, h, ppm, pal, 'side')
-    R['in.floor'], R['in.top'] = (lambda q: flooring(q, w, d, 13., pal)), (lambda q: ceiling(q, w*1.3, d, 11., pal))
+    R['in.floor'], R['in.top'] = (lambda q: flooring(q, w, d, 13.*L.fine, pal)), (lambda q: ceiling(q, w*1.3, d, 11.*L.fine, pal))
     R['in.arch'] = lambda q: masonry(q, 100, 200, 16, 'ashlar', pal['wall'])
     vault = r.random() < .65; rise = w*r.uniform(.25, .5) if vault else 0
     walls = [Face('in.end', vec(-w/2, d, h), vec(w, 0, 0), vec(0, 0, -h)), Face('in.side', vec(-w/2, 0, h), vec(0, d, 0), vec(0, 0, -h)), Face('in.side2', vec(w/2, d, h), vec(0, -d, 0), vec(0, 0, -h)), Face('in.floor', vec(-w/2, d, 0), vec(w, 0, 0), vec(0, -d, 0))]
@@ -57,12 +57,12 @@ def _furniture(L:Landmark, r, w:float, d:float, h:float, pal:dict)->list:
     for y in (d*.5, d*.75): B.append(dome(0, y, r.uniform(.5, .9), h*.62, L.stone('in.lamp', 'tile', (230, 200, 120)), .8))
     return B
 
-# %% ../../nbs/parts/minigld_rooms.ipynb #567af32b
+# %% ../../nbs/parts/minigld_rooms.ipynb #1b93ee92
 def detail_of(L:Landmark)->tuple: # walls, furniture, (width, depth, height) of the artwork
     "A work of art on its wall."
     r = rng_of(L.seed, 'detail', L.name.removeprefix('look/')); kind = str(r.choice(ART)); pal = L.pal_hall
-    px = 360; L.recipes['art'] = lambda q: artwork(q, kind, pal, px)
+    px = int(360*L.fine); L.recipes['art'] = lambda q: artwork(q, kind, pal, px)
     h = r.uniform(1.8, 3.4); pyramid = L.surface('art'); w = h*pyramid[0][0].shape[1]/pyramid[0][0].shape[0]; z = r.uniform(.2, .9)
-    L.recipes['art.wall'] = lambda q: masonry(q, 150, 400, 25, str(q.choice(['plaster', 'ashlar', 'brick', 'panel'])), pal['wall']*.9); L.recipes['art.floor'] = lambda q: flooring(q, 12, 8, 20., pal); L.recipes['art.edge'] = lambda q: masonry(q, 60, 60, 30, 'plaster', pal['trim']*.8)
-    walls = [Face('art.wall', vec(-8, 0, 6), vec(16, 0, 0), vec(0, 0, -6)), Face('art.floor', vec(-6, 0, 0), vec(12, 0, 0), vec(0, -8, 0))]
+    L.recipes['art.wall'] = lambda q: masonry(q, 136, 408, 17, str(q.choice(['plaster', 'ashlar', 'brick', 'panel'])), pal['wall']*.9); L.recipes['art.floor'] = lambda q: flooring(q, 24, 8, 12.*L.fine, pal); L.recipes['art.edge'] = lambda q: masonry(q, 60, 60, 30, 'plaster', pal['trim']*.8)
+    walls = [Face('art.wall', vec(-12, 0, 8), vec(24, 0, 0), vec(0, 0, -8)), Face('art.floor', vec(-12, 0, 0), vec(24, 0, 0), vec(0, -8, 0))]
     return walls, [box(-w/2, w/2, -.22, 0, z, z+h, 'art', 'art.edge', 'art.edge', 'art.edge')], (w, z, h)

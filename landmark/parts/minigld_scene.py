@@ -38,19 +38,19 @@ def street(r, x0:float, x1:float, y:float, face:int=-1)->list:
         x += w+(r.uniform(3, 9) if r.random() < .2 else 0)
     return out
 
-# %% ../../nbs/parts/minigld_scene.ipynb #60c80f9e
+# %% ../../nbs/parts/minigld_scene.ipynb #a1edce19
 class Scene:
     "A landmark with everything around it, for one aspect after the other."
-    def __init__(self, seed:int, building:str):
-        self.L, self.cache = Landmark(seed, building), {}
+    def __init__(self, seed:int, building:str, side:int=320):
+        self.L, self.cache = Landmark(seed, building, float(np.clip(side/320, .5, 2.5))), {}
         r = rng_of(seed, 'place', building); L = self.L
         self.ground, self.skyline = str(r.choice(GROUNDS)), rng_of(seed, 'hills', building).random(64)
         x0, x1, deep = L.lo[0], L.hi[0], L.hi[1]
         left, right = x0-r.uniform(5, 12), x1+r.uniform(5, 12)
         around = []
-        if r.random() < .7: around += street(r, left-38, left-8, r.uniform(3, 9))
-        if r.random() < .7: around += street(r, right, right+36, r.uniform(3, 9))
-        self.beyond = dict(front=street(r, -60, 60, deep+r.uniform(22, 45)) if r.random() < .65 else [], back=street(r, -60, 60, L.lo[1]-r.uniform(30, 50)) if r.random() < .65 else [])
+        if r.random() < .7: around += street(r, left-32, left-8, r.uniform(3, 9))
+        if r.random() < .7: around += street(r, right, right+28, r.uniform(3, 9))
+        self.beyond = dict(front=street(r, -48, 46, deep+r.uniform(22, 45)) if r.random() < .65 else [], back=street(r, -48, 46, L.lo[1]-r.uniform(30, 50)) if r.random() < .65 else [])
         self.trees = [Sprite(tree(int(r.integers(14))), float(r.choice([-1, 1])*r.uniform(.45, 1.1)*(x1-x0)), float(r.choice([L.lo[1]-r.uniform(2, 9), deep+r.uniform(2, 9)])), 0., float(r.uniform(3.5, 9))) for _ in range(int(r.integers(0, 6)))]
         self.lamps = [Sprite(lamp(int(r.integers(2))), float(s*r.uniform(3, 12)), float(y), 0., 4.2, 1.) for s in (-1, 1) for y in (L.lo[1]-r.uniform(4, 10), deep+r.uniform(4, 10))] if r.random() < .6 else []
         self.around = [b for b in around if b.hi[0] < x0-1 or b.lo[0] > x1+1]
@@ -165,7 +165,7 @@ def take_street(r, row:dict, w:int, h:int)->tuple:
     draw_bodies(cv, bodies+[body([s], False) for s in visitors(r, cam, dict(row, n_people=row['n_people']+2), 16., False)], surface)
     return expose(r, compose(cv, sky, light, w, h), row, light), dict(coverage=0., hidden=0., x0=0., y0=0., x1=float(w), y1=float(h))
 
-# %% ../../nbs/parts/minigld_scene.ipynb #b93a2289
+# %% ../../nbs/parts/minigld_scene.ipynb #48dfeafd
 def photograph(
     seed:int,      # seed of the world
     building:str,  # what stands before the camera; 'none/…' for pictures without a building
@@ -175,6 +175,6 @@ def photograph(
     "Take the planned photographs of one building."
     threads = cv2.getNumThreads(); cv2.setNumThreads(1)
     try:
-        scene = None if building.startswith('none') else Scene(seed, building)
+        scene = None if building.startswith('none') else Scene(seed, building, side)
         for row in rows: yield take(scene, row, side) if scene else take_clutter(seed, row, side)
     finally: cv2.setNumThreads(threads)

@@ -13,14 +13,15 @@ from .minigld_facade import building_palette, facade, roofing
 from .minigld_build import Body, box, cylinder, dome, gable, hip
 from .minigld_plan import STYLES, rng_of
 
-# %% ../../nbs/parts/minigld_styles.ipynb #b14c70ba
+# %% ../../nbs/parts/minigld_styles.ipynb #e254c577
 def style_of(seed:int, building:str)->str:
     "What kind of building this is; a lookalike is of its model's kind."
     return STYLES[int(rng_of(seed, 'style', building.removeprefix('look/')).integers(len(STYLES)))]
 
 class Landmark:
     "Everything that stands before the camera under one name."
-    def __init__(self, seed:int, building:str):
+    def __init__(self, seed:int, building:str, fine:float=1.):
+        self.fine = fine      # resolution of the surfaces; 1 suits photographs of 320 pixels
         self.seed, self.name, model = seed, building, building.removeprefix('look/')
         self.r, self.style = rng_of(seed, 'shape', model), style_of(seed, building)
         self.recipes, self.painted = {}, {}
@@ -46,18 +47,18 @@ class Landmark:
         "Plan a wall; returns its key."
         kept = None if self.name.startswith('look/') else self.pal_back if role == 'back' else self.pal
         palette_of = lambda: kept or (self.pal_back if role == 'back' else self.pal)
-        ppm = min(16., 500/max(width, height))
+        ppm = self.fine*min(16., 500/max(width, height))
         self.recipes[key] = lambda r: facade(r, max(width, 1.5), max(height, 1.5), ppm, palette_of(), role, pointed)
         return key
 
     def roof(self, key:str='roof', width:float=20, height:float=8, colour=None)->str:
         "Plan a roof; returns its key."
-        self.recipes[key] = lambda r: roofing(r, width, height, min(13., 340/width), self.pal['roof'] if colour is None else colour)
+        self.recipes[key] = lambda r: roofing(r, width, height, self.fine*min(13., 340/width), self.pal['roof'] if colour is None else colour)
         return key
 
     def stone(self, key:str='stone', kind:str='ashlar', colour=None, width:float=10, height:float=6)->str:
         "Plan bare masonry; returns its key."
-        self.recipes[key] = lambda r: masonry(r, int(height*14), int(width*14), 14, kind, self.pal['trim'] if colour is None else colour)
+        self.recipes[key] = lambda r: masonry(r, int(height*14*self.fine), int(width*14*self.fine), 14*self.fine, kind, self.pal['trim'] if colour is None else colour)
         return key
 
 # %% ../../nbs/parts/minigld_styles.ipynb #998abb97
@@ -146,7 +147,7 @@ def _keep(L, x, k, d, h, top, roof)->list:
     "The high tower of a castle."
     return [_block(L, 'keep', x-k/2, x+k/2, d*.35, d*.35+k, h, top), hip(x-k/2-.4, x+k/2+.4, d*.35-.4, d*.35+k+.4, top, top+k*.8, roof)]
 
-# %% ../../nbs/parts/minigld_styles.ipynb #324e3ff0
+# %% ../../nbs/parts/minigld_styles.ipynb #2b6d725f
 def temple(L, r)->list:
     w, d, h, n = r.uniform(18, 28), r.uniform(18, 26), r.uniform(7, 10), int(r.integers(3, 5))*2
     L.recipes['shaft'] = lambda q: masonry(q, 160, 120, 16, 'panel', L.pal['trim']); top = L.stone(); p = r.uniform(3, 4.5); z = .9
@@ -173,7 +174,7 @@ def hall(L, r)->list:
         pal = dict(L.pal); key = L.wall(f'h{i}.f', w, h); rise = w*r.uniform(.5, .9)
         L.wall(f'h{i}.g', w, rise, 'gable'); L.wall(f'h{i}.s', d, h, 'side')
         for k, (a, b, role) in {f'h{i}.f': (w, h, 'front'), f'h{i}.g': (w, rise, 'gable'), f'h{i}.s': (d, h, 'side')}.items():
-            L.recipes[k] = lambda q, a=a, b=b, role=role, pal=pal: facade(q, a, b, 17., pal, role)
+            L.recipes[k] = lambda q, a=a, b=b, role=role, pal=pal: facade(q, a, b, 17.*L.fine, pal, role)
         B += [box(x, x+w-.02, y, y+d, 0, h, f'h{i}.f', f'h{i}.s', L.wall(f'h{i}.b', w, h, 'back'))]
         B += [gable(x, x+w-.02, y, y+d, h, h+rise, L.roof(f'roof{i}', d, w*.7, ROOF[r.integers(len(ROOF))]), f'h{i}.g', over=0)] if r.random() < .7 else [hip(x, x+w-.02, y, y+d, h, h+rise*.7, L.roof(f'roof{i}', w, 5), w*.3, w*.3)]
         x += w

@@ -170,12 +170,12 @@ def car(i:int)->np.ndarray: # RGBA [100, 260, 4]
     for x in (60, 206): cv2.circle(im, (x, 82), 18, (26, 26, 28, 255), -1, cv2.LINE_AA); cv2.circle(im, (x, 82), 9, (150, 150, 154, 255), -1, cv2.LINE_AA)
     cv2.line(im, (8, 62), (252, 62), rgba(np.array(c[:3])*.7), 2); return im
 
-# %% ../../nbs/parts/minigld_weather.ipynb #0486b31f
+# %% ../../nbs/parts/minigld_weather.ipynb #73d537f1
 def compose(cv:Canvas, sky:np.ndarray, L:dict, w:int, h:int)->np.ndarray: # float32 RGB [h, w, 3]
     "Buffers to colours, at the size of the photograph."
-    small = lambda a, how=cv2.INTER_LINEAR: cv2.resize(a, (w, h), interpolation=how)
-    rgb, (light, ambient, glow) = small(cv.rgb, cv2.INTER_AREA).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
-    part = small((cv.far > 9000).astype(np.uint8)*255, cv2.INTER_AREA)[..., None].astype(np.float32)/255      # open sky
+    small = lambda a: cv2.resize(a, (w, h), interpolation=cv2.INTER_LINEAR)
+    rgb, (light, ambient, glow) = small(cv.rgb).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
+    part = small((cv.far > 9000).astype(np.uint8)*255)[..., None].astype(np.float32)/255      # open sky
     if L['night'] == 1: light = light*(.12+.88*small((cv.who == 2).astype(np.uint8)*255).astype(np.float32)/255)
     warm, cool = ((L[k]*s).astype(np.float32) for k, s in (('warm', L['strength']), ('sky', 1.)))
     out = cv2.multiply(rgb, cv2.transform(cv2.merge([light, ambient]), np.stack([warm, cool], 1)))
