@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Config', 'drawn_folder', 'link', 'photo_folder', 'model_dir', 'describe_by_network', 'describe_by_words', 'read_csv',
-           'photo_paths', 'run', 'Collection', 'Answer', 'identify', 'ask_itself', 'write_report', 'explore', 'main']
+           'photo_paths', 'run', 'Collection', 'Answer', 'identify', 'ask_itself', 'strictness', 'write_report',
+           'explore', 'main']
 
 # %% ../nbs/09_explore.ipynb #caf64cb5
 import html, os, re, sys, tempfile
@@ -257,6 +258,17 @@ def ask_itself(
         t = vote(groups[r.image_id], c.cfg.min_inliers) if r.image_id in groups else ()
         rows.append(dict(image_id=r.image_id, label=r.label, answer=t.landmark[0] if len(t) else '', confidence=t.confidence[0] if len(t) else 0., right=bool(len(t) and t.landmark[0] == r.label)))
     return pd.DataFrame(rows, columns=['image_id', 'label', 'answer', 'confidence', 'right'])
+
+# %% ../nbs/09_explore.ipynb #eebcf229
+def strictness(
+    c:Collection, # an explored collection
+    values=(1, 2, 3), # verified pairs asked for, at most
+)->pd.DataFrame: # min_verified, photos, labels that stay
+    "How much stays when a photo needs fewer verified pairs."
+    at = lambda column: column.map(c.row).to_numpy(int)
+    pairs, p = dict(image=at(c.pairs.image), partner=at(c.pairs.partner), n_inliers=c.pairs.n_inliers.to_numpy()), c.photos
+    states = [clean_labels(p.landmark_id.to_numpy(), pairs, at(p.copy_of), p.n_features.to_numpy(), {}, c.cfg.min_inliers, v).state.to_numpy() == 'kept' for v in values]
+    return pd.DataFrame(dict(min_verified=values, photos=[int(s.sum()) for s in states], labels=[p.label[s].nunique() for s in states]))
 
 # %% ../nbs/09_explore.ipynb #8a7d0be2
 def write_report(

@@ -52,7 +52,7 @@ def runs(tmp_path, worlds, monkeypatch):
     (tmp_path/'runs').mkdir(); (tmp_path/'runs'/'worlds').symlink_to(worlds); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs')); return tmp_path/'runs'
 
 
-def explored(folder, **kw): return explore.Collection(explore.run(explore.Config(profile='test', photos=str(folder), n_workers=1, n_words=16, **kw)))
+def explored(folder, n_words=4, **kw): return explore.Collection(explore.run(explore.Config(profile='test', photos=str(folder), n_workers=1, n_words=n_words, **kw)))
 
 
 # the folder
@@ -178,7 +178,7 @@ def test_copies_under_two_labels(tmp_path):
 # the whole way
 
 def test_one_photo(tmp_path, runs):
-    put(scene(0), tmp_path/'f/place/only.jpg'); c = explored(tmp_path/'f')
+    put(scene(0), tmp_path/'f/place/only.jpg'); c = explored(tmp_path/'f', n_words=16)    # too few local features for 16 words: drawn images help out
     assert c.photos.state.tolist() == ['dropped'] and c.dropped.reason.tolist() == ['the only image of its label'] and len(c.pairs) == 0
     put(seen(scene(0), 2), tmp_path/'again.jpg'); put(scene(9), tmp_path/'other.jpg')
     assert explore.identify(tmp_path/'again.jpg', c).name == 'place' and explore.identify(tmp_path/'other.jpg', c).name == 'no known landmark'
@@ -216,6 +216,7 @@ def test_wrong_label_goes_and_names_come(tmp_path, runs):
     put(seen(scene(1), 6), tmp_path/'q.jpg'); a = explore.identify(tmp_path/'q.jpg', c)
     assert a.name == 'Tour Eiffel' and .9 < a.confidence <= 1 and a.landmarks.confidence.is_monotonic_decreasing and 'Tour Eiffel' in repr(a)
     stays = explore.identify(tmp_path/'f/Rathaus/2.jpg', c); assert stays.name == 'Rathaus' and not stays.matches[stays.matches.is_copy].votes.any() and stays.matches.is_copy.sum() == 1
+    t = explore.strictness(c, (1, 3, 9)); assert t.photos.tolist() == [8, 8, 8] and t.labels.tolist() == [2, 2, 2]
     t = explore.ask_itself(c).set_index('image_id'); assert t.right.sum() == 8 and t.answer[c.photos.image_id[c.photos.file == 'Rathaus/wrong.jpg']].tolist() == ['Tour Eiffel']
 
 

@@ -57,7 +57,7 @@ def tiles(
     one = '<div style="padding:10px 16px;background:#f3f5f2;border-radius:6px;min-width:90px"><div style="font-size:26px;line-height:1.1;font-weight:600">{}</div><div style="font-size:12px;color:#555">{}</div></div>'
     return '<div style="display:flex;flex-wrap:wrap;gap:10px;margin:12px 0">' + ''.join(one.format(html.escape(str(a)), html.escape(str(b))) for a, b in facts) + '</div>'
 
-# %% ../../nbs/parts/gallery.ipynb #fb0e010a
+# %% ../../nbs/parts/gallery.ipynb #d02189d2
 def _apart(at, low, high, gap:float, n_steps:int=120):
     "Push pictures off each other, inside a rectangle; an overlap is resolved where it is smallest."
     for _ in range(n_steps):
@@ -92,7 +92,7 @@ def photo_graph(
     note:str='',     # smaller text above
 )->str: # HTML with one SVG
     "Photos joined where they verify."
-    n = len(uris); k = len({i for e in edges for i in e[:2]}); w, h, side = (230, 110 if k < 3 else 190, 64) if n <= 4 else (480, 120 + 26*k, 70) if n <= 14 else (980, 620, 70 if n <= 40 else 48)
+    n = len(uris); k = len({i for e in edges for i in e[:2]}); w, h, side = (230, 110 if k < 3 else 190, 64) if n <= 4 or k <= 3 and n <= 9 else (480, 120 + 26*k, 70) if n <= 14 else (980, 620, 70 if n <= 40 else 48)
     at, h = place(n, edges, w, h, side); parts = []
     for i, j, k in edges:
         (a, b), (c, d) = at[i], at[j]

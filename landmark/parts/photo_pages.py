@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'pretty', 'said', 'page_summary', 'page_contact', 'page_graphs', 'page_matches', 'best_per_label',
-           'page_neighbours', 'page_dropped', 'page_copies', 'page_skipped', 'page_answer']
+           'best_across', 'page_neighbours', 'page_dropped', 'page_copies', 'page_skipped', 'page_answer']
 
 # %% ../../nbs/parts/photo_pages.ipynb #518c62ce
 import html
@@ -43,7 +43,7 @@ def page_contact(c, n_labels:int=60, n_photos:int=14)->str: # HTML
     more = c.photos.label.nunique() - n_labels
     return ''.join(rows) + (f'<p>and {more} more labels</p>' if more > 0 else '')
 
-# %% ../../nbs/parts/photo_pages.ipynb #6d471588
+# %% ../../nbs/parts/photo_pages.ipynb #26d4eea3
 def page_graphs(c, n_most:int=40)->str: # HTML
     "For every label, which of its photos hang together; without labels, the groups."
     v, out = c.pairs[c.pairs.verified], []
@@ -69,8 +69,14 @@ def page_matches(c, rows:pd.DataFrame, n:int=6)->str: # HTML
 
 def best_per_label(c)->pd.DataFrame: # rows of `pairs`
     "The strongest verified pair of every label, copies left out; strongest first."
-    v = c.pairs[c.pairs.verified & ~c.pairs.is_copy].sort_values('n_inliers', ascending=False)
+    v = c.pairs[c.pairs.verified & ~c.pairs.is_copy & (c.pairs.same_label | ~c.pairs.labelled)].sort_values('n_inliers', ascending=False)
     return v.assign(label=c.photos.label[v.image].to_numpy()).drop_duplicates('label') if len(v) else v
+
+def best_across(c)->pd.DataFrame: # rows of `pairs`
+    "The strongest pair of every two labels, verified or not; copies left out; strongest first."
+    v = c.pairs[c.pairs.labelled & ~c.pairs.same_label & ~c.pairs.is_copy].sort_values('n_inliers', ascending=False)
+    both = [tuple(sorted(x)) for x in zip(c.photos.label[v.image], c.photos.label[v.partner])]
+    return v[~pd.Series(both, index=v.index, dtype=object).duplicated()] if len(v) else v
 
 # %% ../../nbs/parts/photo_pages.ipynb #42238782
 def page_neighbours(c, k:int=6)->str: # HTML
