@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Config', 'inputs_of', 'verify_voters', 'recognise_beyond', 'judge', 'predictions_of', 'run', 'main']
 
-# %% ../nbs/06_recognize.ipynb #ba172326
-from dataclasses import field, replace
+# %% ../nbs/06_recognize.ipynb #ab72a94f
+from dataclasses import field
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -17,10 +17,10 @@ from .parts.local_features import extract_many, open_local
 from .parts.matching import rule_for
 from .parts.metrics import gap
 from .parts.recognition import choose_limit, distractor_rule, minus_non_landmarks, recognise
-from .parts.store import Rows, l2n, open_store, rows_of, write_store
+from .parts.store import Rows, concat_stores, l2n, open_store, rows_of, write_store
 from .parts.verification import verify_pairs
 
-# %% ../nbs/06_recognize.ipynb #28246820
+# %% ../nbs/06_recognize.ipynb #91e633e5
 @stage_config
 class Config:
     "What recognition needs to know."
@@ -29,7 +29,8 @@ class Config:
     seed: int = 1            # seed of world and training
     world: str = "default"   # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
     descriptors: str = ""    # artifact of 04_extract with the splits test and v2_train
-    model: str = ""          # model in it; the last if none is named
+    models: list[str] = field(default_factory=list)    # models in it; the last if none is named
+    weights: list[float] = field(default_factory=list) # join the models into one ensemble with these weights; none: the last of them alone
     clean: str = ""          # artifact of 02_clean: only its images and labels vote; empty: all training images
     verified: str = ""       # artifact of 01_verify whose local features of training images are used again; empty: extract those of the voters
     voting_k: int = 3        # training images that vote, and are verified
@@ -59,25 +60,29 @@ def _made_up(world:Path, out_dir:Path, seed:int)->Path:
         write_store(out_dir/"arcface_v2"/split, part.image_id.tolist(), l2n(np.array(x)), dict(made_up=seed))
     return out_dir
 
-# %% ../nbs/06_recognize.ipynb #cc57df88
+# %% ../nbs/06_recognize.ipynb #ba433409
 def inputs_of(
     cfg:Config,
     world:Path,      # the images' world
     extracted:Path,  # artifact of 04_extract
-    clean:Path=None, # artifact of 02_clean
+    clean:Path,      # artifact of 02_clean, or None
+    out_dir:Path,    # for an ensemble's stores
 )->tuple: # test descriptors, training descriptors, training table (image_id, landmark_id, path), model
     "What takes part."
-    models = sorted({p.parent.parent.name for p in Path(extracted).glob("*/test/card.json")})
-    if not models or (cfg.model and cfg.model not in models): raise ParameterError(f"recognize: there are no test descriptors of {cfg.model or 'any model'} in {extracted}; there are those of {', '.join(models) or 'none'}")
-    model = cfg.model or models[-1]
-    if not (Path(extracted)/model/"v2_train"/"card.json").exists(): raise ParameterError(f"recognize: {model} has no descriptors of v2_train in {extracted}; extract that split")
-    test, store = open_store(Path(extracted)/model/"test"), open_store(Path(extracted)/model/"v2_train")
+    there = sorted(p.parent.parent.name for p in Path(extracted).glob("*/test/card.json") if (p.parent.parent/"v2_train"/"card.json").exists())
+    unknown = [m for m in cfg.models if m not in there]
+    if unknown or not there: raise ParameterError(f"recognize: {extracted} has no descriptors of test and v2_train by {', '.join(unknown) or 'any model'}; it has those by {', '.join(there) or 'none'}")
+    models, splits = list(cfg.models or there), ("test", "v2_train")
+    if cfg.weights:
+        if len(cfg.weights) != len(models): raise ParameterError(f"recognize: {len(cfg.weights)} weights for {len(models)} models ({', '.join(models)}); each has one")
+        test, store = (concat_stores([open_store(Path(extracted)/m/s) for m in models], out_dir/"ensemble"/s, list(cfg.weights)) for s in splits)
+    else: test, store = (open_store(Path(extracted)/models[-1]/s) for s in splits)
     table = train_set(world, "v2-clean" if clean else "v2", clean/"train_clean.csv" if clean else None)
     table = table[table.image_id.isin(set(store.ids))].reset_index(drop=True)
     if not len(table): raise ParameterError("recognize: none of the training images has a descriptor in the store; were they extracted from another world?")
-    return test, Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table, model
+    return test, Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table, "ensemble" if cfg.weights else models[-1]
 
-# %% ../nbs/06_recognize.ipynb #08506b7c
+# %% ../nbs/06_recognize.ipynb #9206b1e4
 def verify_voters(
     cfg:Config,
     world:Path,         # the images' world
@@ -99,7 +104,7 @@ def verify_voters(
         at = rows_of(table.image_id.iloc[voters], train.ids, f"the local features of {verified}")[at]
     else: train = open_local(extract_many(table.path.iloc[voters].tolist(), table.image_id.iloc[voters].tolist(), out_dir/"local_train", **made))
     pairs = np.stack([np.repeat(np.arange(len(idxs)), idxs.shape[1]), at.reshape(-1)], 1)
-    rule = replace(rule_for(cfg.kind), **{k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None})
+    rule = rule_for(cfg.kind, **{k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None})
     return verify_pairs(queries, pairs, rule, store_b=train, n_threads=cfg.n_workers, desc="verify voters")[1].reshape(idxs.shape)
 
 # %% ../nbs/06_recognize.ipynb #afbac4c6
@@ -118,7 +123,7 @@ def recognise_beyond(
     adjusted, order = minus_non_landmarks(sims, idxs, query_non, train_non)
     return recognise(adjusted, labels[order], vote="similarity", voting_k=cfg.voting_k)
 
-# %% ../nbs/06_recognize.ipynb #98e4518e
+# %% ../nbs/06_recognize.ipynb #dc101f25
 def judge(
     solution:pd.DataFrame, # image_id, landmarks, usage
     labels, scores,        # one prediction per row
@@ -133,7 +138,7 @@ def judge(
 
 def predictions_of(cfg, world, extracted, clean, verified, out_dir, metrics)->tuple: # solution table, method → (labels, scores), what the pictures need
     "All steps, each with its predictions."
-    test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean)
+    test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean, out_dir)
     solution = read_recognition_solution(world)
     unread = ~solution.image_id.isin(set(test.ids))
     if unread.any(): log(f"recognize: {int(unread.sum())} test images have no descriptor (they could not be read) and get no prediction")

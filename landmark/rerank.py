@@ -6,7 +6,7 @@
 __all__ = ['THRESHOLDS', 'PARAMS', 'Config', 'stores_of', 'models_of', 'methods_of', 'voters', 'landmark_queries',
            'sweep_thresholds', 'best_threshold', 'rank_landmarks', 'rank_revisited', 'run', 'main']
 
-# %% ../nbs/05_rerank.ipynb #cde5df24
+# %% ../nbs/05_rerank.ipynb #99e654a1
 import time
 from dataclasses import field
 from pathlib import Path
@@ -17,10 +17,10 @@ from .parts.dataset import benchmarks, open_world, read_images, read_retrieval_s
 from .parts.metrics import map_at_k, mean_of, revisited
 from .parts.rerank import METHODS, Problem, rank
 from .parts import global_rerank                 # registers the methods beyond the paper
-from .parts.store import Rows, l2n, open_store, rows_of, write_store
+from .parts.store import Rows, concat_stores, l2n, open_store, rows_of, write_store
 from .parts.whitening import learn_pca
 
-# %% ../nbs/05_rerank.ipynb #7582f2b5
+# %% ../nbs/05_rerank.ipynb #687b78c7
 @stage_config
 class Config:
     "What re-ranking needs to know."
@@ -30,6 +30,7 @@ class Config:
     world: str = "default"   # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
     descriptors: str = ""    # artifact of 04_extract: one folder per model, one store per split in it
     models: list[str] = field(default_factory=list)   # models in it; all if none is named
+    weights: list[float] = field(default_factory=list) # join the models into one ensemble with these weights; none: each by itself
     methods: list[str] = field(default_factory=list)  # registered methods; all if none is named
     clean: str = ""          # artifact of 02_clean: only its images and labels vote; empty: all training images
     queries: str = "scored"  # scored: queries that have an answer; all: every test image
@@ -48,7 +49,7 @@ class Config:
     device: str = "auto"     # where to search: auto, cpu, cuda
     memory_mib: int = 1024   # memory of a search beside its data
 
-# %% ../nbs/05_rerank.ipynb #af5cb478
+# %% ../nbs/05_rerank.ipynb #6e8dd8d0
 def stores_of(
     folder:Path, # a model's folder
 )->dict: # split → store
@@ -56,14 +57,19 @@ def stores_of(
     return {p.parent.name: open_store(p.parent) for p in sorted(Path(folder).glob("*/card.json"))}
 
 def models_of(
-    cfg:Config,      # with `models`
+    cfg:Config,      # with `models` and `weights`
     extracted:Path,  # artifact of 04_extract
+    out_dir:Path,    # for an ensemble's stores
 )->dict: # model → its stores
-    "The models to rank with, in the order asked for."
+    "The models to rank with, in the order asked for, or the ensemble of them."
     there = sorted({p.parent.parent.name for p in Path(extracted).glob("*/*/card.json")})
     unknown = [m for m in cfg.models if m not in there]
     if unknown: raise ParameterError(f"rerank: there are no descriptors of {', '.join(unknown)} in {extracted}; there are {', '.join(there) or 'none'}")
-    return {m: stores_of(Path(extracted)/m) for m in cfg.models or there}
+    models = {m: stores_of(Path(extracted)/m) for m in cfg.models or there}
+    if not cfg.weights: return models
+    if len(cfg.weights) != len(models): raise ParameterError(f"rerank: {len(cfg.weights)} weights for {len(models)} models ({', '.join(models)}); each has one")
+    shared = set.intersection(*map(set, models.values()))
+    return dict(ensemble={s: concat_stores([m[s] for m in models.values()], out_dir/"ensemble"/s, list(cfg.weights)) for s in sorted(shared)})
 
 def methods_of(cfg:Config)->list: # names
     "The methods asked for, or all."
@@ -199,7 +205,7 @@ def rank_revisited(cfg, world, model, stores, bench, out, params, times):
             per_query += [(model, name, bench, f"mAP {p}", q, ap) for q, ap in zip(truth["qimlist"], r["aps"]) if np.isfinite(ap)]
     return metrics, per_query
 
-# %% ../nbs/05_rerank.ipynb #1e9dd222
+# %% ../nbs/05_rerank.ipynb #1a628f08
 PARAMS = ("alpha", "n_qe", "k_graph", "truncation", "gamma", "diffusion_alpha", "k_egt", "t_egt", "voting_k", "insert_thresh")
 
 def run(
@@ -214,7 +220,7 @@ def run(
         if st.done: return st.dir
         if made_up: extracted, st.metrics["made_up"] = _made_up(world, st.dir/"made_up", cfg.seed), True
         params, metrics, per_query, times = {k: getattr(cfg, k) for k in PARAMS}, [], [], []
-        for model, stores in models_of(cfg, extracted).items():
+        for model, stores in models_of(cfg, extracted, st.dir).items():
             stores = _whitened(cfg, stores)
             parts = [rank_landmarks(cfg, world, model, stores, clean, st.dir, params, times)]
             parts += [rank_revisited(cfg, world, model, stores, b, st.dir, params, times) for b in benchmarks(world)]
