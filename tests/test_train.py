@@ -143,3 +143,13 @@ def test_labels_with_one_image_and_one_label(world):
     for loss in ('arcface', 'contrastive'): train.run(train.Config(world=str(world), loss=loss, name=loss, **SMALL))
     df.assign(landmark_id=1).to_csv(csv, index=False)
     with pytest.raises(ParameterError, match='shows 1 landmark; at least 2 are needed'): train.run(train.Config(world=str(world), name='single', **SMALL))
+
+def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
+    "The benchmarks of the tiny world join the table, and the best model is kept; a run may stop before its cosine ends."
+    from landmark.parts.dataset import open_world
+    tiny = open_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    args = {**SMALL, 'world': str(tiny), 'evaluate': True, 'tensorboard': True, 'batch_size': 8}
+    out = train.run(train.Config(name='whole', **args)); table = pd.read_csv(out/'arcface_v1'/'metrics.csv')
+    assert table['rnorth M'].notna().sum() == 2 and (out/'.state'/'arcface_v1'/'best.pt').exists() and list((out/'.logs').rglob('events*'))
+    early = train.run(train.Config(name='early', stop_after=1, **args)); half = pd.read_csv(early/'arcface_v1'/'metrics.csv')
+    pd.testing.assert_frame_equal(half, table.iloc[:len(half)]); assert half.epoch.max() == 0

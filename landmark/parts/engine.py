@@ -23,7 +23,7 @@ from .core import atomic_path, read_json, write_csv, write_json
 from .loading import make_loader
 from .losses import MetricHead, draw_pairs, make_head, mine_tuples
 
-# %% ../../nbs/parts/engine.ipynb #7e20e324
+# %% ../../nbs/parts/engine.ipynb #5a93b924
 @dataclass(frozen=True)
 class Recipe:
     "How to train; the defaults are the original's."
@@ -44,6 +44,7 @@ class Recipe:
     rising:tuple=()            # size groups, from first epochs to last; empty: the one the photos have
     scale_up:str=''            # size group of the last epochs, with batch norm frozen; empty: none
     scale_up_epochs:int=1      # how many
+    stop_after:int=0           # stop after this many epochs although the cosine is planned for more; 0: no
     frozen_bn:bool=False       # batch norm frozen all the time
     n_negatives:int=5          # per tuple (contrastive and tuple triplet)
     pool_share:float=0.25      # share of the photos among which negatives are mined
@@ -233,7 +234,7 @@ class Trainer:
         if not min(steps.values()): raise ValueError(f"No batch of {self.recipe.batch_size} photos can be filled from {len(self.photos)}: lower `batch_size` or set `drop_uneven: false`.")
         return sum(steps[s] for s in epochs)
 
-# %% ../../nbs/parts/engine.ipynb #a38bcd96
+# %% ../../nbs/parts/engine.ipynb #ba3681f9
 @patch
 def run(self:Trainer)->pd.DataFrame: # the table
     "Train to the end, from the checkpoint if there is one."
@@ -245,7 +246,7 @@ def run(self:Trainer)->pd.DataFrame: # the table
         if r.compile: self.net.model.compile()
         self.prepared = self.acc.prepare_optimizer(self.opt)
         self.bar = tqdm(total=self.total, initial=self.step, desc=self.desc, mininterval=1., ascii=True, disable=not self.acc.is_main_process)
-        while self.epoch < self.n_epochs:
+        while self.epoch < min(self.n_epochs, r.stop_after or self.n_epochs):
             self.enter_epoch()
             if wrapped != self.frozen: self.ddp, wrapped = self.acc.prepare_model(self.acc.unwrap_model(self.net, keep_fp32_wrapper=False)), self.frozen
             if self.plan is None: self.plan = self.make_plan()
