@@ -67,16 +67,16 @@ def hex_id(seed:int, *key)->str:
     "Sixteen hex digits for an image, as in the Google Landmarks Datasets."
     return hashlib.sha256(repr(('id', int(seed), *map(str, key))).encode()).hexdigest()[:16]
 
-# %% ../../nbs/parts/minigld_plan.ipynb #ba55c267
+# %% ../../nbs/parts/minigld_plan.ipynb #92e62463
 _FIRST = 'Al Bel Cor Dar El Fen Gal Hal Is Kel Lor Mar Nor Or Pel Quin Ros Sel Tam Ul Ver Win Yar Zel'.split()
 _MIDDLE = 'a an ar e en i in o or u al ia io ana eri olo und est'.split()
 _LAST = 'bridge burg dal dorf feld ford gar grad ham holm mar mont mouth na nia ra sand stad stein ta thal ton vik wick'.split()
 _SAINT = 'Amela Brenn Corvin Delio Edra Fenna Gerol Halda Isolt Jorun Kelda Lioba Maron Nevin Odela Perrin Rovan Sunna Tilda Ulric'.split()
-_KINDS = dict(cathedral=['Cathedral of {s}', '{s} Church, {p}', 'Minster of {p}'], palace=['{p} Palace', 'Old Residence ({p})', 'Palais {s}'],
+_KINDS = dict(cathedral=['Cathedral of {s}, {p}', '{s} Church, {p}', 'Minster of {p}'], palace=['{p} Palace', 'Old Residence ({p})', 'Palais {s}, {p}'],
     mosque=['Great Mosque of {p}', 'Dome of {p}', '{p} Mausoleum'], pagoda=['{p} Pagoda', 'Temple of the {n} Cranes, {p}'],
-    castle=['{p} Castle', 'Fort {s}', 'Schloss {p}'], temple=['Temple of {s}', '{p} Museum', 'National Library, {p}'],
-    hall=['Town Hall ({p})', '{p} Guildhall', 'Merchants\' House, {p}'], tower=['{p} Clock Tower', 'Belfry of {p}', '{s} Lighthouse'],
-    arch=['{p} Gate', 'Arch of {s}', 'Triumphal Arch, {p}'], capitol=['Capitol of {p}', '{p} Parliament', 'Rotunda of {s}'])
+    castle=['{p} Castle', 'Fort {s}, {p}', 'Schloss {p}'], temple=['Temple of {s}, {p}', '{p} Museum', 'National Library, {p}'],
+    hall=['Town Hall ({p})', '{p} Guildhall', 'Merchants\' House, {p}'], tower=['{p} Clock Tower', 'Belfry of {p}', '{s} Lighthouse, {p}'],
+    arch=['{p} Gate', 'Arch of {s}, {p}', 'Triumphal Arch, {p}'], capitol=['Capitol of {p}', '{p} Parliament', 'Rotunda of {s}, {p}'])
 
 STYLES = list(_KINDS)
 
@@ -170,7 +170,7 @@ def plan_test(seed:int, buildings:dict, sizes, knobs:Knobs)->list:
         rows.append(photo(seed, 'test', n, true, true, building, kind, aspect, 'v2/test'))
     return rows
 
-# %% ../../nbs/parts/minigld_plan.ipynb #87392326
+# %% ../../nbs/parts/minigld_plan.ipynb #db81638f
 BENCHMARKS = dict(rnorth=300_000, rsouth=400_000)    # benchmark → first landmark_id
 
 def plan_bench(seed:int, bench:str, knobs:Knobs)->list:
@@ -183,6 +183,7 @@ def plan_bench(seed:int, bench:str, knobs:Knobs)->list:
             k = n % knobs.n_bench_landmarks if part == 'query' else int(r.integers(knobs.n_bench_landmarks))
             building = f'{bench}/{k}' if shows else f'{bench}/other/{int(r.integers(max(1, knobs.n_bench//20)))}'
             aspect = pick_aspect(r, seed, building, knobs.n_aspects)
+            if part == 'query' and r.random() < .6: aspect = ASPECTS[int(aspect_shares(seed, building, knobs.n_aspects).argmax())]
             row = photo(seed, f'{bench}_{part}', n, -1, first+k if shows else -1, building, 'landmark' if shows else 'other_building', aspect)
             name = f'{bench}_{row["image_id"][:10]}'
             rows.append({**row, 'image_id': name, 'path': f'revisited/{bench}/jpg/{name}.jpg'})
