@@ -7,7 +7,7 @@ __all__ = ['Config', 'drawn_folder', 'link', 'photo_folder', 'model_dir', 'descr
            'photo_paths', 'run', 'Collection', 'Answer', 'identify', 'ask_itself', 'strictness', 'write_report',
            'explore', 'main']
 
-# %% ../nbs/09_explore.ipynb #caf64cb5
+# %% ../nbs/09_explore.ipynb #fb19ba12
 import html, os, re, sys, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +24,7 @@ from .parts.gallery import data_uri, move_pictures
 from .parts.images import ImageError, image_path, read_image
 from .parts.knn import search
 from .parts.local_features import extract_many, open_local
-from .parts.photo_pages import pretty
-from .parts.photos import copy_groups, find_copies, import_folder, look, scan_folder
+from .parts.photos import copy_groups, find_copies, import_folder, look, scan_folder, shown_name
 from .parts.store import open_store, write_store
 from .parts.verification import verify_pairs
 from .parts.vlad import describe_store, learn_words, sample_descriptors
@@ -270,15 +269,15 @@ def strictness(
     states = [clean_labels(p.landmark_id.to_numpy(), pairs, at(p.copy_of), p.n_features.to_numpy(), {}, c.cfg.min_inliers, v).state.to_numpy() == 'kept' for v in values]
     return pd.DataFrame(dict(min_verified=values, photos=[int(s.sum()) for s in states], labels=[p.label[s].nunique() for s in states]))
 
-# %% ../nbs/09_explore.ipynb #8a7d0be2
+# %% ../nbs/09_explore.ipynb #bf21d443
 def write_report(
     notebook:Path, # this notebook, executed
     folder:Path,   # where the report goes; what was there is replaced
     title:str,     # its title
 )->Path: # the page
     "Render the pages of an explored collection."
-    import nbformat
-    from landmark.report import render
+    import importlib, nbformat
+    render = importlib.import_module('landmark.report').render # by name: how a page looks is no part of what a collection is made of
     nb = nbformat.read(notebook, 4); start = next(i for i, c in enumerate(nb.cells) if c.source.startswith('## Your photos'))
     cells = [c for c in nb.cells[start:] if c.cell_type == 'markdown' or c.get('outputs')]
     for c in cells:
@@ -307,7 +306,7 @@ def explore(
     home.mkdir(parents=True, exist_ok=True); log(f'explore: {len(files):,} files that may be photos in {folder}')
     try: papermill.execute_notebook(str(project_root()/'nbs'/'09_explore.ipynb'), str(home/'09_explore.ipynb'), given, kernel_name='python3', progress_bar=False, cwd=str(project_root()), log_output=True)
     except PapermillExecutionError as e: raise (ParameterError(e.evalue) if e.ename in ('ParameterError', 'ImageError') else e) from None
-    return write_report(home/'09_explore.ipynb', home/'report', pretty(folder.resolve().name))
+    return write_report(home/'09_explore.ipynb', home/'report', shown_name(folder.resolve().name.replace('_', ' ')))
 
 def main():
     "`landmark_explore FOLDER [PHOTO] [-p NAME VALUE]` explores a folder and prints where the report is; with -p or -f alone it is the stage's command."

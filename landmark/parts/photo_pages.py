@@ -78,15 +78,15 @@ def best_across(c)->pd.DataFrame: # rows of `pairs`
     both = [tuple(sorted(x)) for x in zip(c.photos.label[v.image], c.photos.label[v.partner])]
     return v[~pd.Series(both, index=v.index, dtype=object).duplicated()] if len(v) else v
 
-# %% ../../nbs/parts/photo_pages.ipynb #42238782
+# %% ../../nbs/parts/photo_pages.ipynb #56f8363d
 def page_neighbours(c, k:int=6)->str: # HTML
     "Each photo and its nearest others."
     out, near = [], dict(list(c.neighbours[c.neighbours['rank'] <= k].groupby('image_id')))
     for p in c.photos.head(c.cfg.n_shown).itertuples():
-        cards = [card(c.uri(p.image_id), '', 'query', 92, p.file) + '<span style="display:inline-block;width:12px"></span>']
+        cards = [card(c.uri(p.image_id), '', 'query', 80, p.file) + '<span style="display:inline-block;width:12px"></span>']
         for r in near.get(p.image_id, c.neighbours[:0]).itertuples():
             o = c.photos.loc[r.partner]; frame = 'junk' if r.is_copy else 'right' if r.verified and (r.same_label or not p.label or not o.label) else 'inserted' if r.verified else ''
-            cards.append(card(c.uri(r.partner), f'{pretty(o.label) if o.label else o.file}\n' + ('a copy' if r.is_copy else f'{said(r.n_inliers, "inlier")}' if r.verified else 'not verified'), frame, 92, f'{o.file}: {said(r.n_inliers, "inlier")}', faint=not (r.verified or r.is_copy)))
+            cards.append(card(c.uri(r.partner), f'{pretty(o.label) if o.label else o.file}\n' + ('a copy' if r.is_copy else f'{said(r.n_inliers, "inlier")}' if r.verified else 'not verified'), frame, 80, f'{o.file}: {said(r.n_inliers, "inlier")}', faint=not (r.verified or r.is_copy)))
         out.append(strip(cards, p.file, '' if p.n_verified or p.state == 'no label' else 'nobody of its label agrees'))
     left = len(c.photos) - c.cfg.n_shown
     return ''.join(out) + (f'<p>and {left:,} more in neighbours.csv</p>' if left > 0 else '')
