@@ -22,7 +22,7 @@ from .parts.loading import Crops
 from .parts.batching import scan_sizes
 from .parts.store import finish_store, missing_shards, open_store, write_shard
 
-# %% ../nbs/04_extract.ipynb #2f4b55a8
+# %% ../nbs/04_extract.ipynb #4d778861
 @stage_config
 class Config:
     "Which models describe which images, and how."
@@ -33,11 +33,11 @@ class Config:
     models: str | list[str] = "" # artifacts of 03_train
     select: list[str] = field(default_factory=list) # names of the models that are wanted; empty: all
     splits: list[str] = field(default_factory=lambda: ["index", "test"]) # v1_train, v2_train, index, test, <benchmark>_query, <benchmark>_index
-    sizes: str = "128"           # size group at scale 1 (L2 in the original), or pixels
+    sizes: str = "96"            # size group at scale 1 (L2 in the original), or pixels
     scales: list[float] = field(default_factory=lambda: [0.75, 1.0, 1.25]) # factors of both sides
-    min_side: int = 64           # smallest side of a scaled image (128 in the original)
+    min_side: int = 48           # smallest side of a scaled image (128 in the original)
     multiple: int = 16           # sides are rounded down to multiples of this (32 in the original)
-    bench_side: int = 128        # longest side on the revisited benchmarks (1024 in the original)
+    bench_side: int = 96         # longest side on the revisited benchmarks (1024 in the original)
     bench_scales: list[float] = field(default_factory=lambda: [0.7071067811865476, 1.0, 1.4142135623730951]) # their factors
     precision: str = "fp32"      # fp32, bf16 or fp16 (of the network)
     dtype: str = "float16"       # float16 or float32 (of what is stored)
