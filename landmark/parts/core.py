@@ -220,7 +220,7 @@ def artifact(
         raise ParameterError(f'{asking}: {path} ' + ('has no manifest.json: it is unfinished, or no artifact' if path.exists() else 'is not there'))
     return path
 
-# %% ../../nbs/parts/core.ipynb #149056d4
+# %% ../../nbs/parts/core.ipynb #214a976e
 def digest_of(
     path:Path, # an artifact's directory, a part of one, a file, or a folder in the Google Landmarks layout
 )->str: # 8 hex characters
@@ -234,11 +234,12 @@ def digest_of(
     return hash8([(str(p.relative_to(path)), sha256_of(p)) for p in sorted([*path.glob('*.csv'), *path.glob('*/*.csv')])])
 
 def _outputs(d:Path)->dict:
-    "Sizes and sha256 of an artifact's files; a folder of more than 200 files is listed as one."
+    "Sizes and sha256 of an artifact's files; a folder of more than 200 files is one line, one beyond 16 GiB is known by its sizes."
     out = {}
     for top in sorted(p for p in d.iterdir() if not p.name.startswith('.') and p.name not in ('manifest.json', 'state.json', 'stamps')):
         files = [top] if top.is_file() else sorted(p for p in top.rglob('*') if p.is_file())
-        rows = {str(p.relative_to(d)): dict(size=p.stat().st_size, sha256=sha256_of(p)) for p in files}
+        huge = sum(p.stat().st_size for p in files) > 2**34 # reading it all again would cost hours
+        rows = {str(p.relative_to(d)): dict(size=p.stat().st_size, sha256='' if huge else sha256_of(p)) for p in files}
         if len(rows) > 200: rows = {f'{top.name}/': dict(files=len(rows), size=sum(r['size'] for r in rows.values()), sha256=hash8(rows))}
         out |= rows
     return out
