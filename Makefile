@@ -35,6 +35,10 @@ demo: setup
 lab: setup
 	$(BIN)/jupyter lab nbs
 
+photos: setup
+	@test -n "$(DIR)" || { echo 'make photos DIR=folder [QUERY=photo.jpg] [WEIGHTS=folder of a trained model]'; exit 2; }
+	@$(BIN)/landmark_explore "$(DIR)" $(if $(QUERY),"$(QUERY)") $(if $(WEIGHTS),-p weights "$(WEIGHTS)")
+
 runs: setup
 	@$(BIN)/landmark_graph runs
 
