@@ -7,7 +7,9 @@ import nbformat, pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in (ROOT/'landmark').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
-from landmark.graph import STAGES
+from landmark import graph
+
+STAGES = graph.STAGES | {'explore': '09_explore'} # the last one runs on people's own photos, outside the graph
 
 
 def imports(name):
@@ -89,7 +91,6 @@ def test_reading_a_module_changes_nothing(tmp_path):
 
 def test_every_profile_is_valid():
     "The graph checks every parameter file against its stage's config."
-    from landmark import graph
     for profile in graph.profiles():
         steps = graph.plan(profile)
-        assert steps and {s.stage for s in steps} <= set(STAGES)
+        assert steps and {s.stage for s in steps} <= set(graph.STAGES)
