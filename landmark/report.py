@@ -47,7 +47,7 @@ def _markdown(text:str)->str:
     out = mistune.create_markdown(escape=False, plugins=['table', 'strikethrough'])(''.join(parts))
     return re.sub('\x02(\\d+)\x03', lambda m: held[int(m.group(1))], out)
 
-# %% ../nbs/report.ipynb #a9b7c5f7
+# %% ../nbs/report.ipynb #6ed50c70
 def save_png(
     data:bytes, # a PNG
     path:Path,  # where to
@@ -74,7 +74,7 @@ def _outputs(cell, stem:str, k:int, fig_dir:Path, fig_url:str)->str:
             alt = re.sub(r'\s+', ' ', ''.join(data.get('text/plain', 'figure')))[:80]
             out.append(f'<p><img src="{fig_url}/{name}" alt="{html.escape(alt)}"></p>')
         elif 'text/markdown' in data: out.append(_markdown(data['text/markdown']))
-        elif 'text/html' in data: out.append(re.sub(r'<style.*?</style>', '', data['text/html'], flags=re.S))
+        elif 'text/html' in data: out.append(re.sub(r'<style.*?</style>| border="1"', '', data['text/html'], flags=re.S))
         elif 'text/plain' in data: out.append(f'<pre>{html.escape(data["text/plain"])}</pre>')
     for name, text in streams.items():
         text = _last_line(text).strip()
@@ -104,7 +104,8 @@ def render(
             what = ', '.join(n for n in names if not n.startswith('_')) or ('imports' if 'import' in source else 'code')
             parts.append(f'<details><summary>{html.escape(what)}</summary>{_code(source)}</details>{outputs}')
         else: parts.append(_code(source) + outputs)
-    write_text(out, page(title, '\n'.join(parts)))
+    body = '\n'.join(parts).replace(f'{project_root()}/', '') # a page names no folder of one machine
+    write_text(out, page(title, body))
     return title
 
 # %% ../nbs/report.ipynb #8c38e53b
