@@ -1,0 +1,28 @@
+"A headless browser opens every committed report page: no console error, no missing image. Skips where there is no Chromium."
+import re, shutil, subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+PAGES = sorted((ROOT/'reports').glob('*/*.html'))
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine (on Debian: apt install chromium)')
+
+
+def complaints(page, tmp_path):
+    "What the browser's console says about a page."
+    r = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+                        f'--user-data-dir={tmp_path/"profile"}', '--enable-logging=stderr', '--virtual-time-budget=2000', '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=60)
+    assert '<h1' in r.stdout, 'the page was not drawn'
+    return [l for l in r.stderr.splitlines() if 'CONSOLE' in l] + [l for l in re.findall(r'<img[^>]*src="([^"]+)"', r.stdout) if not l.startswith('data:') and not (page.parent/l).exists()]
+
+
+def test_the_browser_complains_about_a_broken_page(tmp_path):
+    page = tmp_path/'broken.html'; page.write_text('<h1>x</h1><img src="gone.png"><script>console.error("oh"); nosuch()</script>')
+    said = complaints(page, tmp_path)
+    assert any('oh' in s for s in said) and any('nosuch' in s for s in said) and 'gone.png' in said
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_page_loads_without_complaint(page, tmp_path): assert complaints(page, tmp_path) == []
