@@ -5,7 +5,7 @@
 # PROFILE=mini|midi|gld   SEEDS="1 2 3"   VENV=folder shares one environment (about 8 GB) between clones
 
 SHELL   := bash
-PYTHON  ?= $(firstword $(foreach p,python3.12 python3.11 python3.13 python3,$(shell command -v $(p) >/dev/null 2>&1 && $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) >/dev/null 2>&1 && $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 VENV    ?= .venv
 PROFILE ?= mini
 SEEDS   ?= 1

@@ -60,16 +60,17 @@ def start(world, name, **more):
     "Training in a process of its own."
     code = f"from landmark import train; train.run(train.Config(**{dict(world=str(world), name=name, **{**SMALL, **more})!r}))"
     root = str(Path(train.__file__).parents[1])
-    return subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': root, 'OMP_NUM_THREADS': '1'}, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': root, 'OMP_NUM_THREADS': '1'}, stderr=subprocess.DEVNULL)
 
 def test_sigkill(world):
     "Killed by the system in the middle: the next call finishes with the same weights."
-    whole = train.run(train.Config(world=str(world), name='whole', **{**SMALL, 'epochs': 12}))
+    assert start(world, 'whole', epochs=12).wait() == 0 # each in a process of its own: the same number of threads, whatever ran here before
     p = start(world, 'killed', epochs=12); t = time.time()
     while not (found := list(Path(os.environ['LANDMARK_RUNS']).rglob('killed-*/.state/*/last.pt'))) and time.time()-t < 60: time.sleep(0.02)
     p.send_signal(signal.SIGKILL); p.communicate(); assert found
     assert not list(Path(os.environ['LANDMARK_RUNS']).rglob('killed-*/manifest.json')), 'it was killed before it was done'
-    again = train.run(train.Config(world=str(world), name='killed', **{**SMALL, 'epochs': 12}))
+    assert start(world, 'killed', epochs=12).wait() == 0
+    whole, again = (next(Path(os.environ['LANDMARK_RUNS']).rglob(f'{n}-*/manifest.json')).parent for n in ('whole', 'killed'))
     assert same(weights(whole, 'arcface_v1'), weights(again, 'arcface_v1'))
 
 
