@@ -58,11 +58,11 @@ def decisions(
     yes, no = plain.min(0) >= min_inliers, plain.max(0) < min_inliers
     return int((yes | no).sum()), int(((yes & (ours < min_inliers)) | (no & (ours >= min_inliers))).sum())
 
-# %% ../../nbs/parts/bench_verify.ipynb #f284a562
+# %% ../../nbs/parts/bench_verify.ipynb #18146009
 @benchmark('verify')
 def one_pair(quick:bool, device:str):
     "All ordered pairs of a few views, one thread; ours prepares each view once per row of pairs, as cleaning does."
-    k, n = (300, 4) if quick else (1000, 6)
+    k, n = (300, 4) if quick else (1000, 4)
     views = structured_views(n, k, n_shared=k//4); pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
     rule, seeds = rule_for('delf'), range(2 if quick else 3)
     def ours():
