@@ -29,8 +29,8 @@ $(STAMP):
 	@rm -f $(VENV)/.landmark-*; touch $@
 
 demo: setup
-	@env -u LANDMARK_WORLD $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
-	@env -u LANDMARK_WORLD $(BIN)/landmark_graph done $(PROFILE) $(SEEDS)
+	@$(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
+	@$(BIN)/landmark_graph done $(PROFILE) $(SEEDS)
 
 lab: setup
 	$(BIN)/jupyter lab nbs

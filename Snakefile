@@ -1,7 +1,10 @@
 # The graph of stages. Which steps there are stands in params/<profile>/; see nbs/graph.ipynb.
 #   snakemake --cores all --config profile=mini seeds=1,2,3
 # One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
+import os
 from landmark import graph
+
+os.environ.pop("LANDMARK_WORLD", None)             # a profile names its worlds itself
 
 seeds = [int(s) for s in str(config.get("seeds", 1)).replace(",", " ").split()]
 only = str(config.get("only", "")).split() or None

@@ -150,7 +150,7 @@ def _ago(s:float)->str:
 # %% ../nbs/graph.ipynb #5ed991ec
 def main():
     "`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [SEED …]` shows what would run; `landmark_graph done PROFILE [SEED …]` prints the tables."
-    what, *rest = sys.argv[1:] or ['help']
+    what, *rest = sys.argv[1:] or ['help']; os.environ.pop('LANDMARK_WORLD', None)        # a profile names its worlds itself
     try:
         if what == 'runs':
             df = list_runs()

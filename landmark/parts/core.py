@@ -194,7 +194,7 @@ def stage_dir(
 )->Path: # the artifact's directory
     "Where the artifact of a stage and config lives."
     key = {k: v for k, v in changed(cfg).items() if k not in UNHASHED}
-    profile = 'tiny' if default_world() == 'tiny' and cfg.profile == 'mini' else cfg.profile
+    profile = 'tiny' if cfg.profile == 'mini' and is_tiny(cfg) else cfg.profile
     return runs_dir()/profile/f'seed{cfg.seed}'/stage/f'{cfg.name}-{hash8(key)}'
 
 # %% ../../nbs/parts/core.ipynb #16fb311d
