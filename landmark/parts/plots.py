@@ -52,10 +52,14 @@ def contact_sheet(
     return fig
 
 # %% ../../nbs/parts/plots.ipynb #1ff46e79
+def _cell(v)->str:
+    if v is None or isinstance(v, float) and np.isnan(v): return '–'
+    if isinstance(v, float): return f'{v:,.0f}' if abs(v) >= 1e5 else f'{v:,g}'
+    return f'{v:,}' if isinstance(v, (int, np.integer)) and not isinstance(v, bool) else str(v).replace('|', '\\|')
+
 def to_markdown(
     df:pd.DataFrame, # a table
 )->str: # the same in Markdown
     "A table in Markdown; what is missing is a dash."
-    cell = lambda v: '–' if v is None or isinstance(v, float) and np.isnan(v) else f'{v:,g}' if isinstance(v, float) else str(v).replace('|', '\\|')
-    lines = [list(map(str, df.columns)), ['---']*len(df.columns), *[[cell(v) for v in r] for r in df.itertuples(index=False)]]
+    lines = [list(map(str, df.columns)), ['---']*len(df.columns), *[[_cell(v) for v in r] for r in df.itertuples(index=False)]]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
