@@ -7,7 +7,10 @@ __all__ = ['PROTOCOLS', 'MetricError', 'ap_at_k', 'relevant_mask', 'map_at_k', '
            'trapezoid_ap', 'judge', 'revisited']
 
 # %% ../../nbs/parts/metrics.ipynb #6e8664da
+from itertools import chain, islice
 import numpy as np
+import pandas as pd
+from numba import njit
 
 # %% ../../nbs/parts/metrics.ipynb #f959b9e9
 class MetricError(ValueError):
@@ -27,35 +30,64 @@ def ap_at_k(
     return total/min(len(positives), k)
 
 # %% ../../nbs/parts/metrics.ipynb #a92c6899
+def _flat(collections, dtype=np.int64):
+    "Collections of numbers as one array, and how many each has."
+    counts = np.fromiter(map(len, collections), np.int64, len(collections))
+    if len(collections) and all(isinstance(c, np.ndarray) for c in collections): return np.concatenate(collections).astype(dtype), counts
+    return np.fromiter(chain.from_iterable(collections), dtype, counts.sum()), counts
+
+@njit(cache=True, nogil=True)
+def _hits(ranks, starts, flat, n, mask, m):
+    "Mark each relevant image at its first mention, and count the different relevant images of each query."
+    wanted = np.full(n, -1, np.int64)
+    for i in range(len(ranks)):
+        for e in range(starts[i], starts[i+1]):
+            p = flat[e]
+            if p >= 0: m[i] += wanted[p] != i; wanted[p] = i
+            else:
+                m[i] += 1
+                for d in range(starts[i], e):
+                    if flat[d] == p: m[i] -= 1; break
+        for j in range(ranks.shape[1]):
+            x = ranks[i, j]
+            if x >= 0 and wanted[x] == i: mask[i, j] = True; wanted[x] = -1
+
+# %% ../../nbs/parts/metrics.ipynb #a6ab27c4
+def _relevance(ranks, positives):
+    "bool [q, k], and how many relevant images each query has [q]."
+    ranks = np.ascontiguousarray(np.atleast_2d(np.asarray(ranks, np.int64)))
+    if len(ranks) != len(positives): raise MetricError(f"{len(ranks)} rankings but {len(positives)} queries in the ground truth")
+    flat, counts = _flat(positives)
+    n = int(max(ranks.max(initial=0), flat.max(initial=0))) + 1
+    if n > 2**28:                                                            # ids rather than positions: number them
+        names, at = np.unique(np.r_[flat, ranks.reshape(-1)], return_inverse=True)
+        at, n = np.where(names[at] < 0, names[at], at), len(names)
+        flat, ranks = at[:len(flat)], at[len(flat):].reshape(ranks.shape)
+    mask, m = np.zeros(ranks.shape, bool), np.zeros(len(ranks), np.int64)
+    _hits(ranks, np.r_[0, counts.cumsum()], flat, n, mask, m)
+    return mask, m
+
 def relevant_mask(
     ranks:np.ndarray, # positions in `index`, best first, −1 for "none" [q, k]
-    positives:list,   # one collection of relevant positions per query
+    positives:list,   # one collection of relevant positions per query; negative: not in the index, not to be found
 )->np.ndarray: # bool [q, k]: a relevant image, at its first mention
     "Which places of the rankings hold a relevant image."
-    ranks = np.atleast_2d(np.asarray(ranks, np.int64))
-    if len(ranks) != len(positives): raise MetricError(f"{len(ranks)} rankings but {len(positives)} queries in the ground truth")
-    flat = np.concatenate([np.zeros(0, np.int64), *(np.fromiter(p, np.int64, len(p)) for p in positives)])
-    n = int(max(ranks.max(initial=0), flat.max(initial=0))) + 1
-    wanted = np.repeat(np.arange(len(positives)), [len(p) for p in positives])*n + flat
-    pairs = np.arange(len(ranks))[:, None]*n + ranks
-    mask = np.isin(pairs, wanted) & (ranks >= 0)
-    at = np.flatnonzero(mask)
-    first = np.zeros(mask.size, bool)
-    first[at[np.unique(pairs.reshape(-1)[at], return_index=True)[1]]] = True
-    return first.reshape(mask.shape)
+    return _relevance(ranks, positives)[0]
 
 def map_at_k(
     ranks:np.ndarray,     # positions in `index`, best first, −1 for "none" [q, k']
-    positives:list,       # one collection of relevant positions per query
+    positives:list,       # one collection of relevant positions per query; negative: not in the index, not to be found
     k:int=100,            # length that counts
     per_query:bool=False, # also return the AP of every query
 ): # mAP, or (mAP, APs [q])
     "Mean AP@k over the queries that have relevant images."
+    if k < 1: raise MetricError(f"k is {k}; it is at least 1")
     ranks = np.asarray(ranks, np.int64)
-    rel = relevant_mask((ranks if ranks.ndim == 2 else ranks.reshape(len(positives), -1))[:, :k], positives)
-    m = np.array([len(set(p)) for p in positives], np.int64)
-    precision = rel.cumsum(1)/np.arange(1, rel.shape[1]+1)
-    with np.errstate(invalid="ignore"): aps = np.where(m > 0, (precision*rel).sum(1)/np.minimum(m, k), np.nan)
+    rel, m = _relevance((ranks if ranks.ndim == 2 else ranks.reshape(len(positives), -1))[:, :k], positives)
+    at, place = np.nonzero(rel)
+    found = np.arange(len(at)) - np.searchsorted(at, at) + 1                 # how many of the query's so far
+    total = np.bincount(at, found/(place+1), len(rel))
+    aps = np.where(m > 0, total/np.clip(m, 1, k), np.nan)
     mean = mean_of(aps)
     return (mean, aps) if per_query else mean
 
@@ -73,9 +105,23 @@ def map_of_submission(
     k:int=100,      # length that counts
 )->float:
     "mAP@k of a submission; a query without an answer counts 0."
-    return mean_of([ap_at_k(submitted.get(q, ()), set(p), k) for q, p in truth.items()])
+    answers, wanted = [list(islice(submitted.get(q, ()), k)) for q in truth], list(truth.values())
+    (flat, length), (relevant, counts) = _flat(answers, object), _flat(wanted, object)
+    ids = pd.factorize(np.r_[flat, relevant])[0]
+    ranks = np.full((len(truth), k), -1)
+    ranks[np.arange(k) < length[:, None]] = ids[:len(flat)]
+    return map_at_k(ranks, np.split(ids[len(flat):], counts.cumsum()[:-1]), k) if truth else float("nan")
 
 # %% ../../nbs/parts/metrics.ipynb #49d9c868
+def _right(predicted, truth):
+    "Whether each prediction is one of its image's landmarks, and how many images show one."
+    if isinstance(truth, np.ndarray) and truth.ndim == 1 and truth.dtype.kind in "iu": return (predicted == truth) & (truth >= 0), int((truth >= 0).sum())
+    flat, counts = _flat([t if hasattr(t, "__len__") else (t,) for t in truth])
+    rows = np.repeat(np.arange(len(truth)), counts)
+    right = np.zeros(len(truth), bool)
+    right[rows[(flat == predicted[rows]) & (flat >= 0)]] = True
+    return right, len(np.unique(rows[flat >= 0]))
+
 def gap(
     predicted:np.ndarray,  # landmark_id per prediction, −1 for none [n]
     scores:np.ndarray,     # confidence, higher is surer [n]
@@ -87,14 +133,13 @@ def gap(
     if not len(predicted) == len(scores) == len(truth): raise MetricError(f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels; each image has one")
     given = (predicted >= 0) | ~np.isnan(scores)
     if not np.isfinite(scores[given]).all(): raise MetricError(f"{int((~np.isfinite(scores[given])).sum())} scores are not finite; an image without prediction has landmark_id −1 and no score")
-    right = [{int(t)} - {-1} if np.ndim(t) == 0 and not isinstance(t, (set, frozenset)) else set(t) for t in truth]
-    m = sum(bool(t) for t in right)
+    right, m = _right(predicted, truth)
     if not m: return float("nan")
-    keys = np.arange(len(scores)) if keys is None else np.asarray(keys)
-    order = np.lexsort((predicted, keys, -scores))
-    order = order[given[order]]
-    correct = np.array([predicted[i] >= 0 and int(predicted[i]) in right[i] for i in order], float)
-    return float((correct*correct.cumsum()/np.arange(1, len(order)+1)).sum()/m) if len(order) else 0.0
+    rows = np.flatnonzero(given)
+    order = rows[np.argsort(-scores[rows], kind="stable")]
+    if (np.diff(scores[order]) == 0).any() and keys is not None: order = rows[np.lexsort((predicted[rows], np.asarray(keys)[rows], -scores[rows]))]
+    places = np.flatnonzero(right[order]) + 1
+    return float((np.arange(1, len(places)+1)/places).sum()/m)
 
 # %% ../../nbs/parts/metrics.ipynb #c4f19795
 def accuracy(
