@@ -1,7 +1,7 @@
 """Golden numbers: inputs and outputs of the original's algorithms.
 
 `load(name)` reads `tests/golden/<name>.npz`, or the file of that name in the folder that LANDMARK_GOLDEN names, and
-remembers which keys were asked for; `test_zz_golden_keys.py` fails when a file holds a key that no test reads.
+remembers which keys were asked for; the last test of `test_golden.py` fails when a file holds a key that no test reads.
 """
 import os
 from pathlib import Path
@@ -31,3 +31,9 @@ def load(name):
     "Open a golden file, once."
     if name not in _files: _files[name] = Golden(name)
     return _files[name]
+
+
+def unread_keys():
+    "File → keys that nobody asked for, over all files of the folder."
+    unread = {p.stem: sorted(set(np.load(p, allow_pickle=False).files) - read_keys.get(p.stem, set())) for p in sorted(FOLDER.glob('*.npz'))}
+    return {name: keys for name, keys in unread.items() if keys}

@@ -1,4 +1,4 @@
-"""The cleaning rule against the original's numbers and an independent restatement, and the two stages on odd collections."""
+"""The cleaning rule against an independent restatement, and the two stages on odd collections (the original's numbers: test_golden.py)."""
 import shutil
 
 import numpy as np
@@ -6,33 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from golden_data import load
-from landmark.parts.cleaning import (clean_images, clean_table, count_verified, first_copies, needed_pairs, partners_among_all, partners_within,
+from landmark.parts.cleaning import (clean_images, count_verified, first_copies, needed_pairs, partners_among_all, partners_within,
                                      quality_table, threshold_grid)
-
-G = load('cleaning')
-GRID = list(range(20, 51, 5)), list(range(1, 11))
-
-
-def original(verify, freq):
-    n = len(G['landmark'])
-    return clean_images(count_verified(G['match_query'], G['match_inliers'], n, verify), G['landmark'], needed_pairs(G['landmark'], freq, relax_small=False))
-
-
-@pytest.mark.parametrize('verify, freq', [(30, 3), (20, 2), (50, 5)])
-def test_clean_sets_are_the_originals(verify, freq):
-    key = f'v{verify}_f{freq}'; keep, alone = original(verify, freq)
-    table = clean_table(G['image_ids'], G['landmark'], keep)
-    np.testing.assert_array_equal(table.landmark_id, G[f'{key}_landmark'])
-    for ours, rows in zip(table['images'], G.ragged(f'{key}_image', f'{key}_off')): assert ours.split() == G['image_ids'][rows].tolist()
-    assert alone.sum() == G[f'{key}_n_singleton']
-    assert (G['landmark'][G['match_query']] == G['landmark'][G['match_target']]).all()
-
-
-def test_the_grid_is_the_originals():
-    grid = threshold_grid(G['match_query'], G['match_inliers'], G['landmark'], *GRID, relax_small=False)
-    np.testing.assert_array_equal(grid[['labels', 'images']].to_numpy().reshape(G['grid_counts'].shape), G['grid_counts'])
-
 
 def test_restated_in_words():
     r = np.random.default_rng(0); labels = r.integers(0, 8, 60); i, j = r.integers(0, 60, (2, 900)); n = r.integers(0, 60, 900)
