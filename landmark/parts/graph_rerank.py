@@ -201,15 +201,17 @@ def diffusion_rank(
 # %% ../../nbs/parts/graph_rerank.ipynb #6b776058
 def gallery_scores(
     sims:np.ndarray,   # similarities of queries and their nearest gallery images [q, k]
-    near:np.ndarray,   # those images [q, k]
+    near:np.ndarray,   # those images, −1 for none [q, k]
     values:np.ndarray, # offline values of the gallery [n, truncation]
     idxs:np.ndarray,   # their columns [n, truncation]
     gamma:float=3.0,   # exponent
 )->np.ndarray: # scores [q, n]
     "Scores of the gallery for queries that are not part of the graph."
-    n = len(values)
-    offline = sp.csr_matrix((values.reshape(-1), (np.repeat(np.arange(n), idxs.shape[1]), idxs.reshape(-1))), shape=(n, n))
-    start = sp.csr_matrix((np.maximum(sims, 0).reshape(-1)**gamma, (np.repeat(np.arange(len(sims)), sims.shape[1]), near.reshape(-1))), shape=(len(sims), n))
+    if not np.isfinite(sims).all(): raise ValueError("similarities must be finite")
+    n, given = len(values), np.asarray(near) >= 0
+    if given.any() and np.max(near) >= n: raise ValueError(f"neighbour {np.max(near)} is outside the gallery of {n} images")
+    offline = sp.csr_matrix((values.reshape(-1), (np.repeat(np.arange(n), idxs.shape[1]), np.maximum(idxs, 0).reshape(-1))), shape=(n, n))
+    start = sp.csr_matrix((np.maximum(sims, 0)[given]**gamma, (np.nonzero(given)[0], near[given])), shape=(len(sims), n))
     return (start @ offline).toarray()
 
 # %% ../../nbs/parts/graph_rerank.ipynb #bf49308f
@@ -283,6 +285,6 @@ def egt(
         if not np.isfinite(s).all(): raise ValueError(f"{name} similarities must be finite")
         if np.size(i) and np.max(i) >= len(idxs): raise ValueError(f"{name} neighbour {np.max(i)} is outside the index of {len(idxs)} images")
     out = np.full((len(q_idxs), length), -1, np.int64)
-    _traverse(np.asarray(q_sims, np.float32), np.asarray(q_idxs, np.int64), np.asarray(sims, np.float32), np.asarray(idxs, np.int64),
+    _traverse(*(np.ascontiguousarray(x, kind) for x, kind in ((q_sims, np.float32), (q_idxs, np.int64), (sims, np.float32), (idxs, np.int64))),
               np.float32(min(t, 1e30)), min(k, max(idxs.shape[1], q_idxs.shape[1])), get_num_threads(), out)
     return out

@@ -74,6 +74,11 @@ def frequency_margins(
     return torch.full_like(r, (m_min+m_max)/2) if r.max() == r.min() else m_min + (m_max-m_min)*(r-r.min())/(r.max()-r.min())
 
 # %% ../../nbs/parts/losses.ipynb #56c49c90
+def _check_classes(labels, n):
+    "Labels that are classes of the head; only looked at on the CPU, where looking costs no waiting."
+    if labels.device.type == 'cpu' and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n:
+        raise ValueError(f"Labels run from {int(labels.min())} to {int(labels.max())}; the head has the classes 0 to {n-1}.")
+
 class MarginHead(nn.Module):
     "Cosine classifier with a margin on the target."
     margin_fns = dict(arcface=arcface_margin, cosface=cosface_margin)
@@ -112,6 +117,7 @@ class MarginHead(nn.Module):
 
     def loss(self, x, labels):
         "Mean cross-entropy, and how many rows are classified rightly without the margin."
+        _check_classes(labels, len(self.weight)//self.n_centers)
         cos = self.cosines(x)
         n_right = (cos.detach().argmax(1) == labels).sum()
         return F.cross_entropy(self.add_margin(cos, labels), labels, label_smoothing=self.label_smoothing), n_right
@@ -130,6 +136,7 @@ class SoftmaxHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False): return self.fc(x.float())
     def loss(self, x, labels):
         "Mean cross-entropy, and how many rows are classified rightly."
+        _check_classes(labels, self.fc.out_features)
         logits = self(x)
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), (logits.detach().argmax(1) == labels).sum()
 
@@ -144,6 +151,7 @@ class AdaCos(MarginHead):
         median_over:str='target',   # target (as published) or all (as in the original's code)
         label_smoothing:float=0.,   # share of the target spread over all classes
     ):
+        if n_classes < 3: raise ValueError(f"AdaCos takes its scale from the number of classes and needs at least 3, not {n_classes}.")
         super().__init__(d, n_classes, m=m, label_smoothing=label_smoothing)
         self.theta_zero, self.median_over = theta_zero, median_over
         self.register_buffer('scale', torch.tensor(math.log(n_classes-1)/math.cos(theta_zero)))
@@ -270,7 +278,9 @@ class MetricHead(nn.Module):
             dists = pairwise_dists(x.detach()).fill_diagonal_(math.inf)
             fn = batch_hard_triplet if self.kind == 'batch_hard' else batch_all_triplet
             return fn(x, labels, self.margin), (labels[dists.argmin(1)] == labels).sum()
-        n = int((labels == -1).sum()); x = x.view(n, -1, x.shape[1])
+        n = int((labels == -1).sum())
+        if not n or len(x) % n: raise ValueError(f"{len(x)} rows and {n} queries (label −1) are no tuples of one length; a tuple is a query, its positive and its negatives.")
+        x = x.view(n, -1, x.shape[1])
         fn = contrastive_loss if self.kind == 'contrastive' else tuple_triplet_loss
         nearest = (x.detach()[:, :1]*x.detach()[:, 1:]).sum(2).argmax(1)
         return fn(x, self.margin)/n, (nearest == 0).sum()

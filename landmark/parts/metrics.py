@@ -147,7 +147,10 @@ def accuracy(
     labels:np.ndarray,  # class_id [n]
 )->float: # share of rows whose largest logit is the label's
     "Top-1 accuracy."
-    return float((np.asarray(logits).argmax(1) == np.asarray(labels)).mean())
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if not len(labels) or len(logits) != len(labels): raise MetricError(f"{len(logits)} rows of logits and {len(labels)} labels; each image has one of both, and there is at least one")
+    if not np.isfinite(logits).all(): raise MetricError(f"{int((~np.isfinite(logits).all(1)).sum())} rows of logits are not finite")
+    return float((logits.argmax(1) == labels).mean())
 
 # %% ../../nbs/parts/metrics.ipynb #ae3d581e
 def trapezoid_ap(

@@ -30,6 +30,7 @@ def recognise(
     if inliers is not None:
         inliers = np.asarray(inliers)[:, :voting_k]
         if inliers.shape != sims.shape: raise RecognitionError(f"inliers {inliers.shape} for {sims.shape} neighbours")
+        if not (np.isfinite(inliers) & (inliers >= 0)).all(): raise RecognitionError("inliers are counts: finite, and at least 0")
         votes = votes + np.minimum(enough, inliers)/enough
     total = ((labels[:, :, None] == labels[:, None, :])*votes[:, None, :]).sum(2)       # the label of each slot, all its votes
     best = total.argmax(1)[:, None]
@@ -37,13 +38,15 @@ def recognise(
 
 # %% ../../nbs/parts/recognition.ipynb #e2cfbdb0
 def inliers_of(
-    idxs:np.ndarray,      # nearest training images [q, k]
+    idxs:np.ndarray,      # nearest training images, −1 for none [q, k]
     query:np.ndarray,     # query of each verified pair [m]
     train:np.ndarray,     # training image of each verified pair [m]
     n_inliers:np.ndarray, # its inliers [m]
 )->np.ndarray: # inliers, 0 where a pair was not verified [q, k]
     "Inliers of the voters from a table of verified pairs."
     idxs, query, train, n_inliers = (np.asarray(x, np.int64) for x in (idxs, query, train, n_inliers))
+    if not len(query) == len(train) == len(n_inliers): raise RecognitionError(f"{len(query)} queries, {len(train)} training images and {len(n_inliers)} counts; a verified pair has one of each")
+    if min(query.min(initial=0), train.min(initial=0)) < 0 or query.max(initial=-1) >= len(idxs): raise RecognitionError(f"a verified pair names a query or training image that is not there; there are {len(idxs)} queries")
     n = max(idxs.max(initial=0), train.max(initial=0)) + 1
     keys, order = query*n + train, np.argsort(query*n + train, kind="stable")
     keys, counts = keys[order], n_inliers[order]
@@ -51,7 +54,7 @@ def inliers_of(
     if twice.any(): raise RecognitionError(f"{int(twice.sum())} pairs are verified twice with different inliers (query {keys[1:][twice][0]//n}, training image {keys[1:][twice][0]%n} first)")
     wanted = np.arange(len(idxs))[:, None]*n + idxs
     at = np.minimum(np.searchsorted(keys, wanted), max(len(keys)-1, 0))
-    return np.where(keys[at] == wanted, counts[at], 0) if len(keys) else np.zeros(idxs.shape, np.int64)
+    return np.where((keys[at] == wanted) & (idxs >= 0), counts[at], 0) if len(keys) else np.zeros(idxs.shape, np.int64)
 
 # %% ../../nbs/parts/recognition.ipynb #b9f1cfcf
 def distractor_rule(
@@ -62,6 +65,7 @@ def distractor_rule(
     "Push the predictions of landmarks named too often to the end."
     labels, scores = np.asarray(labels), np.asarray(scores, np.float32)
     if len(labels) != len(scores): raise RecognitionError(f"{len(labels)} labels but {len(scores)} scores")
+    if not np.isfinite(scores).all(): raise RecognitionError(f"{int((~np.isfinite(scores)).sum())} scores are not finite; leave rows without a prediction out")
     names, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
     banned = counts > most
     return np.where(banned[which], -counts[which], scores).astype(np.float32), names[banned]
@@ -90,6 +94,8 @@ def minus_non_landmarks(
     "Similarity less what query and training image share with images that show no landmark."
     for x, name in ((query_non, "queries"), (train_non, "training images")):
         if np.ndim(x) != 2 or np.shape(x)[1] == 0: raise RecognitionError(f"{name} need at least one non-landmark image to be compared with")
+        if not np.isfinite(x).all(): raise RecognitionError(f"similarities of {name} and non-landmark images must be finite")
+    if len(sims) != len(query_non) or np.max(idxs, initial=-1) >= len(train_non): raise RecognitionError(f"{len(sims)} queries and training images up to {np.max(idxs, initial=-1)}, but non-landmark similarities of {len(query_non)} and {len(train_non)}")
     adjusted = np.asarray(sims) - weight*(np.mean(query_non, 1)[:, None] + np.mean(train_non, 1)[idxs])
     order = np.argsort(-adjusted, 1, kind="stable")
     return np.take_along_axis(adjusted, order, 1).astype(np.float32), np.take_along_axis(np.asarray(idxs), order, 1)

@@ -99,6 +99,8 @@ class Problem:
     how: dict = field(default_factory=dict)    # device, method, memory_mib of the searches
     lists: dict = field(default_factory=dict)  # (from, to) → (sims, idxs), searched already
     def __post_init__(self):
+        sizes = {name: getattr(self, name).shape[1] for name in ("queries", "index", "train") if getattr(self, name) is not None}
+        if len(set(sizes.values())) > 1: raise RerankError(f"descriptors have different numbers of dimensions: {sizes}; all sets come from one model")
         if self.train is not None and (self.labels is None or len(self.labels) != len(self.train)):
             raise RerankError(f"{len(self.train)} training descriptors but {0 if self.labels is None else len(self.labels)} labels")
     def knn(self,
@@ -172,7 +174,7 @@ def fill_up(
 )->np.ndarray: # [q, topk]; nothing twice
     "Complete rankings with further ones."
     out = np.full((len(ranks), topk), -1, np.int64)
-    _fill_up(np.asarray(ranks, np.int64), np.asarray(more, np.int64), n, out)
+    _fill_up(*(np.ascontiguousarray(x, np.int64) for x in (ranks, more)), n, out)
     return out
 
 # %% ../../nbs/parts/rerank.ipynb #c098adf6

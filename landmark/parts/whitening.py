@@ -70,6 +70,7 @@ def learn_whitening(
     "Supervised whitening from pairs of the same landmark."
     first, second = np.asarray(first), np.asarray(second)
     if len(first) != len(second) or not len(first): raise ValueError(f"{len(first)} first and {len(second)} second images; matching pairs have one of each")
+    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) >= len(x): raise ValueError(f"a pair names image {max(first.max(), second.max())} (or one below 0); there are {len(x)} descriptors")
     a, b = check_rows(np.asarray(x[first], np.float64), zeros=False), check_rows(np.asarray(x[second], np.float64), zeros=False)
     mean, S = a.mean(0), (a-b).T @ (a-b)/len(a)
     if not S.any(): raise ValueError("the pairs do not differ; there is nothing to learn from them")
