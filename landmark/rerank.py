@@ -228,7 +228,8 @@ def run(
             skipped = [m for m in methods_of(cfg) if METHODS[m].needs_labels] if "v2_train" not in stores else []
             if skipped: log(f"rerank: {model} has no descriptors of v2_train, so {', '.join(skipped)} did not run")
         if not metrics: raise ParameterError(f"rerank: {extracted} holds no index and queries that belong together; extract the splits index and test, or those of a benchmark")
-        write_csv(pd.DataFrame(metrics, columns=["model", "method", "benchmark", "metric", "value", "n_queries"]), st.dir/"metrics.csv")
+        table = pd.DataFrame(metrics, columns=["model", "method", "benchmark", "metric", "value", "n_queries"])
+        write_csv(table.assign(title=table.method.map(lambda m: METHODS[m].title), beyond=table.method.map(lambda m: METHODS[m].beyond)), st.dir/"metrics.csv")
         write_csv(pd.DataFrame(per_query, columns=["model", "method", "benchmark", "metric", "query_id", "ap"]), st.dir/"per_query.csv")
         write_csv(pd.DataFrame(times, columns=["model", "method", "n_queries", "seconds"]), st.dir/"times.csv")
         st.metrics.update(models=len({m[0] for m in metrics}), methods=len({m[1] for m in metrics}))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['listed', 'plain_sort_insert', 'sort_and_insert', 'clustered', 'plain_egt', 'traversal', 'plain_diffusion',
-           'truncated_diffusion', 'expansion_and_votes']
+           'truncated_diffusion', 'expansion_and_votes', 'every_method']
 
 # %% ../../nbs/parts/bench_rerank.ipynb #0f1618a6
 import numpy as np
@@ -13,7 +13,8 @@ from .bench import benchmark, compare
 from .expansion import alpha_qe
 from .graph_rerank import affinity, diffuse, egt, laplacian
 from .knn import search
-from .rerank import soft_vote, sort_insert
+from . import global_rerank                 # registers the methods beyond the paper
+from .rerank import METHODS, Problem, rank, soft_vote, sort_insert
 from .store import l2n
 
 # %% ../../nbs/parts/bench_rerank.ipynb #10d079ec
@@ -154,3 +155,14 @@ def _fits(n_bytes:int)->bool:
     try: free = next(int(l.split()[1])*1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
     except (OSError, StopIteration): return False
     return 1.5*n_bytes < free
+
+# %% ../../nbs/parts/bench_rerank.ipynb #1ac221d8
+@benchmark("rerank")
+def every_method(quick:bool, device:str):
+    "All registered methods on one world, from descriptors to lists."
+    q, n = (20, 300) if quick else (200, 5_000)
+    index, rng = clustered(n), np.random.default_rng(1)
+    queries, train = l2n(index[:q] + .05*rng.normal(size=(q, index.shape[1]))), l2n(index[::2] + .05*rng.normal(size=(len(index[::2]), index.shape[1])))
+    for name, m in METHODS.items():
+        work = lambda: rank(Problem(queries, index, train, np.arange(len(train))//15, dict(device=device)), name)
+        yield compare(f"rerank/method: {m.title}", f"{q:,} queries × {n:,} index images", work, repeat=1, device=device, note="searches included" + ("; beyond the paper" if m.beyond else ""))
