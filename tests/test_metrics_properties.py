@@ -49,6 +49,30 @@ def test_submission(submitted, truth):
     assert map_of_submission(submitted, truth) == pytest.approx(sum(slow)/len(slow))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 260), st.integers(0, 260), st.sampled_from([1, 99, 100, 101]))
+def test_long_lists(seed, length, m, k):
+    "More relevant images and longer lists than count, some of them not in the index."
+    r = np.random.default_rng(seed)
+    ranks, relevant = [r.integers(-1, 300, length).tolist() for _ in range(3)], [set(r.integers(-9, 300, m).tolist()) - {-1} for _ in range(3)]
+    slow = [slow_ap(a, {p for p in b if p >= 0}, k) for a, b in zip(ranks, relevant)]
+    want = [None if not b else 0 if s is None else s*min(len([p for p in b if p >= 0]), k)/min(len(b), k) for s, b in zip(slow, relevant)]
+    aps = map_at_k(np.array(ranks, int).reshape(3, length), [sorted(b) for b in relevant], k, per_query=True)[1]
+    assert [None if math.isnan(a) else pytest.approx(a) for a in aps] == want
+
+
+@quick
+@given(retrieval(), st.integers(1, 10**13))
+def test_ids_or_positions(case, shift):
+    "What images are called changes nothing."
+    ranks, relevant, k = case
+    ranks = np.array(ranks, int).reshape(len(ranks), -1); moved = np.where(ranks >= 0, ranks + shift, ranks)
+    a, b = (map_at_k(x, p, k, per_query=True)[1] for x, p in ((ranks, relevant), (moved, [{i + shift for i in p} for p in relevant])))
+    np.testing.assert_array_equal(a, b)
+    by_id = map_of_submission({f'q{i}': [f'i{x}' for x in row] for i, row in enumerate(ranks.tolist())}, {f'q{i}': {f'i{x}' for x in p} for i, p in enumerate(relevant)}, k)
+    if (ranks >= 0).all(): np.testing.assert_allclose(by_id, np.nan if np.isnan(a).all() else np.nanmean(a))
+
+
 def test_more_than_a_hundred():
     assert map_at_k([list(range(150))], [set(range(150))]) == 1.0
     assert map_at_k([list(range(100, 200))], [set(range(150))]) == pytest.approx(.5)
@@ -81,33 +105,44 @@ def test_gap(rows, random):
 
 
 def slow_judge(ranking, relevant, junk):
-    "Remove junk, then the trapezoids of the precision-recall curve one by one."
+    "Remove junk, then the trapezoids of the precision-recall curve one by one; a repeated image is a wrong answer."
     kept = [x for x in ranking if x >= 0 and x not in junk]
     if not relevant: return None
     area, found = 0., 0
     for i, x in enumerate(kept):
-        if x in relevant:
+        if x in relevant and x not in kept[:i]:
             before = 1. if i == 0 else found/i
             found += 1
             area += (before + found/(i+1))/2/len(relevant)
     return area
 
 
+rankings = st.one_of(st.permutations(list(range(12))), st.lists(st.integers(-1, 13), max_size=20))      # whole, or with duplicates, gaps and strangers
+
+
 @quick
-@given(st.permutations(list(range(12))), st.integers(0, 12), st.dictionaries(st.integers(0, 11), st.sampled_from(['easy', 'hard', 'junk']), max_size=12))
-def test_revisited(ranking, cut, kinds):
-    gnd = {k: [i for i, v in kinds.items() if v == k] for k in ('easy', 'hard', 'junk')}
-    got = revisited([ranking[:cut]], [gnd])
+@given(st.lists(st.tuples(rankings, st.integers(0, 20), st.dictionaries(st.integers(0, 11), st.sampled_from(['easy', 'hard', 'junk']), max_size=12)), max_size=4))
+def test_revisited(queries):
+    "All protocols of several queries: truncated, empty, without positives, everything junk."
+    gnd = [{k: [i for i, v in kinds.items() if v == k] for k in ('easy', 'hard', 'junk')} for _, _, kinds in queries]
+    width = max([len(r[:cut]) for r, cut, _ in queries], default=0)
+    lists = [(r[:cut] + [-1]*width)[:width] for r, cut, _ in queries]
+    got = revisited(np.array(lists, int).reshape(len(queries), width), gnd)
     for p, good, bad in (('E', 'easy', ('junk', 'hard')), ('M', ('easy', 'hard'), ('junk',)), ('H', ('hard',), ('junk', 'easy'))):
-        relevant = {i for i, v in kinds.items() if v in good}; junk = {i for i, v in kinds.items() if v in bad}
-        slow, ours = slow_judge(ranking[:cut], relevant, junk), got[p]['aps'][0]
-        assert math.isnan(ours) if slow is None else ours == pytest.approx(slow)
-        kept = [x for x in ranking[:cut] if x not in junk]
-        hits = [i for i, x in enumerate(kept) if x in relevant]
-        for k, value in zip((1, 5, 10), got[p]['pk'][0]):
-            if slow is None: assert math.isnan(value); continue
-            limit = min(k, hits[-1]+1) if hits else 0
-            assert value == pytest.approx(len([h for h in hits if h < limit])/limit if limit else 0)
+        means = []
+        for ranking, (_, _, kinds), ours, pk in zip(lists, queries, got[p]['aps'], got[p]['pk']):
+            relevant = {i for i, v in kinds.items() if v in good}; junk = {i for i, v in kinds.items() if v in bad}
+            slow = slow_judge(ranking, relevant, junk)
+            assert math.isnan(ours) if slow is None else ours == pytest.approx(slow)
+            kept = [x for x in ranking if x >= 0 and x not in junk]
+            hits = [i for i, x in enumerate(kept) if x in relevant and x not in kept[:i]]
+            for k, value in zip((1, 5, 10), pk):
+                if slow is None: assert math.isnan(value); continue
+                limit = min(k, hits[-1]+1) if hits else 0
+                assert value == pytest.approx(len([h for h in hits if h < limit])/limit if limit else 0)
+            if slow is not None: means.append((slow, *pk))
+        if not means: assert math.isnan(got[p]['map']) and np.isnan(got[p]['mpk']).all()
+        else: np.testing.assert_allclose([got[p]['map'], *got[p]['mpk']], np.mean(means, 0), atol=1e-9)
 
 
 @quick

@@ -176,6 +176,7 @@ def judge(
     ranking = np.asarray(ranking, np.int64)
     ranking = ranking[~np.isin(ranking, np.asarray(list(junk), np.int64)) & (ranking >= 0)]
     at = np.flatnonzero(np.isin(ranking, positives))
+    at = np.sort(at[np.unique(ranking[at], return_index=True)[1]])                     # each at its first mention
     last = at.max()+1 if len(at) else 0
     precision = [float((at < min(last, k)).sum()/min(last, k)) if last else 0.0 for k in kappas]
     return trapezoid_ap(at, len(positives)), np.array(precision)
