@@ -18,7 +18,7 @@ import pandas as pd
 
 from .parts.cleaning import clean_table
 from .parts.collection import choose_pairs, clean_labels, groups_of, nearest_photos, verify_both_ways, vote
-from .parts.core import ParameterError, artifact, hash8, is_tiny, log, open_stage, project_root, read_json, runs_dir, stage_config, stage_dir, stage_main, write_csv
+from .parts.core import ParameterError, artifact, hash8, is_tiny, log, make_config, open_stage, project_root, read_json, runs_dir, stage_config, stage_dir, stage_main, write_csv
 from .parts.dataset import open_world, read_images
 from .parts.gallery import data_uri, move_pictures
 from .parts.images import ImageError, image_path, read_image
@@ -206,6 +206,11 @@ class Collection:
     def landmark(self, image_id:str)->str: # name of what the photo's label, or its group, stands for
         p = self.photos.loc[image_id]
         return p.label or (f'the place of {self.photos.file[self.photos.group == p.group].iloc[0]}' if p.group >= 0 else f'the place of {p.file}')
+    def kept_with(self, min_verified:int)->np.ndarray: # bool [photos]
+        "Which photos stay if they need so many verified pairs."
+        at, p = lambda column: column.map(self.row).to_numpy(int), self.photos
+        pairs = dict(image=at(self.pairs.image), partner=at(self.pairs.partner), n_inliers=self.pairs.n_inliers.to_numpy())
+        return clean_labels(p.landmark_id.to_numpy(), pairs, at(p.copy_of), p.n_features.to_numpy(), {}, self.cfg.min_inliers, min_verified).state.to_numpy() == 'kept'
 
 # %% ../nbs/09_explore.ipynb #68132f26
 @dataclass
@@ -264,16 +269,22 @@ def strictness(
     values=(1, 2, 3), # verified pairs asked for, at most
 )->pd.DataFrame: # min_verified, photos, labels that stay
     "How much stays when a photo needs fewer verified pairs."
-    at = lambda column: column.map(c.row).to_numpy(int)
-    pairs, p = dict(image=at(c.pairs.image), partner=at(c.pairs.partner), n_inliers=c.pairs.n_inliers.to_numpy()), c.photos
-    states = [clean_labels(p.landmark_id.to_numpy(), pairs, at(p.copy_of), p.n_features.to_numpy(), {}, c.cfg.min_inliers, v).state.to_numpy() == 'kept' for v in values]
-    return pd.DataFrame(dict(min_verified=values, photos=[int(s.sum()) for s in states], labels=[p.label[s].nunique() for s in states]))
+    stay = [c.kept_with(v) for v in values]
+    return pd.DataFrame(dict(min_verified=values, photos=[int(s.sum()) for s in stay], labels=[c.photos.label[s].nunique() for s in stay]))
 
 # %% ../nbs/09_explore.ipynb #bf21d443
+def _linked_tables(source:Path, folder:Path)->str: # HTML
+    "Copy a collection's tables and link them."
+    import shutil
+    folder.mkdir(exist_ok=True); names = [p.name for p in sorted(source.glob('*.csv')) if p.name != 'imported.csv']
+    for name in names: shutil.copyfile(source/name, folder/name)
+    return '<h2>Everything as tables</h2><p>' + ' · '.join(f'<a href="tables/{n}">{n}</a>' for n in names) + '</p>'
+
 def write_report(
     notebook:Path, # this notebook, executed
     folder:Path,   # where the report goes; what was there is replaced
     title:str,     # its title
+    tables:Path|None=None, # folder with the collection's tables, which are put beside the page
 )->Path: # the page
     "Render the pages of an explored collection."
     import importlib, nbformat
@@ -284,10 +295,11 @@ def write_report(
         if c.cell_type == 'code': c.source, c.outputs = '', [o for o in c.outputs if o.output_type != 'stream']
     cells[0].source = f'# {html.escape(title)}'; nb.cells = cells
     page = Path(folder)/'index.html'; page.parent.mkdir(parents=True, exist_ok=True); slim = page.with_suffix('.ipynb'); nbformat.write(nb, slim)
-    try: render(slim, page)
+    try: render(slim, page, nav='')
     finally: slim.unlink()
-    text = re.sub(r'<nav>.*?</nav>\n?', '', page.read_text(encoding='utf-8'), count=1, flags=re.S)
+    text = page.read_text(encoding='utf-8').replace('<nav></nav>\n', '', 1)
     text = re.sub(r'<title>.*?</title>', lambda m: f'<title>{html.escape(title)}</title>', text, count=1, flags=re.S)
+    if tables: text = text.replace('\n</body>', f'\n{_linked_tables(Path(tables), page.parent/"tables")}\n</body>', 1)
     page.write_text(move_pictures(text, page.parent/'pictures', 'pictures'), encoding='utf-8')
     return page
 
@@ -306,7 +318,8 @@ def explore(
     home.mkdir(parents=True, exist_ok=True); log(f'explore: {len(files):,} files that may be photos in {folder}')
     try: papermill.execute_notebook(str(project_root()/'nbs'/'09_explore.ipynb'), str(home/'09_explore.ipynb'), given, kernel_name='python3', progress_bar=False, cwd=str(project_root()), log_output=True)
     except PapermillExecutionError as e: raise (ParameterError(e.evalue) if e.ename in ('ParameterError', 'ImageError') else e) from None
-    return write_report(home/'09_explore.ipynb', home/'report', shown_name(folder.resolve().name.replace('_', ' ')))
+    out = stage_dir('explore', make_config(Config, given | dict(query='')))
+    return write_report(home/'09_explore.ipynb', home/'report', shown_name(folder.resolve().name.replace('_', ' ')), out)
 
 def main():
     "`landmark_explore FOLDER [PHOTO] [-p NAME VALUE]` explores a folder and prints where the report is; with -p or -f alone it is the stage's command."

@@ -270,7 +270,7 @@ def test_report_of_a_difficult_folder(tmp_path, runs):
     import re
     shown = re.findall(r'(?:src|href)="([^"#]+)"', text); assert len(shown) > 10
     assert all((page.parent/s).is_file() for s in shown if not s.startswith('data:,')), [s for s in shown if not (page.parent/s).is_file()]
-    assert not re.search(r'https?://(?!www\.w3\.org)', text) and '<script' not in text and {p.name for p in page.parent.iterdir()} == {'index.html', 'pictures', 'figures'}
+    assert not re.search(r'https?://(?!www\.w3\.org)', text) and '<script' not in text and {p.name for p in page.parent.iterdir()} == {'index.html', 'pictures', 'figures', 'tables'} and 'href="tables/neighbours.csv"' in text and 'class="toc"' in text
     r = subprocess.run([sys.executable, '-c', 'from landmark.explore import main; main()', str(tmp_path/'nowhere')], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert r.returncode == 1 and 'there is no folder' in r.stderr and 'Traceback' not in r.stderr
 

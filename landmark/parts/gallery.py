@@ -36,7 +36,7 @@ def card(
     "A picture with a frame and words below."
     edge = f'border:4px solid {COLOURS.get(frame, frame)};' if frame else 'border:4px solid transparent;'
     lines = '<br>'.join(html.escape(l) for l in words.split('\n')) if words else ''
-    return (f'<figure style="margin:0 6px 8px 0;display:inline-block;vertical-align:top;" title="{html.escape(tip)}"><img src="{uri}" alt="{html.escape(tip or words)}" '
+    return (f'<figure style="margin:0 6px 8px 0;display:inline-block;vertical-align:top;min-width:62px" title="{html.escape(tip)}"><img src="{uri}" alt="{html.escape(tip or words)}" '
             f'style="height:{height}px;{"opacity:.55;" if faint else ""}{edge}border-radius:3px;display:block;max-width:{int(1.9*height)}px;object-fit:cover"><figcaption style="font-size:11px;line-height:1.3;color:#444;width:0;min-width:100%;overflow-wrap:anywhere;padding-left:4px">{lines}</figcaption></figure>')
 
 def strip(
@@ -78,7 +78,7 @@ def place(
     if joined:
         row = {k: r for r, k in enumerate(joined)}; low, high = np.array([m, m]), np.array([w-m, h-m])
         x = spring_layout(len(joined), np.array([[row[e[0]], row[e[1]]] for e in edges], int).reshape(-1, 2))
-        at[joined] = _apart(low + x*(high-low), low, high, side + 14)
+        at[joined] = _apart(low + x*(high-low), low, high, side + (34 if n <= 5 else 14))
     top, per_row = (h if joined else 0), max(1, int((w-8)//(side+10)))
     for r, k in enumerate(alone): at[k] = 5 + (side+10)*(r % per_row + .5), top + 5 + (side+10)*(r//per_row + .5)
     return at, top + (side+10)*(-(-len(alone)//per_row)) + (10 if alone else 0)
@@ -92,7 +92,7 @@ def photo_graph(
     note:str='',     # smaller text above
 )->str: # HTML with one SVG
     "Photos joined where they verify."
-    n = len(uris); k = len({i for e in edges for i in e[:2]}); w, h, side = (230, 110 if k < 3 else 190, 64) if n <= 4 or k <= 3 and n <= 9 else (480, 120 + 26*k, 70) if n <= 14 else (980, 620, 70 if n <= 40 else 48)
+    n = len(uris); k = len({i for e in edges for i in e[:2]}); w, h, side = (230 if k < 3 else 330, 110 if k < 3 else 210, 64) if n <= 4 or k <= 3 and n <= 9 else (480, 120 + 26*k, 70) if n <= 14 else (980, 620, 70 if n <= 40 else 48)
     at, h = place(n, edges, w, h, side); parts = []
     for i, j, k in edges:
         (a, b), (c, d) = at[i], at[j]
