@@ -9,7 +9,7 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoin
 MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in (ROOT/'landmark').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
 from landmark import graph
 
-STAGES = graph.STAGES | {'explore': '09_explore'} # the last one runs on people's own photos, outside the graph
+STAGES = graph.STAGES | {'benchmark': '08_benchmark', 'explore': '09_explore'} # the last two run outside the graph: on the clock, and on people's own photos
 
 
 def imports(name):
@@ -55,6 +55,9 @@ def test_notebook_is_clean(path):
     assert nb.metadata.kernelspec.name == 'python3'
     assert all(c.get('id') for c in nb.cells) and len({c.id for c in nb.cells}) == len(nb.cells)
     assert nb.cells[0].cell_type == 'markdown' and nb.cells[0].source.startswith('# '), 'the first cell is the title'
+
+
+def test_every_numbered_notebook_is_a_stage(): assert sorted(STAGES.values()) == sorted(p.stem for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
 
 
 @pytest.mark.parametrize('stage', STAGES)

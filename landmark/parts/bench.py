@@ -75,6 +75,12 @@ def _time(fn, repeat:int, sync):
         sync(); t = time.perf_counter(); out = fn(); sync(); times.append(time.perf_counter() - t)
     return float(np.median(times)), out
 
+def _gpu_mib(device, peak:bool=False)->float: # MiB in use, or the most since it was asked before
+    if not str(device).startswith('cuda'): return 0.
+    import torch
+    if peak: return torch.cuda.max_memory_allocated()/2**20
+    torch.cuda.reset_peak_memory_stats(); return torch.cuda.memory_allocated()/2**20
+
 def compare(
     name:str, size:str,   # family/what, and how large
     ours, plain=None,     # functions without arguments, over the same inputs
@@ -93,8 +99,9 @@ def compare(
     if str(device).startswith('cuda'): import torch; sync = torch.cuda.synchronize
     with use_threads(threads):
         if warm: ours()
+        before = _gpu_mib(device)
         with PeakMemory() as mem: ours_s, a = _time(ours, repeat, sync)
-        if device != 'cpu': import torch; mem.mib = torch.cuda.max_memory_allocated()/2**20
+        if device != 'cpu': mem.mib = _gpu_mib(device, peak=True) - before
         plain_s, b = _time(plain, plain_repeat, lambda: None) if plain else (None, None)
     if plain is None: n = bad = 0
     else: n, bad = agree(a, b) if agree else (int(np.size(b)), int((np.asarray(a) != np.asarray(b)).sum()))
