@@ -6,7 +6,7 @@
 __all__ = ['Verified', 'verify_prepared', 'verify', 'draw_matches', 'check_pairs', 'verify_pairs']
 
 # %% ../../nbs/parts/verification.ipynb #c3a40906
-import os
+import os, threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -94,8 +94,9 @@ class _Cache:
 
 def _verify_block(job):
     "A thread's share: the pairs in the order in which they came."
-    store_a, store_b, pairs, rule, n_kept = job
-    a = _Cache(store_a, n_kept); b = a if store_b is store_a else _Cache(store_b, n_kept)
+    store_a, store_b, pairs, rule, n_kept, own = job
+    if not hasattr(own, 'a'): own.a = _Cache(store_a, n_kept); own.b = own.a if store_b is store_a else _Cache(store_b, n_kept) # a thread keeps its images from share to share
+    a, b = own.a, own.b
     out = np.zeros((len(pairs), 2), np.int32)
     for row, (i, j) in zip(out, pairs.tolist()):
         n, _, m1, _, _ = verify_prepared(a[i], b[j], rule)
@@ -123,6 +124,7 @@ def verify_pairs(
     n_threads:int=0,     # 0 is one per core
     n_kept:int=1024,     # prepared images each thread may hold (0.3 MB each)
     device:str='cpu',    # cpu: the compiled loop; a GPU, or torch: batched PyTorch
+    memory_mib:int=1024, # what batched PyTorch may take for a batch, and again for the images
     desc:str='verify',   # title of the progress bar; empty for none
 )->tuple: # n_matches [m] int32, n_inliers [m] int32
     "Match and inlier counts of many pairs."
@@ -130,11 +132,11 @@ def verify_pairs(
     pairs = check_pairs(pairs, len(store), len(store_b))
     if str(device) != 'cpu':
         from landmark.parts.verification_torch import verify_pairs_torch
-        return verify_pairs_torch(store, pairs, rule, store_b, device='cpu' if device == 'torch' else device)
+        return verify_pairs_torch(store, pairs, rule, store_b, device='cpu' if device == 'torch' else device, memory_mib=memory_mib)
     import torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     size = max(64, min(2000, -(-len(pairs)//(4*(n_threads or cores)))))
-    jobs = [(store, store_b, pairs[i:i+size], rule, n_kept) for i in range(0, len(pairs), size)]
+    own = threading.local(); jobs = [(store, store_b, pairs[i:i+size], rule, n_kept, own) for i in range(0, len(pairs), size)]
     before = torch.get_num_threads(); torch.set_num_threads(1) # one pair is too small to share
     try:
         with ThreadPoolExecutor(n_threads or cores) as pool:
