@@ -1,15 +1,17 @@
 # The graph of stages. Which steps there are stands in params/<profile>/; see nbs/graph.ipynb.
 #   snakemake --cores all --config profile=mini seeds=1,2,3
+#   landmark_search run mini lr        the trials of params/mini/search/lr.yaml, by `--config search=lr`
 # One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
 import os
-from landmark import graph
+from landmark import graph, search
 
 os.environ.pop("LANDMARK_WORLD", None)             # a profile names its worlds itself
 
 seeds = [int(s) for s in str(config.get("seeds", 1)).replace(",", " ").split()]
 only = str(config.get("only", "")).split() or None
 try:
-    STEPS = graph.prepare(graph.plan(str(config.get("profile", "mini")), seeds, only))
+    profile, wanted = str(config.get("profile", "mini")), str(config.get("search", ""))
+    STEPS = graph.prepare(search.plan(profile, wanted, seeds) if wanted else graph.plan(profile, seeds, only))
 except graph.ParameterError as e:
     raise WorkflowError(str(e))
 
@@ -25,5 +27,5 @@ for step in STEPS:
         name: f"{step.stage}_{step.name}_seed{step.seed}".replace("-", "_")
         input: [u.stamp for u in step.upstream]
         output: step.stamp
-        params: command=graph.command(step)
+        params: command=search.command(step)
         shell: "{params.command}"

@@ -49,7 +49,7 @@ def read_profile(
     "All parameter files of a profile."
     home = project_root()/'params'/profile
     if not home.is_dir(): raise ParameterError(f'there is no profile {profile!r}; there are {", ".join(profiles())}')
-    files = {(p.parent.name, p.stem): read_yaml(p) for p in sorted(home.glob('*/*.yaml'))}
+    files = {(p.parent.name, p.stem): read_yaml(p) for p in sorted(home.glob('*/*.yaml')) if p.parent.name != 'search'}   # those are for `search`
     unknown = {s for s, _ in files} - set(STAGES)
     if unknown: raise ParameterError(f'params/{profile} has parameters for {", ".join(sorted(unknown))}, but the stages are {", ".join(STAGES)}')
     return files
@@ -85,9 +85,10 @@ def plan(
     profile:str,     # folder under `params`
     seeds=(1,),      # seeds to run
     only:list=None,  # names of steps, "stage/name", that are wanted with all they need; everything if not given
+    more:dict=None,  # (stage, name) → parameters of steps without a file: the trials of a search
 )->list: # steps, each after what it reads
     "Read, check and order the steps of a profile."
-    files = read_profile(profile); done, codes = {}, {}
+    files = read_profile(profile) | (more or {}); done, codes = {}, {}
     def add(stage, name, seed, asking=''):
         if (stage, name) not in files:
             raise ParameterError(f'params/{profile}/{asking}.yaml refers to @{stage}/{name}, but there is no params/{profile}/{stage}/{name}.yaml')

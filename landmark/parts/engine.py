@@ -337,6 +337,14 @@ def evaluate(self:Trainer):
     self.acc.wait_for_everyone()
 
 @patch
+def best_state(self:Trainer)->dict: # model's state_dict, epoch, metrics; empty if epochs were not evaluated
+    "The best evaluated epoch."
+    path = self.state_dir/'best.pt'
+    if not path.exists(): return {}
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    return dict(model={k.removeprefix('model.'): v for k, v in state['net'].items() if k.startswith('model.')}, epoch=state['epoch'], metrics=state['metrics'])
+
+@patch
 def save(self:Trainer):
     "Write the checkpoint."
     if self.acc.is_main_process:
