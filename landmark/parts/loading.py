@@ -6,6 +6,7 @@
 __all__ = ['Photos', 'read_all', 'collate', 'make_loader', 'Crops']
 
 # %% ../../nbs/parts/loading.ipynb #4d8c4519
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
@@ -79,11 +80,12 @@ def make_loader(
     epoch:int=-1,        # number of the epoch, for the augmentation; −1: no augmentation
     n_loaders:int=0,     # worker processes; 0 loads in this one
     pin:bool=False,      # keep batches in page-locked memory, for a GPU
-)->DataLoader: # batches as `collate` makes them
+)->Iterable: # batches as `collate` makes them
     "Load batches in order."
     plan = [[(epoch, int(i)) for i in batch] for batch in batches]
     more = dict(multiprocessing_context='spawn', prefetch_factor=4) if n_loaders else {}
-    return DataLoader(photos, batch_sampler=plan, collate_fn=collate, num_workers=n_loaders, pin_memory=pin, generator=torch.Generator().manual_seed(0), **more)
+    loader = DataLoader(photos, batch_sampler=plan, collate_fn=getattr(photos, 'collate', collate), num_workers=n_loaders, pin_memory=pin, generator=torch.Generator().manual_seed(0), **more)
+    return photos.finish(loader) if hasattr(photos, 'finish') else loader            # what is left to do in this process
 
 # %% ../../nbs/parts/loading.ipynb #8ee19789
 class Crops(Dataset):
