@@ -17,6 +17,7 @@ from .parts.backbones import make_model
 from .parts.core import (UNHASHED, ParameterError, artifact, digest_of, log, open_stage, parallel_map, pick_device, read_json, stage_config, stage_dir, stage_main,
                                  write_csv, write_json)
 from .parts.dataset import benchmarks, open_world, read_images, read_revisited, train_set as read_train_set
+from .parts.decoding import EncodedPhotos, why_not
 from .parts.engine import Recipe, Trainer, Training, load_model, save_model
 from .parts.batching import scan_sizes, size_table
 from .parts.extraction import extract, side_sizes
@@ -66,6 +67,7 @@ class Config:
     n_negatives: int = 5         # negatives of a tuple (contrastive)
     pool_share: float = 0.25     # share of the photos among which negatives are mined
     in_memory: bool = True       # decode photos once and keep them reduced
+    decode: str = "cpu"          # where JPEGs from disk are decoded: cpu, or gpu (nvJPEG)
     precision: str = "fp32"      # fp32, bf16 or fp16
     compile: bool = False        # compile the network
     device: str = "auto"         # auto, cpu, cuda, cuda:N
@@ -121,9 +123,18 @@ def load_photos(
     landmarks, classes = np.unique(df.landmark_id, return_inverse=True)
     if len(landmarks) < 2: raise ParameterError(f"train: the training set {set_name} shows {len(landmarks)} landmark; at least 2 are needed")
     all_sizes = listed(cfg.sizes) + ([cfg.scale_up] if cfg.scale_up else [])
-    photos = Photos(df.path, max(all_sizes, key=_side), cfg.augment, cfg.seed, images=_decoded(df.path, cfg, all_sizes), cache_dir=stage_dir('train', cfg).parent/'sizes')
+    photos = _kind(cfg)(df.path, max(all_sizes, key=_side), cfg.augment, cfg.seed, images=_decoded(df.path, cfg, all_sizes), cache_dir=stage_dir('train', cfg).parent/'sizes')
     photos.use_sizes(listed(cfg.sizes)[0])
     return photos, torch.as_tensor(classes), landmarks
+
+def _kind(cfg):
+    "How photos come in; a machine that cannot decode on the GPU says so."
+    if cfg.decode not in ('cpu', 'gpu'): raise ParameterError(f"train: `decode` is {cfg.decode!r}; allowed are cpu, gpu")
+    if cfg.decode == 'cpu': return Photos
+    if cfg.in_memory: raise ParameterError("train: `decode: gpu` reads photos from disk; set `in_memory: false`")
+    reason = why_not(pick_device(cfg.device)) if pick_device(cfg.device).type == 'cuda' else 'training runs on the CPU'
+    if reason: log(f'train: `decode: gpu` was asked for, but {reason}; photos are decoded on the CPU')
+    return Photos if reason else EncodedPhotos
 
 def _side(sizes):
     return max(map(max, size_table(sizes)[1]))

@@ -64,6 +64,7 @@ def make_backbone(
     weights:str='',          # a local file of weights instead
     sha256:str='',           # expected hash of that file
     stages:bool=False,       # give the maps of all stages
+    **changes,               # of a timm network, such as depth=2
 )->Backbone: # the network, ready to be pooled
     "A backbone by name."
     if name == 'fishnet150':
@@ -72,7 +73,7 @@ def make_backbone(
         if pretrained and not weights: raise ValueError("FishNet-150 has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`.")
     else:
         import timm
-        kw = dict(features_only=True) if stages else dict(num_classes=0)
+        kw = dict(features_only=True, **changes) if stages else dict(num_classes=0, **changes)
         try: net = timm.create_model(name, pretrained=pretrained and not weights, **kw, **_image_size(name))
         except RuntimeError as e:
             if 'Unknown model' not in str(e): raise
@@ -85,10 +86,10 @@ def make_backbone(
     return Backbone(net, channels, cfg['mean'], cfg['std'])
 
 def _image_size(name)->dict:
-    "Transformers are told that image sizes vary."
+    "Transformers are told that image sizes vary, and need not be multiples of their patch (DINOv2: 14, while S2 is in steps of 32)."
     import timm
     entry = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else ''
-    return dict(dynamic_img_size=True) if entry.endswith(('vision_transformer', 'eva', 'deit')) else dict(strict_img_size=False) if entry.endswith(('swin_transformer', 'swin_transformer_v2')) else {}
+    return dict(dynamic_img_size=True, dynamic_img_pad=True) if entry.endswith(('vision_transformer', 'eva', 'deit')) else dict(strict_img_size=False) if entry.endswith(('swin_transformer', 'swin_transformer_v2')) else {}
 
 # %% ../../nbs/parts/backbones.ipynb #aeb02c65
 class RetrievalModel(nn.Module):

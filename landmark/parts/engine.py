@@ -79,10 +79,10 @@ class Training(nn.Module):
 
 def make_optimizer(net:nn.Module, recipe:Recipe):
     "SGD or AdamW; vectors (biases, batch norms, powers of GeM) do not decay under AdamW."
-    params = [p for p in net.parameters() if p.requires_grad]
-    if recipe.optimizer == 'sgd': return torch.optim.SGD(params, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    params = [p for p in net.parameters() if p.requires_grad]; fused = bool(params) and params[0].is_cuda     # one kernel for all weights
+    if recipe.optimizer == 'sgd': return torch.optim.SGD(params, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
     if recipe.optimizer != 'adamw': raise ValueError(f"`optimizer` is {recipe.optimizer!r}; allowed are sgd and adamw.")
-    return torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)], recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)], recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
 
 # %% ../../nbs/parts/engine.ipynb #5c48bac4
 def plan_batches(
@@ -163,12 +163,21 @@ class TrainingError(RuntimeError):
     "Training cannot go on; the message says why and what to change."
 
 @contextlib.contextmanager
-def explain_memory(batch_size:int, sizes:str):
-    "Turn *out of memory* into a sentence."
+def explain_memory(
+    batch_size:int, # images in a batch, over all devices
+    sizes,          # size group, or a function that tells the present one
+    n_devices:int=1, # devices that share a batch
+):
+    "Turn *out of memory*, and an image size that the network cannot take, into a sentence."
+    now = lambda: sizes() if callable(sizes) else sizes
     try: yield
+    except AssertionError as e:
+        if not any(w in str(e) for w in ('Input', 'divisible')): raise
+        raise TrainingError(f"The backbone cannot take images of size {now()}: {e}. Take other `sizes`, or a backbone for images of any size.") from None
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e): raise
-        raise TrainingError(f"Out of memory with {batch_size} images a batch at size {sizes}. Lower `batch_size` (and raise `accumulate` by as much), take smaller `sizes`, or set `precision` to bf16.") from None
+        each = f' ({batch_size//n_devices} on each of {n_devices} devices)' if n_devices > 1 else ''
+        raise TrainingError(f"Out of memory with {batch_size} images a batch{each} at size {now()}. Lower `batch_size` (and raise `accumulate` by as much), take smaller `sizes`, or set `precision` to bf16.") from None
 
 def check_losses(recent:list, names:list):
     "Stop when a loss is not a number; `recent` holds (epoch, batch, loss, positions)."
@@ -239,8 +248,9 @@ class Trainer:
 def run(self:Trainer)->pd.DataFrame: # the table
     "Train to the end, from the checkpoint if there is one."
     r = self.recipe
-    with torch.random.fork_rng(), explain_memory(r.batch_size, r.scale_up or self.photos.sizes):
-        self.acc = _accelerator(r, self.device); self.net.to(self.acc.device).to(memory_format=torch.channels_last)
+    self.acc = _accelerator(r, self.device); self.photos.device = self.acc.device
+    with torch.random.fork_rng(), explain_memory(r.batch_size, lambda: self.photos.sizes, self.acc.num_processes), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        self.net.to(self.acc.device).to(memory_format=torch.channels_last)
         self.opt, self.total, wrapped = make_optimizer(self.net, r), self.n_batches(), None
         self.restore(); self.see_bad([(int(i), 'header not readable') for i in np.flatnonzero(~self.photos.readable)])
         if r.compile: self.net.model.compile()

@@ -63,14 +63,15 @@ def read_image(
     path,                    # a file
     max_side:int|None=None,  # reduce so that the longer side has at most this many pixels; never enlarges
     box=None,                # crop (x0, y0, x1, y1) in pixels of the upright image, before reducing
+    exact:bool=True,         # reduce to `max_side`; otherwise only as far as decoding gets cheaper by it, for a caller who resizes anyway
 )->np.ndarray: # uint8 RGB [h, w, 3], upright
     "Read an image; JPEGs are decoded at a reduced size where that is enough."
     try:
         with _open(path) as im:
-            if max_side and box is None and im.format == 'JPEG': im.draft('RGB', (2*max_side, 2*max_side))
+            if max_side and box is None and im.format == 'JPEG': im.draft('RGB', (max_side*(1+exact), max_side*(1+exact)))
             im = to_rgb(ImageOps.exif_transpose(im))
             if box is not None: im = im.crop(clip_box(box, im.size))
-            if max_side and max(im.size) > max_side:
+            if exact and max_side and max(im.size) > max_side:
                 f = max_side / max(im.size)
                 im = im.resize((max(1, round(im.width*f)), max(1, round(im.height*f))), Image.Resampling.BILINEAR, reducing_gap=2.0)
             return np.array(im)

@@ -49,7 +49,7 @@ class Photos(Dataset):
         epoch, i = key
         w, h = self.wh[i]; size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
         try:
-            image = self.images[i] if self.images is not None else read_image(self.paths[i], self.max_side)
+            image = self.images[i] if self.images is not None else read_image(self.paths[i], self.max_side, exact=False)
             if image is None: raise ImageError(self.paths[i], 'not readable')
         except ImageError as e: return i, e.reason
         image = change(image, size) if epoch < 0 else augment(image, size, self.kind, np.random.default_rng([self.seed, epoch, i]))
