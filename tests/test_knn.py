@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from landmark.parts import knn
-from landmark.parts.knn import SearchError, has_faiss, keep_best, search, settle, slow_search, top_of_rows, without_self
+from landmark.parts import knn, knn_torch
+from landmark.parts.core import ParameterError
+from landmark.parts.knn import Seen, error_bound, faiss_candidates, has_faiss, search, settle, slow_search, without_self
+from landmark.parts.knn_torch import SearchError, plain_products, top_of_rows
 from landmark.parts.store import l2n, write_store
 
 METHODS = ['numpy', 'torch', 'torch32'] + (['faiss'] if has_faiss() else [])
@@ -63,13 +65,66 @@ def test_large_k(k):
     np.testing.assert_array_equal(search(queries, base, k, 'cpu')[1], np.argsort(-(queries.astype('d') @ base.T.astype('d')).astype('f'), 1, kind='stable')[:, :k])
 
 
-def test_bfloat16_candidates_are_searched_again_where_they_do_not_suffice(monkeypatch):
+def test_bfloat16_candidates_are_searched_again_where_they_do_not_suffice(monkeypatch, capsys):
     base = l2n(rng.normal(size=(1, 32)) + 1e-4*rng.normal(size=(3000, 32)))   # closer together than bfloat16 can tell
-    seen = []
-    original = knn._torch_candidates
-    monkeypatch.setattr(knn, '_torch_candidates', lambda *a: seen.append(a[6]) or original(*a))
+    seen, original = [], knn.spread_candidates
+    monkeypatch.setattr(knn, 'spread_candidates', lambda *a: seen.append(a[4]) or original(*a))
     np.testing.assert_array_equal(search(base[:20], base, 5, 'cpu', 'torch')[1], search(base[:20], base, 5, 'cpu', 'numpy')[1])
     assert seen[0] and False in seen                                          # bfloat16 first, then float32
+    assert 'bfloat16 could not decide 20 of 20 queries' in capsys.readouterr().err
+
+
+def test_rounding_that_hides_the_true_neighbours():
+    """True neighbours that bfloat16 takes as much off as it can, some it makes larger, and between them in its eyes a crowd it sees as it is.
+    The list looks finished: the fifth is better than the last candidate by more than a rounded result can be wrong. Only the bound of both factors knows."""
+    d, k, down, up = 64, 5, 1 + 2**-8*.98, 1 + 2**-8*1.02                      # rounds to 1, rounds to 1 + 2**-7
+    row = lambda x, rest: np.float32([x]*62 + [rest]*2)
+    good, larger, crowd = row(down, 143/256), row(up, 136/256), row(1, 160/256)
+    queries, base = np.full((1, d), down, np.float32), np.concatenate([np.tile(larger, (k, 1)), np.tile(crowd, (600, 1)), np.tile(good, (k, 1))])
+    rough = knn.spread_candidates(queries, base, 2*k+32, knn_torch.devices_of('cpu'))
+    assert rough[1].max() < 605 and set(range(k)) <= set(rough[1][0].tolist()) # the candidates miss every true neighbour
+    kept = (queries.astype('d') @ base[:1].T.astype('d'))[0, 0]
+    assert kept - rough[0][0, -1] > 2**-8*rough[0][0, -1]
+    np.testing.assert_array_equal(search(queries, base, k, 'cpu', 'torch')[1], [range(605, 610)])
+    np.testing.assert_array_equal(search(queries, base, k, 'cpu', 'numpy')[1], [range(605, 610)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 9), st.sampled_from([8, 64, 300]), st.sampled_from([1e-6, 1e-4, 1e-2, 1]))
+def test_bounds_hold_and_near_ties_come_in_order(seed, k, d, spread):
+    torch, r = pytest.importorskip('torch'), np.random.default_rng(seed)
+    base = l2n(r.normal(size=(1, d)) + spread*r.normal(size=(400, d))); base[r.integers(0, 400, 50)] = base[0]
+    queries = l2n(base[:6] + spread*r.normal(size=(6, d)))
+    true, seen = queries.astype('d') @ base.T.astype('d'), Seen()
+    x = torch.from_numpy(base); seen.look_tensor(0, x, x.bfloat16())
+    rough = (torch.from_numpy(queries).bfloat16() @ x.bfloat16().T).double().numpy()
+    assert (np.abs(rough - true) <= error_bound(queries, seen, True)[:, None] + 2**-8*np.abs(rough)).all()
+    assert (np.abs(queries @ base.T - true) <= error_bound(queries, seen)[:, None]).all()
+    want = np.argsort(-true.astype('f'), 1, kind='stable')[:, :k]
+    for method in METHODS: np.testing.assert_array_equal(search(queries, base, k, 'cpu', method)[1], want)
+
+
+def test_float32_sums_that_lose_every_addend():
+    "One large product and many that vanish beside it one by one: the classical worst case, far beyond what random rows show."
+    d = 4096
+    q = np.ones((1, d), np.float32); x = np.full((1, d), 2.0**-25, np.float32); x[0, 0] = 1
+    seen = Seen(); seen.look(0, x)
+    serial = np.cumsum(q*x, axis=1, dtype=np.float32)[0, -1]
+    assert serial == 1 and (q.astype('d') @ x.T.astype('d'))[0, 0] - serial > 1e-4
+    assert (q.astype('d') @ x.T.astype('d'))[0, 0] - serial <= error_bound(q, seen)[0]
+
+
+@pytest.mark.parametrize('level', ['medium', 'high', 'highest'])
+def test_the_precision_of_the_process_does_not_matter(level):
+    torch = pytest.importorskip('torch')
+    base = l2n(rng.normal(size=(1, 512)) + .02*rng.normal(size=(2000, 512)))
+    want, before = search(base[:40], base, 20, 'cpu', 'numpy'), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        got = search(base[:40], base, 20, 'cpu', 'torch32')
+        assert torch.get_float32_matmul_precision() == level
+    finally: torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(got[1], want[1]); np.testing.assert_allclose(got[0], want[0], atol=1e-6)
 
 
 def test_settling_is_needed():
@@ -109,14 +164,68 @@ def test_named_errors(change, said):
     with pytest.raises(SearchError, match=said): search(**args)
 
 
-def test_a_gpu_too_small_goes_on_with_smaller_blocks(monkeypatch, capsys):
-    torch = pytest.importorskip('torch')
-    calls = []
-    def small(scores, k, group=32):
+def small_gpu(monkeypatch, most):
+    "Devices on which no block of more than `most` rows fits."
+    torch, calls, original = pytest.importorskip('torch'), [], knn_torch.top_of_rows
+    def top(scores, k):
         calls.append(scores.shape[1])
-        if scores.shape[1] > 2000: raise torch.cuda.OutOfMemoryError('block')
-        return scores.topk(k, dim=1)
-    monkeypatch.setattr(knn, 'top_of_rows', small)
-    base, queries = l2n(rng.normal(size=(5000, 8))), l2n(rng.normal(size=(10, 8)))
-    np.testing.assert_array_equal(search(queries, base, 5, 'cpu', 'torch32')[1], search(queries, base, 5, 'cpu', 'numpy')[1])
-    assert max(calls) > 2000 and 'too small for this block' in capsys.readouterr().err
+        if scores.shape[1] > most: raise torch.cuda.OutOfMemoryError('block')
+        return original(scores, k)
+    monkeypatch.setattr(knn_torch, 'top_of_rows', top)
+    return calls
+
+
+@pytest.mark.parametrize('devices', ['cpu', 'cpu,cpu,cpu'])
+@pytest.mark.parametrize('method', ['torch', 'torch32'])
+def test_a_gpu_too_small_goes_on_with_smaller_blocks(monkeypatch, capsys, devices, method):
+    base, queries = l2n(rng.normal(size=(15000, 8))), l2n(rng.normal(size=(10, 8)))
+    want = search(queries, base, 5, 'cpu', 'numpy')
+    calls = small_gpu(monkeypatch, 2000)
+    np.testing.assert_array_equal(search(queries, base, 5, devices, method)[1], want[1])
+    assert max(calls) > 2000 and capsys.readouterr().err.count('cpu is too small for this block; going on with') >= len(devices.split(','))
+
+
+def test_a_gpu_much_too_small_is_named(monkeypatch):
+    small_gpu(monkeypatch, 10)
+    base = l2n(rng.normal(size=(5000, 8)))
+    with pytest.raises(SearchError, match='cpu cannot hold 1,024 base rows beside 10 queries'): search(base[:10], base, 5, 'cpu', 'torch')
+
+
+@pytest.mark.parametrize('devices', ['cpu,cpu', ['cpu']*3, ['cpu']*8])
+@pytest.mark.parametrize('k', [1, 40, 2500])
+def test_several_devices_find_what_one_finds(devices, k, tmp_path):
+    base, queries = l2n(rng.normal(size=(2600, 24))), l2n(rng.normal(size=(90, 24)))
+    base[700:900] = base[100:300]                                              # ties across the devices' spans
+    store = write_store(tmp_path/'s', [str(i) for i in range(2600)], base, {}, 500, 'float32')
+    want = search(queries, base, k, 'cpu', 'numpy')
+    for x in (base, store): np.testing.assert_array_equal(search(queries, x, k, devices, memory_mib=8)[1], want[1])
+    np.testing.assert_array_equal(search(queries, base, k, devices, 'torch32')[1], want[1])
+
+
+def test_devices_that_are_not_there():
+    torch = pytest.importorskip('torch')
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    base = l2n(rng.normal(size=(10, 4)))
+    for device, said in (('all', 'shows no CUDA GPU'), ('cuda:0,cuda:1', 'this machine shows 0 CUDA GPUs'), ('cpu,gpu', "device is 'gpu'")):
+        with pytest.raises(ParameterError, match=said): search(base, base, 2, device)
+
+
+@pytest.mark.parametrize('n_devices', [1, 2, 5])
+def test_faiss_over_several_gpus(monkeypatch, n_devices):
+    "The bookkeeping; the GPUs' work is done by the CPU."
+    faiss = pytest.importorskip('faiss')
+    used = []
+    def on_gpu(res, xq, xb, k, metric, device): used.append(device); assert k <= 2048; return faiss.knn(xq, xb, k, metric=metric)
+    monkeypatch.setattr(faiss, 'knn_gpu', on_gpu, raising=False)
+    monkeypatch.setattr(faiss, 'StandardGpuResources', object, raising=False)
+    base, queries = l2n(rng.normal(size=(3000, 16))), l2n(rng.normal(size=(30, 16)))
+    got, want = faiss_candidates(queries, base, 50, rows=1100, gpus=list(range(n_devices))), faiss_candidates(queries, base, 50)
+    np.testing.assert_array_equal(got[1], want[1]); np.testing.assert_allclose(got[0], want[0], atol=1e-6)
+    assert set(used) == set(range(n_devices))
+
+
+def test_a_row_that_is_not_finite_is_found_by_every_method():
+    base = l2n(rng.normal(size=(3000, 16))); base[2222, 3] = np.inf
+    for method in METHODS:
+        with pytest.raises(SearchError, match='base row 2222 is not finite'): search(base[:5], base, 5, 'cpu', method, memory_mib=1)
+    with pytest.raises(SearchError, match='base row 2222 is not finite'): search(base[:5], base, 5, 'cpu,cpu')
