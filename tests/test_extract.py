@@ -7,7 +7,9 @@ from landmark import extract
 from landmark.parts.backbones import make_model
 from landmark.parts.core import ParameterError
 from landmark.parts.engine import save_model
+from landmark.parts.extraction import describe_scales
 from landmark.parts.images import image_path
+from landmark.parts.loading import Crops
 from landmark.parts.store import open_store
 from test_train import folder_world
 
@@ -34,6 +36,45 @@ def test_a_killed_run_goes_on_with_the_missing_shards(setting, monkeypatch):
     np.testing.assert_allclose(np.linalg.norm(store[:], axis=1), 1, rtol=1e-5)
     made.clear(); assert extract.run(cfg) == out and not made
 
+def test_a_run_killed_in_the_middle_of_a_shard_goes_on_there(setting, monkeypatch):
+    world, args = setting; args |= dict(shard_size=12, batch_size=2, save_every=0, in_memory=False)
+    whole = extract.run(extract.Config(**args, name='whole'))
+    read, original = [], Crops.__getitem__
+    def dies(self, key):
+        if len(read) == 7: raise KeyboardInterrupt
+        read.append(key[1]); return original(self, key)
+    with monkeypatch.context() as m:
+        m.setattr(Crops, '__getitem__', dies)
+        with pytest.raises(KeyboardInterrupt): extract.run(extract.Config(**args, name='killed'))
+    assert len(list((whole.parent).glob('killed-*/a_v1/v1_train/unfinished-00000.npz'))) == 1
+    read.clear()
+    with monkeypatch.context() as m:
+        m.setattr(Crops, '__getitem__', lambda self, key: read.append(key[1]) or original(self, key))
+        again = extract.run(extract.Config(**args, name='killed'))
+    assert len(read) == 6 + 12, 'of the first model half was done, in batches of two'
+    for name in ('a_v1', 'b_v1'):
+        a, b = (open_store(d/name/'v1_train') for d in (whole, again)); assert list(a.ids) == list(b.ids); np.testing.assert_array_equal(a[:], b[:])
+    assert not list(again.rglob('unfinished-*'))
+
+def test_images_stay_decoded_from_model_to_model(setting, monkeypatch):
+    _, args = setting; read, original = [], Crops.__getitem__
+    monkeypatch.setattr(Crops, '__getitem__', lambda self, key: read.append(key[1]) or original(self, key))
+    extract.run(extract.Config(**args, name='once')); assert len(read) == 12
+    read.clear(); extract.run(extract.Config(**{**args, 'in_memory': False}, name='twice')); assert len(read) == 24
+
+def test_no_header_is_read_before_its_shard(setting, monkeypatch):
+    _, args = setting; asked, original = [], extract.scan_sizes
+    monkeypatch.setattr(extract, 'scan_sizes', lambda paths: asked.append(len(paths)) or original(paths))
+    extract.run(extract.Config(**args, name='lazy')); assert max(asked) == 5 and sum(asked) == 12
+
+@pytest.mark.parametrize('backbone', ['test_resnet', 'resnet10t', 'mobilenetv3_small_050'])
+def test_bfloat16_describes_as_float32_does(backbone):
+    torch = pytest.importorskip('torch'); torch.manual_seed(0)
+    model = make_model(backbone, d=32).eval()
+    images = torch.randint(256, (4, 3, 64, 96), dtype=torch.uint8)
+    full, half = (describe_scales(model, images, (0.75, 1, 1.25), 16, 48, p) for p in ('fp32', 'bf16'))
+    assert (full*half).sum(1).min() > .999 and not torch.equal(full, half)
+
 def test_several_machines_make_the_same_store(setting):
     _, args = setting
     one = extract.run(extract.Config(**args, name='one'))
@@ -52,7 +93,7 @@ def test_unreadable_images_are_listed_and_bounded(setting):
     with pytest.raises(ValueError, match='2 of 12 images of v1_train cannot be read, more than `max_bad`'): extract.run(extract.Config(**args, name='more'))
 
 @pytest.mark.parametrize('change,says', [(dict(splits=['indexx']), "there is no split 'indexx'"), (dict(select=['c_v1']), '`select` names c_v1, but there are a_v1, b_v1'),
-                                         (dict(models='gone'), 'gone is not there'), (dict(models=''), 'an upstream artifact is missing'), (dict(shard=2, n_shards=2), 'it counts from 0')])
+                                         (dict(models='gone'), 'gone is not there'), (dict(models=''), 'an upstream artifact is missing'), (dict(shard=2, n_shards=2), 'it counts from 0'), (dict(device='cuda:99'), 'device cuda:99 was asked for')])
 def test_wrong_parameters_stop_at_once(setting, change, says):
     _, args = setting
     with pytest.raises(ParameterError, match=says): extract.run(extract.Config(**{**args, **change}))
