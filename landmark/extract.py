@@ -59,11 +59,13 @@ def find_models(
 )->dict: # name → folder
     "The wanted models among the artifacts of 03_train."
     refs = [cfg.models] if isinstance(cfg.models, str) else list(cfg.models)
+    cards = [card for ref in refs for card in sorted(artifact(cfg, ref).glob('*/card.json'))]
+    same = pd.Series([c.parent.name for c in cards], dtype=object).duplicated(keep=False).to_numpy()
+    name = lambda card, twice: card.parent.parent.name.rpartition('-')[0] or card.parent.parent.name if twice else card.parent.name
     found = {}
-    for ref in refs:
-        for card in sorted(artifact(cfg, ref).glob('*/card.json')):
-            if card.parent.name in found: raise ParameterError(f"extract: two of `models` hold a model called {card.parent.name}; choose one of the artifacts")
-            found[card.parent.name] = card.parent
+    for card, twice in zip(cards, same):
+        if name(card, twice) in found: raise ParameterError(f"extract: two of `models` hold a model called {name(card, twice)}; choose one of the artifacts")
+        found[name(card, twice)] = card.parent
     if absent := [n for n in cfg.select if n not in found]: raise ParameterError(f"extract: `select` names {', '.join(absent)}, but there are {', '.join(found)}")
     return {n: found[n] for n in (cfg.select or found)}
 

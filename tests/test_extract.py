@@ -62,6 +62,15 @@ def test_images_stay_decoded_from_model_to_model(setting, monkeypatch):
     extract.run(extract.Config(**args, name='once')); assert len(read) == 12
     read.clear(); extract.run(extract.Config(**{**args, 'in_memory': False}, name='twice')); assert len(read) == 24
 
+def test_models_of_the_same_name_are_called_by_their_run(setting, tmp_path):
+    _, args = setting; refs = []
+    for run in ('v20c-0123abcd', 'v21c-4567abcd', 'v24c-89ababcd'):
+        folder = tmp_path/run; refs.append(str(folder)); name = 'cosface_v1' if run.startswith('v24c') else 'arcface_v1'
+        save_model(folder/name, make_model('test_resnet', d=8), dict(backbone='test_resnet', pooling='gem', dim=8)); (folder/'manifest.json').write_text('{"outputs": {}}')
+    out = extract.run(extract.Config(**{**args, 'models': refs}, name='six'))
+    assert pd.read_csv(out/'stores.csv').model.tolist() == ['v20c', 'v21c', 'cosface_v1']
+    with pytest.raises(ParameterError, match='two of `models` hold a model called v20c'): extract.find_models(extract.Config(**{**args, 'models': refs[:1]*2}))
+
 def test_no_header_is_read_before_its_shard(setting, monkeypatch):
     _, args = setting; asked, original = [], extract.scan_sizes
     monkeypatch.setattr(extract, 'scan_sizes', lambda paths: asked.append(len(paths)) or original(paths))
@@ -97,3 +106,10 @@ def test_unreadable_images_are_listed_and_bounded(setting):
 def test_wrong_parameters_stop_at_once(setting, change, says):
     _, args = setting
     with pytest.raises(ParameterError, match=says): extract.run(extract.Config(**{**args, **change}))
+
+def test_the_full_profile_ranks_with_the_ensemble_of_six():
+    "Every stage of `gld` that reads descriptors names the six models and their weights alike, as the paper's table does."
+    from landmark.graph import read_profile
+    files = read_profile('gld'); weights = dict(v19c=.5, v20c=1, v21c=1, v22c=.5, v23c=1, v24c=1)
+    assert files['extract', 'ensemble']['models'] == [f'@train/{m}' for m in weights]
+    for stage in ('rerank', 'recognize'): assert dict(zip(files[stage, 'ensemble']['models'], files[stage, 'ensemble']['weights'])) == weights
