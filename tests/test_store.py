@@ -119,6 +119,33 @@ def test_ensemble_of_stores_with_other_orders(tmp_path):
     with pytest.raises(StoreError, match='at least one'): concat_stores([], tmp_path/'u')
 
 
+def test_an_ensemble_of_other_shards_starts_again(tmp_path):
+    "Shards of a killed run with another shard size must not be taken for those of this one: rows would be missing without a word."
+    a, b = (write_store(tmp_path/m, IDS, x, dict(m=m), dtype='float32') for m, x in (('a', X), ('b', X[::-1])))
+    concat_stores([a, b], tmp_path/'out', shard_size=33, dtype='float32')
+    for i in (2, 3): (tmp_path/'out'/f'{i:05d}.json').unlink()
+    (tmp_path/'out'/'card.json').unlink()
+    out = concat_stores([a, b], tmp_path/'out', shard_size=50, dtype='float32')
+    assert out.ids.tolist() == IDS; np.testing.assert_allclose(out[:], l2n(np.concatenate([X, X[::-1]], 1)), atol=1e-6)
+
+
+def test_cards_and_files_that_were_cut(tmp_path):
+    d = tmp_path/'s'; write_store(d, IDS, X, CARD, 50)
+    whole = (d/'card.json').read_text()
+    for text, said in ((whole[:40], 'is not JSON'), ('[]', 'not the card'), (whole.replace('"n": 103', '"n": 104'), 'says 104 rows, but its shards have 103')):
+        (d/'card.json').write_text(text)
+        with pytest.raises(StoreError, match=said): open_store(d)
+        assert len(check_store(d)) == 1
+    edit_text = json.loads(whole); del edit_text['shards']; (d/'card.json').write_text(json.dumps(edit_text))
+    with pytest.raises(StoreError, match='lacks shards'): open_store(d)
+    (d/'card.json').write_text(whole); os.truncate(d/'00001.npy', 200)
+    with pytest.raises(StoreError, match='00001.npy cannot be read, it was cut'): open_store(d)[60]
+    np.save(d/'00000.npy', X[:50].astype('f4'))
+    with pytest.raises(StoreError, match='holds float32, its card says float16'): open_store(d)[3]
+    (d/'00002.json').write_text('{"n":')
+    assert missing_shards(d, 3, CARD) == [2]
+
+
 def test_h5_of_the_original(tmp_path):
     h5py = pytest.importorskip('h5py')
     with h5py.File(tmp_path/'x.h5', 'w') as f: f['ids'], f['feats'] = np.array(IDS, 'S'), X
