@@ -10,7 +10,7 @@ __all__ = ['UNHASHED', 'project_root', 'runs_dir', 'default_world', 'is_tiny', '
            'parallel_map', 'read_yaml', 'stage_main']
 
 # %% ../../nbs/parts/core.ipynb #33b7dbd5
-import ast, contextlib, dataclasses, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, io, json
+import ast, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, inspect, io, json
 import os, platform, random, re, shutil, subprocess, sys, tempfile, threading, time, tokenize
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -146,12 +146,15 @@ def hash8(
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 # %% ../../nbs/parts/core.ipynb #5a9f6546
-def _code_only(path:Path)->str:
-    "A module's source without comments and blank lines."
-    src = Path(path).read_text(encoding='utf-8'); lines = src.splitlines()
+@functools.lru_cache(maxsize=None)
+def _parsed(path:Path, changed_at:int)->tuple: # source without comments and blank lines, import statements
+    "What a hash needs to know of a module; read once while the file stays as it is."
+    src = path.read_text(encoding='utf-8'); lines = src.splitlines()
     for t in tokenize.generate_tokens(io.StringIO(src).readline):
         if t.type == tokenize.COMMENT: lines[t.start[0]-1] = lines[t.start[0]-1][:t.start[1]]
-    return '\n'.join(l.rstrip() for l in lines if l.strip())
+    return '\n'.join(l.rstrip() for l in lines if l.strip()), [n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.ImportFrom)]
+
+def _code(path:Path)->tuple: return _parsed(path, path.stat().st_mtime_ns)
 
 def code_files(
     module:str, # name of a module of the package, such as "landmark.clean"
@@ -163,20 +166,19 @@ def code_files(
         spec = importlib.util.find_spec(name) if name not in found else None
         if spec is None or not spec.origin: continue
         found[name] = Path(spec.origin)
-        for node in ast.walk(ast.parse(found[name].read_text(encoding='utf-8'))):
-            if isinstance(node, ast.ImportFrom):
-                base = node.module or ''
-                if node.level: base = '.'.join(name.split('.')[:-node.level] + ([base] if base else []))
-                if base.split('.')[0] == top:
-                    subs = [f'{base}.{a.name}' for a in node.names]
-                    todo += [s for s in subs if (found[name].parents[name.count('.')-1]/(s.split('.', 1)[1].replace('.', '/')+'.py')).exists()] or [base]
+        for node in _code(found[name])[1]:
+            base = node.module or ''
+            if node.level: base = '.'.join(name.split('.')[:-node.level] + ([base] if base else []))
+            if base.split('.')[0] == top:
+                subs = [f'{base}.{a.name}' for a in node.names]
+                todo += [s for s in subs if (found[name].parents[name.count('.')-1]/(s.split('.', 1)[1].replace('.', '/')+'.py')).exists()] or [base]
     return {k: v for k, v in sorted(found.items()) if v.name != '__init__.py'}
 
 def code_hash(
     module:str, # name of a module
 )->str: # 8 hex characters
     "One short hash over a module and what it imports of ours."
-    return hash8({k: _code_only(v) for k, v in code_files(module).items()})
+    return hash8({k: _code(v)[0] for k, v in code_files(module).items()})
 
 # %% ../../nbs/parts/core.ipynb #ce798d15
 UNHASHED = {'profile', 'name', 'seed', 'shard', 'n_shards', 'device', 'n_workers'}
