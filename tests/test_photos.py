@@ -1,5 +1,5 @@
 "A folder of photos as people have them: whatever is wrong with a file is listed, and the rest gets its report."
-import os, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from landmark import explore
 from landmark.parts.core import ParameterError, read_json
 from landmark.parts.dataset import landmark_names, read_images, train_set
 from landmark.parts.images import ImageError, read_image
+from test_browser import CHROMIUM, complaints, pictures
 from landmark.parts.photos import choose, find_copies, import_folder, scan_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,28 +250,52 @@ def test_errors_are_sentences(tmp_path, runs):
     with pytest.raises(ParameterError, match='is not there'): explored(tmp_path/'f', weights='nowhere/model')
 
 
-def test_trained_weights_describe_the_photos(tmp_path, runs):
-    from landmark.parts.backbones import make_model
-    from landmark.parts.engine import save_model
-    save_model(tmp_path/'train'/'m1', make_model('resnet10t', 'gem', 32), dict(backbone='resnet10t', pooling='gem', dim=32))
-    for k in range(3): put(seen(scene(0), k), tmp_path/'f/a'/f'{k}.jpg')
-    (tmp_path/'train/manifest.json').write_text('{"outputs": {}}')
-    c = explored(tmp_path/'f', weights=str(tmp_path/'train')); assert c.descriptors.dim == 32 and not (c.dir/'words.npy').exists() and (c.photos.state == 'kept').all()
-    put(seen(scene(0), 4), tmp_path/'q.jpg'); assert explore.identify(tmp_path/'q.jpg', c).name == 'a'
+def test_a_trained_network_finds_the_candidates(tmp_path, runs):
+    "A model that 03_train made, by its path and by its name in another profile; photos are seen at the size it was trained at."
+    from landmark import train
+    out = train.run(train.Config(world='tiny', name='v1', backbone='test_resnet', dim=16, sizes='64', epochs=1, batch_size=8, device='cpu', n_workers=1))
+    for k in range(3): put(seen(scene(0), k), tmp_path/'f/Rathaus'/f'{k}.jpg'); put(seen(scene(1), k), tmp_path/'f/Tour Eiffel'/f'{k}.jpg')
+    c = explored(tmp_path/'f', weights=str(out/'arcface_v1')); assert c.descriptors.dim == 16 and not (c.dir/'words.npy').exists() and (c.photos.state == 'kept').all()
+    put(seen(scene(1), 4), tmp_path/'q.jpg'); put(scene(9), tmp_path/'stranger.jpg')
+    a = explore.identify(tmp_path/'q.jpg', c); assert a.name == 'Tour Eiffel' and .5 < a.confidence <= 1 and set(a.matches.landmark[a.matches.votes]) == {'Tour Eiffel'} and (a.matches.n_inliers[a.matches.votes] >= 12).all()
+    b = explore.identify(tmp_path/'stranger.jpg', c); assert b.name == 'no known landmark' and b.confidence == 0 and len(b.landmarks) == 0 and len(b.matches) == 6 and 'no known landmark (6 photos compared' in repr(b)
+    again = explored(tmp_path/'f', weights='@train/v1'); assert (again.descriptors[:] == c.descriptors[:]).all()
+    with pytest.raises(ParameterError, match='no profile .* has such a finished run'): explored(tmp_path/'f', weights='@train/v7')
 
 
-def test_report_of_a_difficult_folder(tmp_path, runs):
-    "From the command line: one page that loads nothing, shows every label and lists every file left out."
-    for k in range(3): put(seen(scene(0), k), tmp_path/'my <photos>/東京 タワー'/f'{k}.jpg')
-    put(scene(1), tmp_path/'my <photos>/loose.png'); (tmp_path/'my <photos>/zero & nothing.jpg').touch(); shutil.copy(tmp_path/'my <photos>/loose.png', tmp_path/'my <photos>/東京 タワー/copy.png'); put(seen(scene(0), 4), tmp_path/'q.jpg')
-    r = subprocess.run([sys.executable, '-c', 'from landmark.explore import main; main()', str(tmp_path/'my <photos>'), str(tmp_path/'q.jpg'), '-p', 'n_words', '16'], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+@pytest.fixture(scope='module')
+def report(tmp_path_factory, worlds):
+    "From the command line: the report of a folder with everything in it that can go wrong, and one photo asked about."
+    home = tmp_path_factory.mktemp('report'); f = home/'my <photos>'; (home/'runs').mkdir(); (home/'runs'/'worlds').symlink_to(worlds); exif = Image.Exif(); exif[0x0112] = 6
+    for k in range(3): put(seen(scene(0), k), f/'東京 タワー'/f'{k}.jpg')
+    put(scene(1), f/'loose.png'); shutil.copy(f/'loose.png', f/'東京 タワー/copy.png'); put(seen(scene(0), 4), home/'q.jpg')
+    put(scene(2), f/'kinds/rotated.jpg', exif=exif); put(scene(2).convert('CMYK'), f/'kinds/cmyk.jpg'); put(Image.fromarray(np.asarray(scene(3).convert('L')).astype(np.uint16)*257), f/'kinds/deep.png')
+    put(scene(4).convert('P'), f/'kinds/moving.gif', save_all=True, append_images=[scene(5).convert('P')]); put(scene(6).convert('LA'), f/'kinds/alpha.png'); put(scene(7), f/'alone/x.jpg')
+    (f/'zero & nothing.jpg').touch(); put(scene(1).resize((1, 1)), f/'dot.png'); (f/'cut.jpg').write_bytes((f/'alone/x.jpg').read_bytes()[:3000]); (f/'phone.heic').write_bytes(b'\0\0\0\x18ftypheic' + bytes(100)); (f/'loop').symlink_to(f); (f/'self.jpg').symlink_to('self.jpg')
+    r = subprocess.run([sys.executable, '-c', 'from landmark.explore import main; main()', str(f), str(home/'q.jpg'), '-p', 'n_words', '16'], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'LANDMARK_RUNS': str(home/'runs')})
     assert r.returncode == 0, r.stderr[-3000:]
-    page = Path(r.stdout.strip().partition('the report: ')[2]); text = page.read_text(encoding='utf-8')
-    assert '東京 タワー' in text and 'zero &amp; nothing.jpg' in text and 'What is q.jpg of?' in text and 'under two labels' in text and '<photos>' not in text and 'Traceback' not in text
-    import re
+    return Path(r.stdout.strip().partition('the report: ')[2])
+
+
+def test_report_of_a_difficult_folder(report):
+    "One page that loads nothing, shows every label and lists every file left out."
+    text = report.read_text(encoding='utf-8')
+    assert '東京 タワー' in text and 'What is q.jpg of?' in text and 'under two labels' in text and '<photos>' not in text and 'Traceback' not in text
+    for file, why in (('zero &amp; nothing.jpg', 'the file is empty'), ('dot.png', '1×1 pixels'), ('cut.jpg', 'truncated'), ('phone.heic', ''), ('loop', 'a link to a folder that is read already'), ('self.jpg', 'in a circle')):
+        assert re.search(rf'<td>{re.escape(file)}</td>\s*<td>[^<]*{re.escape(why)}', text), (file, why)
+    for file, what in (('rotated.jpg', 'turned upright'), ('cmyk.jpg', 'CMYK to RGB'), ('deep.png', '16 bits to 8'), ('moving.gif', 'first of 2 frames'), ('alpha.png', 'laid on white')):
+        assert re.search(rf'<td>kinds/{re.escape(file)}</td>\s*<td>[^<]*{what}', text), (file, what)
     shown = re.findall(r'(?:src|href)="([^"#]+)"', text); assert len(shown) > 10
-    assert all((page.parent/s).is_file() for s in shown if not s.startswith('data:,')), [s for s in shown if not (page.parent/s).is_file()]
-    assert not re.search(r'https?://(?!www\.w3\.org)', text) and '<script' not in text and {p.name for p in page.parent.iterdir()} == {'index.html', 'pictures', 'figures', 'tables'} and 'href="tables/neighbours.csv"' in text and 'class="toc"' in text
+    assert all((report.parent/s).is_file() for s in shown if not s.startswith('data:,')), [s for s in shown if not (report.parent/s).is_file()]
+    assert not re.search(r'https?://(?!www\.w3\.org)', text) and '<script' not in text and {p.name for p in report.parent.iterdir()} == {'index.html', 'pictures', 'figures', 'tables'}
+    assert 'href="tables/neighbours.csv"' in text and 'class="toc"' in text
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine (on Debian: apt install chromium)')
+def test_a_browser_shows_the_report_without_complaint(report, tmp_path): assert complaints(report, tmp_path) == [] and len(pictures(report.read_text(encoding='utf-8'))) > 10
+
+
+def test_a_wrong_folder_is_one_sentence(tmp_path):
     r = subprocess.run([sys.executable, '-c', 'from landmark.explore import main; main()', str(tmp_path/'nowhere')], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert r.returncode == 1 and 'there is no folder' in r.stderr and 'Traceback' not in r.stderr
 
