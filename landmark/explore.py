@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Config', 'drawn_folder', 'link', 'photo_folder', 'model_dir', 'trained', 'input_sizes', 'describe_by_network',
-           'describe_by_words', 'read_csv', 'photo_paths', 'run', 'Collection', 'Answer', 'identify', 'ask_itself',
-           'strictness', 'write_report', 'explore', 'main']
+           'describe_by_words', 'read_csv', 'photo_paths', 'run', 'Collection', 'config_of', 'open_collection',
+           'Answer', 'identify', 'ask_itself', 'strictness', 'write_report', 'explore', 'main']
 
 # %% ../nbs/09_explore.ipynb #fb19ba12
 import html, os, re, sys, tempfile
@@ -231,6 +231,23 @@ class Collection:
         pairs = dict(image=at(self.pairs.image), partner=at(self.pairs.partner), n_inliers=self.pairs.n_inliers.to_numpy())
         return clean_labels(p.landmark_id.to_numpy(), pairs, at(p.copy_of), p.n_features.to_numpy(), {}, self.cfg.min_inliers, min_verified).state.to_numpy() == 'kept'
 
+def config_of(
+    folder:Path, # any folder of photos
+    **params,    # other parameters of `Config`
+)->Config:
+    "The settings under which a folder is explored by name."
+    folder, weights = Path(folder).expanduser().resolve(), str(params.get('weights', ''))
+    if weights and not weights.startswith('@') and Path(weights).expanduser().exists(): params['weights'] = str(Path(weights).expanduser().resolve())
+    return make_config(Config, params | dict(profile='photos', name=re.sub(r'[^\w.-]+', '-', folder.name).strip('-.') or 'photos', photos=str(folder)))
+
+def open_collection(
+    what, # a `Collection`, the folder that `run` returned, or a folder of photos, which is then explored first, once
+)->Collection:
+    "A collection, however it is named."
+    if isinstance(what, Collection): return what
+    path = Path(what).expanduser()
+    return Collection(path) if (path/'manifest.json').exists() or (path/'state.json').exists() else Collection(run(config_of(path)))
+
 # %% ../nbs/09_explore.ipynb #68132f26
 @dataclass
 class Answer:
@@ -249,12 +266,12 @@ class Answer:
 
 def identify(
     photo,               # an image file
-    collection,          # folder that `run` returned, or a `Collection`
+    collection,          # a folder of photos, explored first if it is new; or the folder that `run` returned, or a `Collection`
     n_neighbours:int=100, # nearest photos to verify
     min_inliers:int|None=None, # inliers that make a pair verified; the collection's if not given
 )->Answer: # ranked landmarks with confidence and matches, or no known landmark
     "What is this photo of?"
-    c = collection if isinstance(collection, Collection) else Collection(collection); cfg, need = c.cfg, min_inliers or c.cfg.min_inliers
+    c = open_collection(collection); cfg, need = c.cfg, min_inliers or c.cfg.min_inliers
     with tempfile.TemporaryDirectory() as d:
         seen = look(read_image(photo, max_side=cfg.max_side))                     # an unreadable photo says so here
         mine = open_local(extract_many([str(photo)], ['query'], Path(d)/'local', cfg.kind, cfg.max_keypoints, cfg.local_side, n_workers=1))
@@ -330,17 +347,14 @@ def explore(
     "Explore a folder: the notebook runs headless, its second half becomes the report."
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    folder = Path(folder).expanduser(); files, _ = scan_folder(folder)
+    folder = Path(folder).expanduser(); files, _ = scan_folder(folder); cfg = config_of(folder, **params)
     if query and not Path(query).expanduser().is_file(): raise ParameterError(f'QUERY is {query!r}, and there is no such file')
-    weights = str(params.get('weights', ''))
-    if weights and not weights.startswith('@') and Path(weights).expanduser().exists(): params['weights'] = str(Path(weights).expanduser().resolve())
-    name = re.sub(r'[^\w.-]+', '-', folder.resolve().name).strip('-.') or 'photos'; home = runs_dir()/'photos'/f'{name}-{hash8(str(folder.resolve()))[:4]}'
-    given = dict(profile='photos', name=name, photos=str(folder.resolve()), query=str(Path(query).expanduser().resolve()) if query else '', **params)
+    home = runs_dir()/'photos'/f'{cfg.name}-{hash8(cfg.photos)[:4]}'
+    given = params | dict(profile=cfg.profile, name=cfg.name, photos=cfg.photos, weights=cfg.weights, query=str(Path(query).expanduser().resolve()) if query else '')
     home.mkdir(parents=True, exist_ok=True); log(f'explore: {len(files):,} files that may be photos in {folder}')
     try: papermill.execute_notebook(str(project_root()/'nbs'/'09_explore.ipynb'), str(home/'09_explore.ipynb'), given, kernel_name='python3', progress_bar=False, cwd=str(project_root()), log_output=True)
     except PapermillExecutionError as e: raise (ParameterError(e.evalue) if e.ename in ('ParameterError', 'ImageError') else e) from None
-    out = stage_dir('explore', make_config(Config, given | dict(query='')))
-    return write_report(home/'09_explore.ipynb', home/'report', shown_name(folder.resolve().name.replace('_', ' ')), out)
+    return write_report(home/'09_explore.ipynb', home/'report', shown_name(folder.resolve().name.replace('_', ' ')), stage_dir('explore', cfg))
 
 def main():
     "`landmark_explore FOLDER [PHOTO] [-p NAME VALUE]` explores a folder and prints where the report is; with -p or -f alone it is the stage's command."

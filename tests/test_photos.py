@@ -240,7 +240,9 @@ def test_a_run_that_was_killed_goes_on(tmp_path, runs, monkeypatch):
 
 def test_errors_are_sentences(tmp_path, runs):
     put(scene(0), tmp_path/'f/a/1.jpg'); c = explored(tmp_path/'f')
-    with pytest.raises(ParameterError, match='is no explored collection; run `make photos'): explore.identify(tmp_path/'f/a/1.jpg', tmp_path)
+    (tmp_path/'half').mkdir(); (tmp_path/'half/state.json').write_text('{}')
+    with pytest.raises(ParameterError, match='is no explored collection; run `make photos'): explore.identify(tmp_path/'f/a/1.jpg', tmp_path/'half')
+    with pytest.raises(ParameterError, match='there is no folder'): explore.identify(tmp_path/'f/a/1.jpg', tmp_path/'nowhere')
     with pytest.raises(ImageError, match='no such file'): explore.identify(tmp_path/'none.jpg', c)
     (tmp_path/'broken.jpg').write_text('x')
     with pytest.raises(ImageError, match='not an image'): explore.identify(tmp_path/'broken.jpg', c)
@@ -248,6 +250,14 @@ def test_errors_are_sentences(tmp_path, runs):
     with pytest.raises(ParameterError, match='QUERY is'): explore.explore(tmp_path/'f', str(tmp_path/'none.jpg'))
     with pytest.raises(ParameterError, match='kind is'): explored(tmp_path/'f', kind='surf')
     with pytest.raises(ParameterError, match='is not there'): explored(tmp_path/'f', weights='nowhere/model')
+
+
+def test_one_call_from_python(tmp_path, runs, capfd):
+    "A folder nobody has looked at yet is explored by the question; the second question finds it explored."
+    for k in range(3): put(seen(scene(0), k), tmp_path/'my places/Rathaus'/f'{k}.jpg')
+    put(seen(scene(0), 4), tmp_path/'q.jpg'); a = explore.identify(tmp_path/'q.jpg', tmp_path/'my places')
+    assert a.name == 'Rathaus' and list(a.landmarks.columns) == ['landmark', 'confidence', 'n_photos', 'n_inliers'] and a.matches.votes.sum() == 3
+    assert 'nothing to do' not in capfd.readouterr().err and explore.identify(tmp_path/'q.jpg', str(tmp_path/'my places')).confidence == a.confidence and 'nothing to do' in capfd.readouterr().err
 
 
 def test_a_trained_network_finds_the_candidates(tmp_path, runs):
@@ -270,7 +280,7 @@ def report(tmp_path_factory, worlds):
     for k in range(3): put(seen(scene(0), k), f/'東京 タワー'/f'{k}.jpg')
     put(scene(1), f/'loose.png'); shutil.copy(f/'loose.png', f/'東京 タワー/copy.png'); put(seen(scene(0), 4), home/'q.jpg')
     put(scene(2), f/'kinds/rotated.jpg', exif=exif); put(scene(2).convert('CMYK'), f/'kinds/cmyk.jpg'); put(Image.fromarray(np.asarray(scene(3).convert('L')).astype(np.uint16)*257), f/'kinds/deep.png')
-    put(scene(4).convert('P'), f/'kinds/moving.gif', save_all=True, append_images=[scene(5).convert('P')]); put(scene(6).convert('LA'), f/'kinds/alpha.png'); put(scene(7), f/'alone/x.jpg')
+    put(scene(4).convert('P'), f/'kinds/moving.gif', save_all=True, append_images=[scene(5).convert('P')]); put(scene(6).convert('LA'), f/'kinds/alpha.png'); put(scene(7), f/'alone/x.jpg'); (f/'other').mkdir(); shutil.copy(f/'alone/x.jpg', f/'other/same.jpg')
     (f/'zero & nothing.jpg').touch(); put(scene(1).resize((1, 1)), f/'dot.png'); (f/'cut.jpg').write_bytes((f/'alone/x.jpg').read_bytes()[:3000]); (f/'phone.heic').write_bytes(b'\0\0\0\x18ftypheic' + bytes(100)); (f/'loop').symlink_to(f); (f/'self.jpg').symlink_to('self.jpg')
     r = subprocess.run([sys.executable, '-c', 'from landmark.explore import main; main()', str(f), str(home/'q.jpg'), '-p', 'n_words', '16'], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'LANDMARK_RUNS': str(home/'runs')})
     assert r.returncode == 0, r.stderr[-3000:]
@@ -280,7 +290,7 @@ def report(tmp_path_factory, worlds):
 def test_report_of_a_difficult_folder(report):
     "One page that loads nothing, shows every label and lists every file left out."
     text = report.read_text(encoding='utf-8')
-    assert '東京 タワー' in text and 'What is q.jpg of?' in text and 'under two labels' in text and '<photos>' not in text and 'Traceback' not in text
+    assert '東京 タワー' in text and 'What is q.jpg of?' in text and 'once with a label, once without' in text and 'under two labels' in text and '<photos>' not in text and 'Traceback' not in text
     for file, why in (('zero &amp; nothing.jpg', 'the file is empty'), ('dot.png', '1×1 pixels'), ('cut.jpg', 'truncated'), ('phone.heic', ''), ('loop', 'a link to a folder that is read already'), ('self.jpg', 'in a circle')):
         assert re.search(rf'<td>{re.escape(file)}</td>\s*<td>[^<]*{re.escape(why)}', text), (file, why)
     for file, what in (('rotated.jpg', 'turned upright'), ('cmyk.jpg', 'CMYK to RGB'), ('deep.png', '16 bits to 8'), ('moving.gif', 'first of 2 frames'), ('alpha.png', 'laid on white')):

@@ -37,7 +37,7 @@ def page_summary(c)->str: # HTML
     "The collection in figures."
     f = c.facts
     return tiles([(f['photos'], 'photos read'), (f['labels'], 'labels'), (f"{f['kept']} · {f['labels_kept']}", 'photos · labels kept by cleaning'), (f"{f['same_label_verified']} of {f['same_label_pairs']:,}", 'pairs of one label verify'),
-                  (f"{f['different_label_verified']} of {f['different_label_pairs']:,}", 'pairs of two labels verify'), (f['groups'], 'groups of photos that hang together'), (f['copies'], 'copies'), (f['skipped'], 'files left out')]) + (
+                  (f"{f['different_label_verified']} of {f['different_label_pairs']:,}", 'pairs of two labels verify'), (f['groups'], 'groups of photos that hang together'), (f['copies'], 'copy' if f['copies'] == 1 else 'copies'), (f['skipped'], 'file left out' if f['skipped'] == 1 else 'files left out')]) + (
         f'<p style="color:#555">Candidates were found by ' + (f'the network {html.escape(c.cfg.weights)}' if c.cfg.weights else f'RootSIFT aggregated over {c.cfg.n_words} visual words, since no trained network was given') + f', and every name here rests on photos that verify: at least {c.cfg.min_inliers} local features that one affine map carries over, in both directions.</p>')
 
 def page_contact(c, n_labels:int=60, n_photos:int=14)->str: # HTML
@@ -122,14 +122,17 @@ def page_lenient(c, n_labels:int=30)->str: # HTML
     "What cleaning would keep, if one verified pair were enough."
     if not len(c.dropped) or c.cfg.min_verified < 2: return ''
     now, then = (c.photos.state == 'kept').to_numpy(), c.kept_with(1); more = c.photos[then & ~now]
-    head = f'<h3>What a more lenient rule would keep</h3><p>With one agreeing photo instead of {c.cfg.min_verified}, {said(len(more), "more photo")} of {said(more.label.nunique(), "label")} would stay (<code>-p min_verified 1</code>), {int(then.sum())} instead of {int(now.sum())}. '
+    head = f'<h3>What a more lenient rule would keep</h3><p>With one agreeing photo instead of {c.cfg.min_verified}, {said(len(more), "more photo")} of {said(more.label.nunique(), "label")} would stay (<code>landmark_explore FOLDER -p min_verified 1</code>), {int(then.sum())} instead of {int(now.sum())}. '
     trust = 'No pair of two labels verifies in this collection, so that a single verified pair is good evidence here; where lookalikes or wrong labels come in groups, three are safer.' if not c.facts['different_label_verified'] else f'{said(c.facts["different_label_verified"], "pair")} of two labels {"verifies" if c.facts["different_label_verified"] == 1 else "verify"} here too, so that a single pair is weak evidence.'
     rows = [strip([card(c.uri(q.image_id), f'agrees with {q.n_verified}', 'few', 84, q.file) for q in p.itertuples()], pretty(label), f'{(then & (c.photos.label == label)).sum()} of {(c.photos.label == label).sum()} photos', inline=True) for label, p in list(more.groupby('label'))[:n_labels]]
     return head + trust + '</p>' + ''.join(rows)
 
 def page_copies(c, n:int=40)->str: # HTML
     "Photos that are there twice."
-    rows = [strip([card(c.uri(i), c.photos.file[i], 'junk' if r.same_label else 'wrong', 92) for i in (r.copy_of, r.image_id)], r.kind, ('' if r.same_label else 'under two labels: at least one is wrong; ') + f'correlation {r.correlation:.3f}') for r in c.copies.head(n).itertuples()]
+    def where(r):
+        labels = {c.photos.label[i] for i in (r.copy_of, r.image_id)}
+        return '' if len(labels) == 1 else 'once with a label, once without; ' if '' in labels else 'under two labels: at least one is wrong; '
+    rows = [strip([card(c.uri(i), c.photos.file[i], 'wrong' if where(r).startswith('under') else 'junk', 92) for i in (r.copy_of, r.image_id)], r.kind, where(r) + f'correlation {r.correlation:.3f}') for r in c.copies.head(n).itertuples()]
     return ''.join(rows) + (f'<p>and {len(c.copies)-n} more in copies.csv</p>' if len(c.copies) > n else '') or '<p>No picture is there twice.</p>'
 
 def page_skipped(c, n:int=200)->str: # HTML
