@@ -50,7 +50,7 @@ class Config:
     n_trials: int = 1000    # RANSAC samples
     reject: bool = True     # leave degenerate maps out; False is the original's way
     labels: int = 0         # only this many labels, evenly spread; 0: all
-    compare_labels: int = 6 # labels whose photos tell how well counts separate; 0: not asked
+    compare_labels: int = 10 # labels whose photos tell how well counts separate; 0: not asked
     chunk_pairs: int = 5000 # pairs per file of results, about
     shard: int = -1         # this shard only; −1: everything that no shard has done
     n_shards: int = 1       # machines that share the work
