@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'cut_chunks', 'own_chunks', 'descriptor_dir', 'Partners', 'cost_table', 'measure_rates', 'shard_config',
-           'trunk_dir', 'extract_local', 'config_rule', 'run', 'main']
+           'trunk_dir', 'delf_dir', 'extract_local', 'config_rule', 'run', 'main']
 
 # %% ../nbs/01_verify.ipynb #bc9d40c2
 import os, tempfile, time
@@ -184,6 +184,12 @@ def trunk_dir(cfg:Config)->Path|None:
     if not (path/'card.json').exists(): raise ParameterError(f'verify: trunk is {cfg.trunk!r}, but {path} holds no trained model (card.json)')
     return path
 
+def delf_dir(cfg:Config, out:Path)->Path:
+    "Where the trained DELF is, or will be."
+    if not cfg.delf: return out/'delf'
+    if not (ready := artifact(cfg, cfg.delf)/'delf').exists(): raise ParameterError(f'verify: delf is {cfg.delf!r}, but {ready} is not there; give the artifact of a verification of kind delf')
+    return ready
+
 def extract_local(cfg:Config, out:Path, df:pd.DataFrame, shards:list, world:Path):
     "Local features of the shards, of either kind; DELF's attention is learned first, once."
     paths, ids = df.path.tolist(), df.image_id.tolist()
@@ -191,8 +197,7 @@ def extract_local(cfg:Config, out:Path, df:pd.DataFrame, shards:list, world:Path
     from landmark.parts import delf as d
     from landmark.parts.engine import load_model
     backbone, device = load_model(trunk_dir(cfg)).backbone, str(pick_device('auto' if cfg.device in ('cpu', 'torch') else cfg.device))
-    ready = artifact(cfg, cfg.delf)/'delf' if cfg.delf else out/'delf'
-    if cfg.delf and not ready.exists(): raise ParameterError(f'verify: delf is {cfg.delf!r}, but {ready} holds no trained DELF; give the artifact of a verification with kind delf')
+    ready = delf_dir(cfg, out)
     if not ready.exists():
         v1 = read_images(world, 'v1_train'); trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
         made, losses = d.make_delf(trunk, v1.path.tolist(), np.unique(v1.landmark_id, return_inverse=True)[1], cfg.delf_epochs, seed=cfg.seed, device=device, min_score=cfg.min_score)
@@ -269,7 +274,7 @@ def run(cfg:Config)->Path:
         if cfg.labels: df = df[df.landmark_id.isin(spread_labels(df.landmark_id.to_numpy(), cfg.labels))].reset_index(drop=True)
         if not len(df): raise ParameterError(f'verify: {world}/v2/train.csv lists no images')
         chunks = list(enumerate(cut_chunks(df.landmark_id.to_numpy(), cfg.max_partners, cfg.chunk_pairs)))
-        digest = [str(replace(cfg, name='', shard=-1, n_workers=0)), code_hash(__name__), len(df)]
+        digest = [str(replace(cfg, name='', shard=-1, n_workers=0, memory_mib=0)), code_hash(__name__), len(df)]
         (st.dir/'pairs').mkdir(exist_ok=True)
         if part: chunks = [chunks[i] for i in own_chunks(len(chunks), cfg.shard, cfg.n_shards)]
         elif cfg.n_shards > 1: _take_over(cfg, st.dir, digest)

@@ -98,3 +98,45 @@ def test_wrong_parameters_stop_at_once(world, runs):
     for change, says in ((dict(kind='surf'), 'surf'), (dict(shard=3, n_shards=2), 'shard is 3'), (dict(neighbors='some'), 'all, label'), (dict(descriptors='nowhere'), 'descriptor store'), (dict(world='nowhere'), 'nowhere')):
         with pytest.raises((ValueError, FileNotFoundError), match=says): verify.run(replace(cfg, **change))
     with pytest.raises(ValueError, match='upstream artifact'): clean.run(clean.Config(world=str(world)))
+
+
+# DELF, subsets and how well counts separate
+
+@pytest.fixture(scope='module')
+def delf_world(world, tmp_path_factory):
+    "The same photos, four more as the v1 training set, and an untrained model."
+    from test_verification import VIEWS, moved, wall
+    from landmark.parts.engine import save_model
+    from landmark.parts.backbones import make_model
+    d = tmp_path_factory.mktemp('delf')/'world'; shutil.copytree(world, d); ids = [f'{k:016x}' for k in range(100, 104)]
+    for k, i in enumerate(ids): p = d/'v1'/'train'/i[0]/i[1]/i[2]/f'{i}.jpg'; p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(moved(wall(20 + k//2), VIEWS[k % 2], k)).save(p)
+    pd.DataFrame(dict(id=ids, landmark_id=[1, 1, 2, 2])).to_csv(d/'v1'/'train.csv', index=False)
+    save_model(d.parent/'model', make_model('test_resnet', d=8), dict(backbone='test_resnet', pooling='gem', dim=8))
+    return d, dict(kind='delf', trunk=str(d.parent/'model'), stride=8, delf_epochs=1, max_side=160, compare_labels=3)
+
+def test_delf_is_trained_once_and_used_again(delf_world, runs):
+    from landmark.parts.local_features import open_local
+    world, kw = delf_world; verify, cfg, _ = configs(world, **kw); v = verify.run(cfg); store = open_local(v/'local')
+    assert (v/'delf'/'card.json').exists() and len(pd.read_csv(v/'delf_loss.csv')) == 1 and store.kind == 'delf'
+    n = store.column('n_features'); assert (n > 0).sum() >= 8 and min(store[i].scores.min() for i in np.flatnonzero(n)) >= .99 # nothing the attention finds less than usual
+    from dataclasses import replace
+    again = verify.run(replace(cfg, delf=str(v), labels=2, n_shards=2, shard=1)); part = open_local(again/'local'); assert not (again/'delf').exists()
+    same = [i for i in part.ids if part.column('n_features')[part.ids.index(i)] > 0]; assert same
+    for i in same: np.testing.assert_array_equal(part[part.ids.index(i)].desc, store[store.ids.index(i)].desc)
+    with pytest.raises(ValueError, match='of kind delf'): verify.run(replace(cfg, delf=str(again), name='wrong'))
+
+def test_a_few_labels_and_how_well_they_separate(world, runs):
+    from dataclasses import replace
+    verify, cfg, _ = configs(world); whole, part = verify.run(replace(cfg, compare_labels=2)), verify.run(replace(cfg, labels=2, compare_labels=2, name='part'))
+    a, b = (pd.read_csv(d/'separation.csv') for d in (whole, part)); pd.testing.assert_frame_equal(a, b)    # the same photos, whoever asks
+    assert a.kind[0] == 'rootsift' and a.n_same[0] == 7*6//2 + 1 and a.n_different[0] == 7*2 and .4 < a.found[0] < 1 and not (whole/'restriction.csv').exists()
+    assert len(pd.read_csv(part/'ids.csv')) == 9 and len(pd.read_csv(whole/'ids.csv')) == 10
+
+def test_what_the_nearest_of_all_leave_out(world, runs):
+    from dataclasses import replace
+    from landmark.parts.cleaning import read_pairs
+    from landmark.parts.store import write_store
+    ids = pd.read_csv(world/'v2'/'train.csv', dtype={'id': str}); x = np.random.default_rng(3).normal(size=(len(ids), 8)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True)
+    write_store(runs/'x', ids.id.tolist(), x, dict(model='random'))
+    verify, cfg, _ = configs(world); v = verify.run(replace(cfg, descriptors=str(runs/'x'), n_neighbors=4)); t = pd.read_csv(v/'restriction.csv').set_index('n_neighbors')
+    assert t.pairs['4'] == len(read_pairs(v/'pairs')['image']) < t.pairs['label'] == 7*6 + 2*1 and t.pairs_share['label'] == 1

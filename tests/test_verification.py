@@ -104,6 +104,21 @@ def test_pytorch_and_the_compiled_loop_agree(store, changes):
         for a, b in zip(verify_pairs_torch(store, PAIRS, rule, memory_mib=mib), want): np.testing.assert_array_equal(a, b)
 
 
+def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
+    "Triton compiles for a GPU that is not there; what it writes must round like the plain path."
+    triton = pytest.importorskip('triton')
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from landmark.parts import verification_triton as kernels
+    made = lambda fn, names, **const: ASTSource(fn=fn, signature={**names, **{k: 'constexpr' for k in const}}, constexprs=const)
+    count = made(kernels._count, dict(maps='*fp32', p='*fp32', q='*fp32', limit='*fp32', out='*i32', t='i32', m='i32'), T=64, B=64)
+    near = made(kernels._nearest, dict(a='*i8', b='*i8', na='*i64', out='*i64', ka='i32', kb='i32', d='i32'), D=64, B=64)
+    compile = lambda src, **options: triton.compile(src, target=GPUTarget('cuda', 90, 32), options=options).asm['ptx']
+    try: plain, fused, ptx = compile(count, enable_fp_fusion=False), compile(count), compile(near)
+    except Exception as e: pytest.skip(f'Triton cannot compile here: {e}')
+    assert 'fma.rn.f32' not in plain and 'fma.rn.f32' in fused and '.s32.s8.s8' in ptx                      # 8-bit products, whole sums
+
+
 def test_rescaled_photos_keep_their_rule():
     "Thresholds are shares of the side: the same photo at twice the size has about the same count."
     small = [wall(3), moved(wall(3), VIEWS[1])]; large = [cv2.resize(x, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for x in small]
