@@ -236,7 +236,7 @@ def _compare(cfg, out, df, world, store, p, rule, metrics):
     x = Partners(cfg, df.image_id.to_numpy(), labels).x
     if x is None: return
     some = np.unique(np.linspace(0, len(df)-1, max(1, min(len(df), 2000, 2*10**9//len(df)))).astype(int)); pairs = partners_within(some, labels, x, cfg.max_partners)
-    known = dict(zip(zip(p['image'].tolist(), p['partner'].tolist()), p['n_inliers'].tolist()))
+    few = np.isin(p['image'], some); known = dict(zip(zip(p['image'][few].tolist(), p['partner'][few].tolist()), p['n_inliers'][few].tolist()))
     counts = np.array([known.get(q, -1) for q in map(tuple, pairs.tolist())])
     asked = sorted({k for k in (20, 50, 100, 200, 500, 1000, cfg.n_neighbors) if k <= cfg.n_neighbors})
     write_csv(restriction_table(partner_ranks(pairs, x), counts, asked), out/'restriction.csv')

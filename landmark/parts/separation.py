@@ -25,10 +25,13 @@ def pairs_to_separate(
     landmark:np.ndarray, # whose place it is; pairs of two landmarks are different ones [n]
     rows:np.ndarray,   # images to take
     n:int=1000,        # pairs of either sort at most
+    n_images:int=1500, # images at most; a label of fifty thousand shall not fill the memory
     seed:int=1,        # which
 )->tuple: # same, different: positions [≤ n, 2]
     "Pairs of one place and pairs of different landmarks."
-    rng = np.random.default_rng(seed); i, j = np.triu_indices(len(rows), 1); a, b = np.asarray(rows)[i], np.asarray(rows)[j]
+    rng = np.random.default_rng(seed); rows = np.asarray(rows)
+    if len(rows) > n_images: rows = np.sort(rng.choice(rows, n_images, replace=False))
+    i, j = np.triu_indices(len(rows), 1); a, b = rows[i], rows[j]
     shows = (place[a] >= 0) & (place[b] >= 0)
     some = lambda m: (lambda k: np.stack([a[k], b[k]], 1))(np.sort(rng.permutation(np.flatnonzero(m))[:n]))
     return some(shows & (place[a] == place[b])), some(shows & (landmark[a] != landmark[b]))
