@@ -17,7 +17,7 @@ from .parts.core import (ParameterError, changed, code_hash, hash8, log, make_co
                                  runs_dir, write_csv, write_json)
 from .parts.batching import size_table
 from .parts.dataset import open_world, read_images, read_retrieval_solution
-from .parts.engine import load_model
+from .parts.checkpoints import load_model
 from .parts.knn import search as nearest
 from .parts.metrics import map_at_k
 

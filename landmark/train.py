@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_name', 'load_photos', 'describe_images',
-           'benchmark_maps', 'start_model', 'train_model', 'card_of', 'Watch', 'live_figure', 'watching', 'run',
-           'launch', 'main']
+           'benchmark_maps', 'start_model', 'train_model', 'card_of', 'run', 'launch', 'main']
 
 # %% ../nbs/03_train.ipynb #2df261a3
-import contextlib, contextvars, json, os, subprocess, sys, tempfile, threading
+import json, os, subprocess, sys, tempfile
 from dataclasses import asdict, field
 from pathlib import Path
 
@@ -18,12 +17,14 @@ from .parts.core import (UNHASHED, ParameterError, artifact, digest_of, log, ope
                                  write_csv, write_json)
 from .parts.dataset import benchmarks, open_world, read_images, read_revisited, train_set as read_train_set
 from .parts.decoding import EncodedPhotos, why_not
-from .parts.engine import Recipe, Trainer, Training, load_model, save_model
+from .parts.checkpoints import load_model, save_model
+from .parts.engine import Recipe, Trainer, Training
 from .parts.batching import scan_sizes, size_table
 from .parts.extraction import extract, side_sizes
 from .parts.loading import Photos, read_all
 from .parts.metrics import revisited
 from .parts.losses import LOSSES, make_head
+from .parts.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
 TRAIN_SETS = ('v1', 'v2', 'v1+v2', 'v2-clean', 'v1+v2-clean')
@@ -243,65 +244,6 @@ def card_of(
     params = {k: v for k, v in asdict(cfg).items() if k not in UNHASHED | set(used) | {'loss', 'train_set'}}
     return dict(name=name, loss=loss, train_set=set_name, backbone=cfg.backbone, pooling=cfg.pooling, dim=cfg.dim, sizes=cfg.sizes, params=params, recipe=asdict(recipe),
                 data={k: digest_of(p) for k, p in used.items() if p})
-
-# %% ../nbs/03_train.ipynb #6f406e76
-class Watch:
-    "Writes down a training while it runs: live.csv, and TensorBoard if asked for."
-    def __init__(self,
-        log_dir:Path,           # folder for live.csv and the event files
-        tensorboard:bool=False, # write event files, too
-    ):
-        self.path, self.told, self.writer = Path(log_dir)/'live.csv', 0, None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.speed = {} if not self.path.exists() else pd.read_csv(self.path).set_index('step').images_per_s.dropna().to_dict()
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(str(log_dir))
-    def __call__(self, rows, images_per_s):
-        new, first = rows[self.told:], not self.told; self.told = len(rows); self.speed[rows[-1]['step']] = round(images_per_s, 1)
-        lines = [[r['epoch'], r['step'], r.get('loss', ''), r.get('accuracy', ''), r.get('lr', ''), self.speed.get(r['step'], '')] for r in new]
-        with open(self.path, 'w' if first else 'a', encoding='utf-8') as f:
-            if first: f.write('epoch,step,loss,accuracy,lr,images_per_s\n')
-            f.writelines(','.join(map(str, l)) + '\n' for l in lines)
-        if self.writer:
-            for r in new:
-                for k, v in r.items():
-                    if k not in ('epoch', 'step') and v == v: self.writer.add_scalar(k, v, r['step'])
-            self.writer.add_scalar('images_per_s', images_per_s, rows[-1]['step']); self.writer.flush()
-
-def live_figure(
-    out:Path, # a run's directory
-    names:list, # its models
-):  # a figure, or None while there is nothing to show
-    "Loss, accuracy, rate and throughput so far."
-    from matplotlib.figure import Figure                   # without pyplot: this is drawn in a thread
-    tables = {n: pd.read_csv(p) for n in names if (p := Path(out)/'.logs'/n/'live.csv').exists() and p.stat().st_size > 50}
-    if not tables: return None
-    fig = Figure(figsize=(11, 2.4)); axs = fig.subplots(1, 4)
-    for n, table in tables.items():
-        for ax, k in zip(axs, ('loss', 'accuracy', 'lr', 'images_per_s')): ax.plot(*table[['step', k]].dropna().to_numpy().T, label=n); ax.set(xlabel='step', ylabel=k.replace('_', ' '))
-    axs[0].legend(fontsize=6); fig.tight_layout()
-    return fig
-
-@contextlib.contextmanager
-def watching(
-    out:Path,       # a run's directory
-    names:list,     # its models
-    every:float=5., # seconds between two pictures
-):
-    "In a notebook: show the curves while the block runs, as one picture that is renewed."
-    ip = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
-    if ip is None or not hasattr(ip, 'kernel'): yield; return
-    from IPython.display import Markdown, display
-    handle, stop = display(Markdown('*training starts …*'), display_id=True), threading.Event()
-    def renew():
-        with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):      # a line is half written
-            if (fig := live_figure(out, names)): handle.update(fig)
-    def loop():
-        while not stop.wait(every): renew()
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(loop,), daemon=True); thread.start()   # the context says which cell the picture belongs to
-    try: yield
-    finally: stop.set(); thread.join(); renew()
 
 # %% ../nbs/03_train.ipynb #9142ed20
 def run(

@@ -64,12 +64,12 @@ def start(world, name, **more):
 
 def test_sigkill(world):
     "Killed by the system in the middle: the next call finishes with the same weights."
-    assert start(world, 'whole', epochs=12).wait() == 0 # each in a process of its own: the same number of threads, whatever ran here before
+    beside = start(world, 'whole', epochs=12)            # each in a process of its own: the same number of threads, whatever ran here before
     p = start(world, 'killed', epochs=12); t = time.time()
     while not (found := list(Path(os.environ['LANDMARK_RUNS']).rglob('killed-*/.state/*/last.pt'))) and time.time()-t < 60: time.sleep(0.02)
     p.send_signal(signal.SIGKILL); p.communicate(); assert found
     assert not list(Path(os.environ['LANDMARK_RUNS']).rglob('killed-*/manifest.json')), 'it was killed before it was done'
-    assert start(world, 'killed', epochs=12).wait() == 0
+    assert start(world, 'killed', epochs=12).wait() == 0 == beside.wait()
     whole, again = (next(Path(os.environ['LANDMARK_RUNS']).rglob(f'{n}-*/manifest.json')).parent for n in ('whole', 'killed'))
     assert same(weights(whole, 'arcface_v1'), weights(again, 'arcface_v1'))
 
@@ -154,3 +154,139 @@ def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
     assert table['rnorth M'].notna().sum() == 2 and (out/'.state'/'arcface_v1'/'best.pt').exists() and list((out/'.logs').rglob('events*'))
     early = train.run(train.Config(name='early', stop_after=1, **args)); half = pd.read_csv(early/'arcface_v1'/'metrics.csv')
     pd.testing.assert_frame_equal(half, table.iloc[:len(half)]); assert half.epoch.max() == 0
+
+def stripes(n=24):
+    "Three kinds of stripes, and their classes."
+    rng, y, x = np.random.default_rng(0), *np.mgrid[:36, :48]
+    kinds = [x//4 % 2, (x//4+y//4) % 2, y//4 % 2]
+    return [np.clip(kinds[i % 3][..., None]*120 + rng.integers(0, 60, (36, 48, 3)) + 40, 0, 255).astype(np.uint8) for i in range(n)], torch.arange(n) % 3
+
+def train_stripes(state_dir, stop_at=None, dropout=0.3, **kw):
+    "A training of a few steps, with dropout, that may die after a step."
+    from landmark.parts.backbones import make_model
+    from landmark.parts.engine import Trainer, Training
+    from landmark.parts.planning import Recipe
+    from landmark.parts.loading import Photos
+    from landmark.parts.losses import make_head
+    class Killed(BaseException): pass
+    class Dies(Trainer):
+        def train_step(self, *args):
+            super().train_step(*args)
+            if self.step+1 == stop_at: raise Killed
+    images, labels = stripes(); torch.manual_seed(0)
+    net = Training(make_model('test_resnet', d=8), make_head('arcface', 8, torch.bincount(labels))); net.model.fc = torch.nn.Sequential(torch.nn.Dropout(dropout), net.model.fc)
+    recipe = Recipe(**{**dict(epochs=2, batch_size=6, lr=5e-3, optimizer='adamw', drop_uneven=False, min_batch=2, log_every=1, checkpoint_every=1), **kw})
+    trainer = Dies(net, Photos([f'{i}.jpg' for i in range(len(images))], '48', 'soft', images=images), labels, recipe, state_dir)
+    try: table = trainer.run()
+    except Killed: table = None
+    return net.state_dict(), table, trainer
+
+@pytest.mark.parametrize('kw', [dict(), dict(accumulate=2, scale_up='64', checkpoint_every=3), dict(rising=('32', '48'), warmup=0.2, optimizer='sgd')], ids=['plain', 'accumulated and scaled up', 'rising sizes'])
+def test_killed_after_any_step(tmp_path, kw):
+    "Sampler, schedule, dropout and optimizer go on as if nothing had happened."
+    whole, table, trainer = train_stripes(tmp_path/'whole', **kw)
+    for k in range(1, trainer.total+1, 1 if not kw else 3):
+        train_stripes(tmp_path/f'{k}', stop_at=k, **kw); again, same_table, _ = train_stripes(tmp_path/f'{k}', **kw)
+        assert same(whole, again), f'killed after step {k}'
+        pd.testing.assert_frame_equal(table, same_table)
+    assert not same(whole, train_stripes(tmp_path/'undropped', dropout=0., **kw)[0]), 'dropout plays a part'
+
+def test_the_scaler_of_fp16_is_continued(tmp_path, monkeypatch):
+    "On a CPU Accelerate brings no gradient scaler, so it is given one that changes its scale every other step."
+    from landmark.parts import engine
+    usual = engine._accelerator
+    def scaled(*args):
+        acc = usual(*args); acc.scaler = torch.amp.GradScaler('cpu', init_scale=8., growth_interval=2); return acc
+    monkeypatch.setattr(engine, '_accelerator', scaled)
+    whole, _, one = train_stripes(tmp_path/'whole')
+    train_stripes(tmp_path/'killed', stop_at=4); again, _, two = train_stripes(tmp_path/'killed')
+    assert one.acc.scaler.get_scale() == two.acc.scaler.get_scale() == 8*2**(one.total//2) and same(whole, again)
+    state = torch.load(tmp_path/'killed'/'last.pt', weights_only=True); assert state['scaler']['scale'] == one.acc.scaler.get_scale()
+
+def test_out_of_memory_names_batch_and_size(tmp_path, monkeypatch):
+    from landmark.parts.backbones import RetrievalModel
+    usual = RetrievalModel.forward
+    def greedy(self, images):
+        if images.shape[3] > 48: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 7 GiB')
+        return usual(self, images)
+    monkeypatch.setattr(RetrievalModel, 'forward', greedy)
+    with pytest.raises(TrainingError, match='Out of memory with 6 images a batch at size 64. Lower `batch_size`.*smaller `sizes`, or set `precision` to bf16'): train_stripes(tmp_path, scale_up='64')
+
+def test_a_size_the_network_cannot_take(world):
+    with pytest.raises(TrainingError, match="cannot take images of size 64: Input height .* Take other `sizes`"):
+        train.run(train.Config(world=str(world), **{**SMALL, 'backbone': 'beit_base_patch16_224'}))
+
+def test_two_runs_in_one_folder_wait_for_each_other(world, capfd):
+    import threading
+    from filelock import FileLock
+    from landmark.parts.core import stage_dir
+    cfg = train.Config(world=str(world), name='shared', **SMALL); d = stage_dir('train', cfg); d.parent.mkdir(parents=True)
+    with FileLock(str(d.parent/f'.{d.name}.lock')):                          # another run is at work
+        second = threading.Thread(target=train.run, args=(cfg,)); second.start(); time.sleep(1.5)
+        assert second.is_alive() and not list(d.glob('**/*.pt')) and not (d/'manifest.json').exists()
+    second.join(); assert (d/'manifest.json').exists() and 'another process is at work' in capfd.readouterr().err
+    when = (d/'manifest.json').stat().st_mtime_ns; train.run(cfg); assert (d/'manifest.json').stat().st_mtime_ns == when, 'the third finds it done'
+
+def test_a_checkpoint_of_something_else(world):
+    "A state folder that holds another network's checkpoint, or half of one, stops the run with a sentence."
+    from landmark.parts.core import stage_dir
+    whole = train.run(train.Config(world=str(world), name='whole', **SMALL)); state = whole/'.state'/'arcface_v1'/'last.pt'; good = torch.load(state, weights_only=True)
+    def with_state(content):
+        for p in (whole/'manifest.json', whole/'arcface_v1'/'card.json'): p.unlink(missing_ok=True)
+        content() if callable(content) else torch.save(content, state)
+        return train.run(train.Config(world=str(world), name='whole', **SMALL))
+    smaller = {k: v[:-1] if k.startswith('head.weight') else v for k, v in good['net'].items()}
+    for content, says in ((dict(good, net=smaller), '2 classes instead of 3'), (dict(good, net={f'x{k}': v for k, v in good['net'].items()}), 'belongs to another architecture'),
+                          (dict(good, version=0), 'has version 0'), (lambda: state.write_bytes(state.read_bytes()[:3000]), r'no readable checkpoint \(truncated\?\)')):
+        with pytest.raises(ValueError, match=says): with_state(content)
+    assert with_state(good) == whole
+
+def test_card_and_best_epoch(tmp_path, monkeypatch):
+    from landmark.parts.core import digest_of, read_json
+    from landmark.parts.dataset import open_world
+    from landmark.parts.checkpoints import load_model
+    tiny = open_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    scores = iter([0.7, 0.9, 0.4]); monkeypatch.setattr(train, 'benchmark_maps', lambda *a: {'rnorth M': next(scores)})
+    out = train.run(train.Config(world=str(tiny), evaluate=True, **{**SMALL, 'batch_size': 8, 'epochs': 3}))/'arcface_v1'
+    last, best = read_json(out/'card.json'), read_json(out/'best'/'card.json')
+    assert last['metrics'] == {'rnorth M': 0.4} and best['metrics'] == {'rnorth M': 0.9} and best['epoch'] == 1
+    assert last['data'] == {'world': digest_of(tiny)} and last['params']['epochs'] == 3 and last['params']['margin'] is None and 'device' not in last['params']
+    assert last['recipe']['seed'] == 1 and last['result']['classes'] > 1
+    a, b = load_model(out).state_dict(), load_model(out/'best').state_dict(); assert a.keys() == b.keys() and not same(a, b), 'best and last are two epochs'
+
+def test_decode_on_the_gpu_falls_back_and_says_so(world, capfd):
+    with pytest.raises(ParameterError, match="`decode` is 'tpu'"): train.run(train.Config(world=str(world), decode='tpu', **SMALL))
+    with pytest.raises(ParameterError, match='set `in_memory: false`'): train.run(train.Config(world=str(world), decode='gpu', **SMALL))
+    a, b = (train.run(train.Config(world=str(world), name=d, decode=d, in_memory=False, **SMALL)) for d in ('cpu', 'gpu'))
+    assert '`decode: gpu` was asked for, but training runs on the CPU' in capfd.readouterr().err and same(weights(a, 'arcface_v1'), weights(b, 'arcface_v1'))
+
+def test_photos_as_bytes_train_like_photos(world, monkeypatch):
+    "The path of the GPU decoder, run on the CPU: nearly the same photos give nearly the same loss, and a photo cut off is left out."
+    path = image_path(world/'v1'/'train', pd.read_csv(world/'v1'/'train.csv', dtype=str).id[0]); path.write_bytes(path.read_bytes()[:len(path.read_bytes())//2])
+    args = {**SMALL, 'in_memory': False, 'augment': 'middle', 'lr': 0., 'lr_end': 0., 'frozen_bn': True, 'epochs': 1}
+    plain = train.run(train.Config(world=str(world), name='plain', **args))
+    monkeypatch.setattr(train, '_kind', lambda cfg: train.EncodedPhotos)
+    encoded = train.run(train.Config(world=str(world), name='encoded', **args, n_loaders=1))
+    a, b = (pd.read_csv(d/'arcface_v1'/'metrics.csv') for d in (plain, encoded)); np.testing.assert_allclose(a.loss, b.loss, rtol=0.05)
+    assert pd.read_csv(encoded/'arcface_v1'/'unreadable.csv').path.tolist() == [str(path)]
+
+def test_curves_come_to_the_notebook_while_it_trains(tmp_path):
+    "A cell that trains shows one picture and renews it before it has ended."
+    import nbformat
+    from nbclient import NotebookClient
+    cell = f"""import time
+from landmark.parts.watching import Watch, watching
+with watching({str(tmp_path)!r}, ['m'], every=.1):
+    watch, rows = Watch({str(tmp_path/'.logs'/'m')!r}), []
+    for k in range(1, 4):
+        rows.append(dict(epoch=0, step=k, loss=1/k, accuracy=k/4, lr=.1)); watch(rows, 100.); time.sleep(.7)
+print('the block has ended')"""
+    renewed = []
+    class Client(NotebookClient):
+        def process_message(self, msg, *args):
+            renewed.append(msg['msg_type'] if 'stream' not in msg['msg_type'] else msg['content']['text'])
+            return super().process_message(msg, *args)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]); Client(nb, kernel_name='python3', timeout=60).execute()
+    before = renewed[:next(i for i, m in enumerate(renewed) if 'has ended' in m)]
+    assert before.count('display_data') == 1 and before.count('update_display_data') >= 3, before
+    assert [o.output_type for o in nb.cells[0].outputs] == ['display_data', 'stream'] and 'image/png' in nb.cells[0].outputs[0].data
