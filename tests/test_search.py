@@ -23,11 +23,11 @@ def test_killed_and_started_again_it_does_only_what_is_missing(tmp_path, monkeyp
     runs = tmp_path/'runs'; runs.mkdir(); (runs/'worlds').symlink_to(open_world('tiny', 1).parent) # drawn once for all tests
     monkeypatch.setenv('LANDMARK_RUNS', str(runs))
     first, t = call(runs, 'run', 'tiny', 'lr', '-j', '1'), time.time()
-    while len(list(runs.glob('tiny/seed1/stamps/train-lr-*.done'))) < 1 and first.poll() is None and time.time()-t < 120: time.sleep(0.1)
+    while len(list(runs.glob('tiny/seed1/stamps/train-lr-*.done'))) < 1 and first.poll() is None and time.time()-t < 300: time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL); said = first.communicate()[0]
     done = times(runs); assert 1 <= len(done) < 3, said[-2000:]
     assert len(search.table('tiny', 'lr')) == len(list(runs.glob('tiny/seed1/stamps/train-lr-*.done'))) < 3, 'the table shows what is finished'
-    again = call(runs, 'run', 'tiny', 'lr', '-j', '2'); said = again.communicate(timeout=300)[0]
+    again = call(runs, 'run', 'tiny', 'lr', '-j', '2'); said = again.communicate(timeout=600)[0]
     assert again.returncode == 0 and '0 of 3 trainings are not finished' in said, said[-3000:]
     after = times(runs); assert len(after) == 3 and {k: after[k] for k in done} == done, 'finished trials are not trained again'
     table = search.table('tiny', 'lr')

@@ -290,3 +290,16 @@ print('the block has ended')"""
     before = renewed[:next(i for i, m in enumerate(renewed) if 'has ended' in m)]
     assert before.count('display_data') == 1 and before.count('update_display_data') >= 3, before
     assert [o.output_type for o in nb.cells[0].outputs] == ['display_data', 'stream'] and 'image/png' in nb.cells[0].outputs[0].data
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    "Two batches of 6 whose gradients are added make the step of one batch of 12, with batch norm frozen."
+    same_for_both = dict(epochs=1, optimizer='sgd', lr=1e-2, lr_end=1e-2, dropout=0., frozen_bn=True, drop_uneven=True)
+    one, _, _ = train_stripes(tmp_path/'one', batch_size=12, **same_for_both); two, _, _ = train_stripes(tmp_path/'two', batch_size=6, accumulate=2, **same_for_both)
+    for k, v in one.items(): torch.testing.assert_close(v, two[k], rtol=1e-4, atol=1e-5)
+    assert not same(one, train_stripes(tmp_path/'three', batch_size=6, **same_for_both)[0])
+
+def test_bf16_follows_fp32(tmp_path):
+    still = dict(epochs=1, lr=0., lr_end=0., dropout=0., frozen_bn=True)
+    (_, a, _), (net, b, trainer) = train_stripes(tmp_path/'a', **still), train_stripes(tmp_path/'b', precision='bf16', **still)
+    assert trainer.acc.mixed_precision == 'bf16' and all(v.dtype == torch.float32 for k, v in net.items() if v.is_floating_point()), 'weights stay in float32'
+    np.testing.assert_allclose(a.loss, b.loss, rtol=0.05); assert (a.loss != b.loss).any()
