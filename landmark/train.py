@@ -210,7 +210,7 @@ def train_model(
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
             net = Training(start_model(cfg, name), make_head(loss, cfg.dim, torch.bincount(classes), cfg.margin, cfg.s, cfg.label_smoothing))
-        recipe = recipe_of(cfg); watch = Watch(out/'.logs'/name, cfg.tensorboard)
+        recipe = recipe_of(cfg); watch = Watch(out/'.logs'/name, cfg.tensorboard and not int(os.environ.get('RANK', 0)))
         look = lambda model, epoch: benchmark_maps(model, open_world(cfg.world, cfg.seed), _side(listed(cfg.sizes)[-1]), cfg.batch_size, cfg.n_loaders)
         trainer = Trainer(net, photos, classes, recipe, out/'.state'/name, pick_device(cfg.device), on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
         table = trainer.run()

@@ -5,7 +5,7 @@ import pytest
 
 from landmark import graph, train
 from landmark.parts.batching import BINS3, BINS5, SIZES
-from landmark.parts.core import read_yaml, project_root
+from landmark.parts.core import project_root
 
 FISHNET, RESNET, SERESNEXT = 'fishnet150', 'resnet101.tv_in1k', 'legacy_seresnext101_32x4d'
 # model: backbone, pooling, loss, margin, cleaned with (verify, freq), epochs planned + scale-up, epochs run, augmentation, sizes, scale-up, parent's margin
@@ -36,7 +36,7 @@ def test_a_model_of_the_ensemble(name):
     assert parent.train_set == 'v1' and parent.epochs == 5 and not parent.scale_up and loss in train.listed(parent.loss), 'it starts from its own loss on v1'
     assert (parent.backbone, parent.pooling, parent.dim, parent.margin or 0.3) == (backbone, pooling, 512, parent_margin)
     assert parent.pretrained or parent.weights, 'v1 starts from ImageNet weights'
-    assert STEPS['extract', name].cfg.models, 'every model of the ensemble is extracted'
+    assert f'@train/{name}' in FILES['extract', 'ensemble']['models'], 'every model of the ensemble is extracted'
 
 
 @pytest.mark.parametrize('name', sorted(n for s, n in FILES if s == 'train'))
@@ -63,8 +63,11 @@ def test_the_sizes():
     assert BINS5 == (0.67, 0.77, 1.33, 1.5) and BINS3 == (0.77, 1.33)
 
 
-def test_the_comments_tell_the_weights():
-    weights = dict(v19c='0.5', v20c='1', v21c='1', v22c='0.5', v23c='1', v24c='1')
+@pytest.mark.parametrize('stage', ['rerank', 'recognize'])
+def test_the_weights_of_the_ensemble(stage):
+    weights = dict(v19c=0.5, v20c=1, v21c=1, v22c=0.5, v23c=1, v24c=1)
+    models = [m.removeprefix('@train/') for m in FILES['extract', 'ensemble']['models']]
+    assert dict(zip(models, FILES[stage, 'ensemble']['weights'], strict=True)) == weights
     for name, weight in weights.items():
-        path = project_root()/'params'/'gld'/'train'/f'{name}.yaml'
-        assert path.read_text(encoding='utf-8').splitlines()[0].startswith(f'# {name} of the ensemble, weight {weight}') and read_yaml(path)
+        first = (project_root()/'params'/'gld'/'train'/f'{name}.yaml').read_text(encoding='utf-8').splitlines()[0]
+        assert first.startswith(f'# {name} of the ensemble, weight {weight:g}')

@@ -67,6 +67,7 @@ def make_backbone(
     **changes,               # of a timm network, such as depth=2
 )->Backbone: # the network, ready to be pooled
     "A backbone by name."
+    if sha256 and not weights: raise ValueError("`sha256` pins a local file of weights, but `weights` is empty: give the file, or leave `sha256` out.")
     if name == 'fishnet150':
         from landmark.parts.fishnet import fishnet150
         net = fishnet150(); channels, cfg = net.channels if stages else net.channels[-1], dict(mean=(.485, .456, .406), std=(.229, .224, .225))
