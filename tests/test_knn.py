@@ -59,6 +59,33 @@ def test_a_base_on_disk_larger_than_the_limit(tmp_path):
     assert (search(x[:50], x, 5, 'cpu', memory_mib=4)[1][:, 0] == np.arange(50)).all()
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_every_kind_of_base(method, tmp_path):
+    "Arrays of both types, memory maps, a store and a tensor, with ties that must be settled."
+    torch = pytest.importorskip('torch')
+    base, queries = np.repeat(l2n(rng.normal(size=(300, 48))), 3, 0).astype('f2').astype('f4'), l2n(rng.normal(size=(20, 48)))
+    want = slow_search(queries, base, 30)[1]
+    kinds = dict(f4=base, f2=base.astype('f2'), f8=base.astype('f8'), fortran=np.asfortranarray(base), store=write_store(tmp_path/'s', [str(i) for i in range(900)], base, {}, 250), list=base.tolist(),
+                 t4=torch.from_numpy(base.copy()), t2=torch.from_numpy(base.astype('f2')))
+    for name in ('f4', 'f2'): np.save(tmp_path/f'{name}.npy', kinds[name]); kinds['map '+name] = np.load(tmp_path/f'{name}.npy', mmap_mode='r')
+    for name, x in kinds.items(): np.testing.assert_array_equal(search(queries, x, 30, 'cpu', method)[1], want, err_msg=name)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_memory_stays_under_the_stated_limit(method, tmp_path):
+    "A base of 100 MiB on disk, 8 MiB of memory: what the process holds beyond the mapped file stays near the limit."
+    from landmark.parts.bench_search import AnonymousPeak, anonymous_mib
+    if not np.isfinite(anonymous_mib()): pytest.skip('this system does not tell mapped files from memory')
+    x = np.lib.format.open_memmap(tmp_path/'x.npy', 'w+', np.float32, (102400, 256)); block = l2n(rng.normal(size=(1024, 256)))
+    for i in range(100): x[i*1024:(i+1)*1024] = block[rng.permutation(1024)]*np.float32(1 - i/1000)
+    queries = block[:40].copy(); del x
+    base = np.load(tmp_path/'x.npy', mmap_mode='r')
+    search(queries, base[:2000], 5, 'cpu', method, memory_mib=8)                # compiles and allocates what stays
+    with AnonymousPeak() as memory: _, idxs = search(queries, base, 20, 'cpu', method, memory_mib=8)
+    assert memory.mib < 40, f'{memory.mib:.0f} MiB'
+    assert (idxs[:, 0] < 1024).all() and (np.diff(idxs // 1024, axis=1) >= 0).all()
+
+
 @pytest.mark.parametrize('k', [2048, 5000])
 def test_large_k(k):
     base, queries = l2n(rng.normal(size=(6000, 16))), l2n(rng.normal(size=(4, 16)))

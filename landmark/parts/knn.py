@@ -148,9 +148,9 @@ def exact_dots(
     idxs:np.ndarray,    # base row of each pair [m]
 )->np.ndarray: # float64 [m]
     "Inner products of pairs, accumulated in float64."
-    if type(base) is np.ndarray and base.dtype == np.float32: return _dots(queries, base, of, idxs)
+    if type(base) is np.ndarray and base.dtype == np.float32 and base.flags.c_contiguous and base.flags.writeable: return _dots(queries, base, of, idxs)   # one kind, compiled once
     out, order = np.empty(len(idxs), np.float64), np.argsort(idxs, kind="stable")
-    on_device = hasattr(base, "device")
+    on_device = hasattr(base, "is_cuda")            # a tensor; NumPy arrays have a `device` too
     step = max(1, 2**(28 if on_device else 26) // (8*queries.shape[1]))             # 256 or 64 MiB of rows at a time
     for i in range(0, len(order), step):
         o = order[i:i+step]
@@ -248,6 +248,7 @@ def _search(queries, way, width, half):
     if step < n: way.bar = lambda it, m: it                    # one bar: over the passes
     for i in bar(range(0, n, step), -(-n//step)):
         q = np.ascontiguousarray(queries[i:i+step], np.float32)
+        if not q.flags.writeable: q = q.copy()                 # a memory map
         if not np.isfinite(q).all(): raise SearchError(f"query {i+int(np.argmin(np.isfinite(q).all(1)))} is not finite")
         found = way.candidates(q, width, half)
         s, x, again = settle(q, way.base, *found, way.k, error_bound(q, way.seen, half), half)
