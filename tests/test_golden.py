@@ -653,7 +653,7 @@ def test_false_pairs_stay_at_chance(floats):
     n, false = inlier_counts(floats, ORIGINAL), RANSAC['is_true'] == 0
     assert n[false].max() <= max(RANSAC['inliers_seeds'][false].max(), RANSAC['inliers'][false].max()) + 1
     assert inlier_counts(floats, rule_for('delf'))[false].sum() <= n[false].sum()  # fewer by chance when degenerate maps are out
-    assert (RANSAC['n_correct'][false] == 0).all() and (RANSAC['n_correct'][~false] <= RANSAC['oracle_inliers'] + 5).all()
+    assert (RANSAC['n_correct'][false] == 0).all() and (RANSAC['n_correct'][~false] <= 1.05*RANSAC['oracle_inliers'] + 5).all()
 
 
 def test_the_planted_map_is_found(floats):
