@@ -233,18 +233,21 @@ def mine_tuples(
     x_pool:torch.Tensor,        # unit descriptors of the pool [p, d]
     labels:torch.Tensor,        # class id of every photo of the training set [n]
     n_negatives:int=5,          # negatives per query, all of different classes
+    block:int=512,              # queries at a time; bounds the memory
 )->torch.Tensor: # positions: query, positive, negatives [q, 2+n_negatives]
     "Hardest negatives of different classes, with the current descriptors."
     n_classes = len(torch.unique(labels[pool]))
     if n_classes <= n_negatives: raise ValueError(f"The pool shows {n_classes} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives.")
+    classes, of = labels[pool].unique(return_inverse=True)
     rows = []
-    for q, p, order in zip(queries.tolist(), positives.tolist(), (x_queries @ x_pool.T).argsort(dim=1, descending=True, stable=True)):
-        seen, row = {int(labels[q])}, [q, p]
-        for i in pool[order].tolist():
-            if len(row) == 2 + n_negatives: break
-            if (c := int(labels[i])) not in seen: seen.add(c); row.append(i)
-        rows.append(row)
-    return torch.tensor(rows)
+    for q, p, x in zip(*(v.split(block) for v in (queries, positives, x_queries))):
+        order = (x @ x_pool.T).argsort(dim=1, descending=True, stable=True)                          # [b, p]
+        place = torch.arange(len(pool), device=order.device).expand_as(order)
+        first = torch.full((len(q), len(classes)), len(pool), device=order.device).scatter_reduce_(1, of[order], place, 'amin')
+        first[classes[None] == labels[q][:, None]] = len(pool)                                       # not the query's own
+        hardest = order.gather(1, first.topk(n_negatives, largest=False).values)
+        rows.append(torch.cat([q[:, None], p[:, None], pool[hardest]], 1))
+    return torch.cat(rows) if rows else torch.zeros(0, 2+n_negatives, dtype=torch.long)
 
 # %% ../../nbs/parts/losses.ipynb #7b6045a0
 def draw_pairs(
