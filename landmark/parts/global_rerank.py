@@ -121,13 +121,12 @@ def superglobal_scores(
     m = x.shape[1]; k = min(k, m-1)
     gram = x @ x.transpose(0, 2, 1)
     gram[:, np.arange(m), np.arange(m)] = np.inf                                       # the image itself comes first
-    near = np.argsort(-gram, 2, kind="stable")[:, :, 1:k+1]
-    weights = np.zeros_like(gram)
-    np.put_along_axis(weights, near, np.float32(beta), 2)
-    weights[:, np.arange(m), np.arange(m)] = 1
-    refined = weights @ x/(1+beta*k)
+    near = np.argpartition(-gram, k, 2)[:, :, :k+1] if k else np.arange(m)[None, :, None]
+    sims = np.einsum("bd,bmd->bm", q, x)                                               # the query with a refined image is a mean of these
+    around = np.take_along_axis(np.broadcast_to(sims[:, None], gram.shape), near, 2).sum(2) if k else sims
+    refined = (sims + np.float32(beta)*(around - sims))/(1+beta*k)
     expanded = np.maximum(q, x[:, :max(k, 1)].max(1)) if m else q
-    return (np.einsum("bd,bmd->bm", q, refined) + np.einsum("bd,bmd->bm", expanded, x))/2
+    return (refined + np.einsum("bd,bmd->bm", expanded, x))/2
 
 @method("superglobal", "SuperGlobal", beyond=True)
 def superglobal(problem, topk, m_superglobal:int=400, k_superglobal:int=9, beta:float=0.15, batch:int=64):
