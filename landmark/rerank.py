@@ -233,6 +233,8 @@ def run(
         write_csv(pd.DataFrame(per_query, columns=["model", "method", "benchmark", "metric", "query_id", "ap"]), st.dir/"per_query.csv")
         write_csv(pd.DataFrame(times, columns=["model", "method", "n_queries", "seconds"]), st.dir/"times.csv")
         st.metrics.update(models=len({m[0] for m in metrics}), methods=len({m[1] for m in metrics}))
+        chosen = sorted((st.dir/"ranks").glob("*/thresholds.csv"))
+        if chosen and not cfg.insert_thresh: st.metrics["insert_thresh"] = best_threshold(pd.read_csv(chosen[-1]))
     return st.dir
 
 def main():

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'ORIGINAL', 'PAPER_VALUES', 'CONCLUSIONS',
            'TITLES', 'Config', 'read_all', 'paper', 'mean_sd', 'pivot', 'table_datasets', 'table_losses',
-           'table_training', 'table_reranking', 'table_cleaning', 'table_grid', 'table_recognition', 'table_parameters',
-           'differences', 'table_verdicts', 'as_markdown', 'make_tables', 'run', 'main']
+           'table_training', 'table_reranking', 'table_cleaning', 'table_grid', 'table_separation', 'table_restriction',
+           'table_recognition', 'table_parameters', 'differences', 'table_verdicts', 'as_markdown', 'make_tables',
+           'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #7246f69b
 import tempfile
@@ -147,6 +148,19 @@ def table_grid(grid:pd.DataFrame)->pd.DataFrame:
     p = paper('cleaning_grid').rename(columns=dict(verify_thresh='min_inliers', freq_thresh='min_verified', labels='labels (paper)', images='images (paper)', lb_private='Private (paper)'))
     return ours.merge(p[['min_inliers', 'min_verified', 'labels (paper)', 'images (paper)', 'Private (paper)']], how='left')
 
+def table_separation(sep:pd.DataFrame)->pd.DataFrame:
+    "How well the counts of each kind of local feature tell pairs of one place from pairs of different landmarks."
+    g = sep.groupby('kind', sort=False)
+    return pd.DataFrame(dict(images=g.images.mean().round(1), same=g.n_same.sum(), different=g.n_different.sum(), threshold=g.threshold.mean().round(1),
+                             found=g.found.apply(lambda x: mean_sd(x, digits=1)), auc=g.auc.apply(lambda x: mean_sd(x, 1, 3)))).reset_index().rename(columns=dict(
+        kind='local features', same='pairs of one place', different='pairs of different landmarks', threshold='inliers that 1 % of those reach', found='found above, %', auc='area under ROC'))
+
+def table_restriction(res:pd.DataFrame)->pd.DataFrame:
+    "What is left of the pairs of a label when only the nearest of all training images are asked (the original: 1000)."
+    g = res.groupby('n_neighbors', sort=False)
+    return pd.DataFrame(dict(pairs=g.pairs.mean().round(0), verified=g.verified.mean().round(0), p=g.pairs_share.apply(lambda x: mean_sd(x, digits=1)),
+                             v=g.verified_share.apply(lambda x: mean_sd(x, digits=1)))).reset_index().rename(columns=dict(n_neighbors='nearest of all', p='of the pairs, %', v='of the verified, %'))
+
 def table_recognition(rec:pd.DataFrame)->pd.DataFrame:
     "GAP of recognition, step by step; below the original's steps those that came later."
     df = rec[rec.metric == 'GAP']
@@ -253,7 +267,7 @@ def as_markdown(
     return '\n'.join(lines)
 
 TITLES = dict(datasets='Datasets', parameters='What differs from the paper', losses='Losses, trained on v1: mAP', training='Training sets, with ArcFace: mAP', cleaning='What cleaning kept',
-              grid='Cleaning: min_inliers × min_verified', reranking='Re-ranking: mAP', recognition='Recognition: GAP', one_aspect='Control: one aspect per landmark', no_noise='Control: no noise',
+              grid='Cleaning: min_inliers × min_verified', separation='Local features: what their counts tell apart', restriction='Neighbours asked: the nearest of all, or the whole label', reranking='Re-ranking: mAP', recognition='Recognition: GAP', one_aspect='Control: one aspect per landmark', no_noise='Control: no noise',
               verdicts='The paper\'s conclusions, on this data')
 
 def make_tables(read, n_boot:int)->dict:
@@ -261,7 +275,7 @@ def make_tables(read, n_boot:int)->dict:
     data, models, rerank = pd.concat([read('data', 'datasets.csv'), read('clean', 'datasets.csv')]), read('models', 'metrics.csv'), read('rerank', 'metrics.csv')
     one, calm = read('one_aspect', 'metrics.csv'), read('no_noise', 'metrics.csv')
     makers = dict(datasets=(data, table_datasets), losses=(models, table_losses), training=(models, table_training), cleaning=(read('clean', 'quality.csv'), table_cleaning),
-                  grid=(read('clean', 'grid.csv'), table_grid), reranking=(rerank, table_reranking), recognition=(read('recognize', 'metrics.csv'), table_recognition),
+                  grid=(read('clean', 'grid.csv'), table_grid), separation=(read('verify', 'separation.csv'), table_separation), restriction=(read('verify', 'restriction.csv'), table_restriction), reranking=(rerank, table_reranking), recognition=(read('recognize', 'metrics.csv'), table_recognition),
                   one_aspect=(one, lambda d: pivot(d, 'method', _columns(d, RETRIEVAL))), no_noise=(calm, lambda d: pivot(d, 'model', _columns(d, RETRIEVAL | REVISITED))))
     tables = {k: make(df) for k, (df, make) in makers.items() if len(df)}
     v = table_verdicts({k: read(k, 'per_query.csv') for k in ('models', 'rerank', 'one_aspect', 'no_noise')}, n_boot)
@@ -280,7 +294,7 @@ def run(
         with tempfile.TemporaryDirectory() as tmp:
             if made_up: dirs |= _made_up(Path(tmp), cfg.seed); st.metrics['made_up'] = True
             tables = make_tables(lambda field, file: read_all(dirs[field], file, tiny=made_up), cfg.n_boot)
-            used = table_parameters({f: read_json(Path(dirs[f][-1])/'manifest.json') for f in ('train', 'verify', 'clean', 'rerank', 'recognize') if dirs[f]})
+            used = table_parameters({f: read_json(Path(dirs[f][0 if f == 'verify' else -1])/'manifest.json') for f in ('train', 'verify', 'clean', 'rerank', 'recognize') if dirs[f]})
             if len(used): tables['parameters'] = used
         for k, t in tables.items(): write_csv(t, st.dir/f'{k}.csv'); write_text(st.dir/f'{k}.md', as_markdown(k, t) + '\n')
         write_text(st.dir/'tables.md', '\n\n'.join(f'## {TITLES[k]}\n\n{as_markdown(k, t)}' for k, t in tables.items()) + '\n')
