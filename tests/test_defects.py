@@ -30,7 +30,7 @@ from landmark import graph
 from landmark.parts import cleaning, losses, pooling
 from landmark.parts.backbones import freeze_batch_norm, make_model, train_mode
 from landmark.parts.batching import GroupedBatchSampler, grouped_batches
-from landmark.parts.core import project_root
+from landmark.parts.core import code_files, project_root
 from landmark.parts.engine import load_checkpoint, load_model, save_checkpoint, save_model
 from landmark.parts.expansion import alpha_qe, augment_index, expand
 from landmark.parts.graph_rerank import affinity, egt
@@ -417,7 +417,7 @@ def test_defect_15_every_parameter_is_read():
         module = importlib.import_module(f'landmark.{stage}')
         source = Path(module.__file__).read_text()
         cells = [c.source for c in nbformat.read(home.parent/'nbs'/f'{notebook}.ipynb', 4).cells if c.cell_type == 'code' and 'cfg.' in c.source and not c.source.startswith(('%', '#| export'))]
-        used = [source, *cells] + ([(home/'parts'/'engine.py').read_text()] if stage == 'train' else [])
+        used = [source, *cells] + [t for f in code_files(module.__name__).values() if 'recipe.' in (t := f.read_text())]      # training hands its parameters on as a recipe
         assert not unread_fields([f.name for f in dataclasses.fields(module.Config)], *used), stage
     assert unread_fields(['freeze_bn', 'lr'], 'def run(cfg): return cfg.lr') == {'freeze_bn'}
 
