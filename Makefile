@@ -13,7 +13,6 @@ CORES   ?= all
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 BIN     := $(abspath $(VENV))/bin
 STAMP   := $(VENV)/.landmark-$(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
-HERE    := $(VENV)/.at-$(shell pwd | cksum | cut -d' ' -f1)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
