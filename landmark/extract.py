@@ -193,6 +193,7 @@ def jobs_of(
     todo = [j for j in jobs if j[5] in missing[Path(j[3])]]
     return sorted(todo, key=lambda j: (cfg.splits.index(j[4]), j[5])) if cfg.in_memory else todo
 
+# %% ../nbs/04_extract.ipynb #a1c0def1
 def run(
     cfg:Config, # a config
 )->Path: # the artifact's directory

@@ -256,6 +256,7 @@ def _made_up(dir:Path, seed:int)->dict:
         write_json(dir/k/'manifest.json', dict(config=dict(seed=seed), metrics=dict(made_up=True), outputs={}))
     return {k: [str(dir/k)] for k in tables}
 
+# %% ../nbs/07_tables.ipynb #a1c0def3
 def as_markdown(
     name:str,       # of a table
     t:pd.DataFrame, # the table

@@ -272,6 +272,7 @@ def run(
         st.metrics.update({r.model: dict(loss=r.loss, accuracy=r.accuracy) for r in table.itertuples()})
     return st.dir
 
+# %% ../nbs/03_train.ipynb #a1c0def2
 def _agree(cfg, todo):
     "All processes hear from the first whether there is anything to train."
     from accelerate import PartialState

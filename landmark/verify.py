@@ -204,6 +204,7 @@ def extract_local(cfg:Config, out:Path, df:pd.DataFrame, shards:list, world:Path
         write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out/'delf_loss.csv'); d.save_delf(made, out/'delf', trunk=cfg.trunk)
     d.extract_many_delf(d.load_delf(ready, backbone.net), paths, ids, out/'local', cfg.max_keypoints, cfg.max_side, 256, shards, device=device)
 
+# %% ../nbs/01_verify.ipynb #a1c0def4
 def _verify_chunks(cfg, out, df, chunks, rule, world):
     "Local features and counts of some chunks; returns seconds spent on each."
     labels, size, t = df.landmark_id.to_numpy(), 256, time.perf_counter()

@@ -81,6 +81,7 @@ def _gpu_mib(device, peak:bool=False)->float: # MiB in use, or the most since it
     if peak: return torch.cuda.max_memory_allocated()/2**20
     torch.cuda.reset_peak_memory_stats(); return torch.cuda.memory_allocated()/2**20
 
+# %% ../../nbs/parts/bench.ipynb #a1c0def7
 def compare(
     name:str, size:str,   # family/what, and how large
     ours, plain=None,     # functions without arguments, over the same inputs

@@ -92,6 +92,7 @@ def strongest(
         if len(kept) >= n or m >= len(k): return top[kept[:n]]
         m *= 2
 
+# %% ../../nbs/parts/delf.ipynb #a1c0def8
 class Delf(nn.Module):
     "Local features of images by a trunk, an attention and a projection."
     kind = 'delf'

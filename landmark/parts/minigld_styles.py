@@ -102,6 +102,7 @@ def palace(L, r)->list:
         B += [_block(L, 'wing', x0, x1, -1, d+2, 0, hh), hip(x0-.3, x1+.3, -1.3, d+2.3, hh, hh+v*r.uniform(.5, .9), roof, v*.4, v*.4)]
     return B
 
+# %% ../../nbs/parts/minigld_styles.ipynb #a1c0def5
 def mosque(L, r)->list:
     w, h = r.uniform(15, 22), r.uniform(7, 10); d, R = w*r.uniform(.9, 1.1), w*r.uniform(.24, .34)
     L.pal = dict(L.pal, kind=str(r.choice(['tile', 'striped', 'ashlar'])), second=BRIGHT[r.choice([1, 3, 2])])

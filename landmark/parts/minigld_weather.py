@@ -154,6 +154,7 @@ def tree(i:int)->np.ndarray: # RGBA [260, 220, 4]
         cv2.ellipse(im, (int(x), int(y)), (int(r.uniform(6, 14)), int(r.uniform(4, 9))), r.uniform(0, 180), 0, 360, rgba(c), -1, cv2.LINE_AA)
     return im
 
+# %% ../../nbs/parts/minigld_weather.ipynb #a1c0def6
 @lru_cache(maxsize=8)
 def lamp(i:int)->np.ndarray: # RGBA [240, 60, 4]
     "A street lamp."
