@@ -48,7 +48,6 @@ test: setup
 	@echo "== export: does landmark/ mirror nbs/?"
 	@$(BIN)/python tests/check_export.py
 	@echo "== notebooks"
-	@$(BIN)/python -c "from landmark.parts.dataset import open_world; open_world()"     # drawn once, before notebooks run side by side
 	@$(BIN)/nbdev_test --n_workers $(JOBS) --pause 0.1
 	@echo "== tests"
 	@$(BIN)/python -m pytest

@@ -4,7 +4,6 @@
 # One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
 import os
 from landmark import graph, search
-from landmark.parts.dataset import open_world
 
 os.environ.pop("LANDMARK_WORLD", None)             # a profile names its worlds itself
 
@@ -15,8 +14,6 @@ try:
     STEPS = graph.prepare(search.plan(profile, wanted, seeds) if wanted else graph.plan(profile, seeds, only))
 except graph.ParameterError as e:
     raise WorkflowError(str(e))
-if not all(s.stamp.exists() for s in STEPS):
-    open_world("tiny", 1)                          # the examples in the notebooks look at it: drawn once, before kernels start side by side
 
 os.environ.setdefault("TQDM_MININTERVAL", "5")     # progress in a log: a line now and then
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # two stages side by side do not spin for a core

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import landmark.parts
 from .parts.bench import FAMILIES, REGISTRY, Row, device_name
-from .parts.core import ParameterError, code_files, log, open_stage, pick_device, project_root, stage_config, write_text
+from .parts.artifacts import code_files, open_stage
+from .parts.core import ParameterError, log, pick_device, project_root, stage_config, write_text
 from .parts.plots import to_markdown
 
 # %% ../nbs/08_benchmark.ipynb #c96aa950

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.cleaning import clean_images, clean_table, count_verified, first_copies, needed_pairs, partners_within, precision_recall, quality_table, read_pairs, reasons, threshold_grid, write_pairs
-from .parts.core import ParameterError, artifact, is_tiny, open_stage, read_json, stage_config, stage_main, write_csv
+from .parts.artifacts import artifact, open_stage
+from .parts.core import ParameterError, is_tiny, read_json, stage_config, stage_main, write_csv
 from .parts.dataset import open_world, read_images, read_truth
 from .parts.local_features import extract_many, open_local
 from .parts.verification import verify_pairs

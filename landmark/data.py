@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.core import ParameterError, default_world, log, open_stage, parallel_map, project_root, stage_config, stage_main, write_csv
+from .parts.artifacts import open_stage
+from .parts.core import ParameterError, default_world, log, parallel_map, project_root, stage_config, stage_main, write_csv
 from .parts.dataset import benchmarks, read_images, read_table, read_truth, splits
 from .parts.images import ImageError, image_size, read_image
 from .parts.local_features import extract

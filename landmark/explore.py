@@ -18,7 +18,8 @@ import pandas as pd
 
 from .parts.cleaning import clean_table
 from .parts.collection import choose_pairs, clean_labels, groups_of, nearest_photos, verify_both_ways, vote
-from .parts.core import ParameterError, artifact, hash8, is_tiny, log, make_config, open_stage, project_root, read_json, runs_dir, stage_config, stage_dir, stage_main, write_csv
+from .parts.artifacts import artifact, open_stage, stage_dir
+from .parts.core import ParameterError, hash8, is_tiny, log, make_config, project_root, read_json, runs_dir, stage_config, stage_main, write_csv
 from .parts.dataset import open_world, read_images
 from .parts.gallery import data_uri, move_pictures
 from .parts.images import ImageError, image_path, read_image

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .parts.backbones import make_model
-from .parts.core import (ParameterError, artifact, is_tiny, log, open_stage, parallel_map, pick_device, progress, read_json, stage_config, stage_dir, stage_main,
-                                 write_csv)
+from .parts.artifacts import artifact, open_stage, stage_dir
+from .parts.core import ParameterError, is_tiny, log, parallel_map, pick_device, progress, read_json, stage_config, stage_main, write_csv
 from .parts.dataset import image_paths, open_world, read_boxes, read_ids, read_images, splits as world_splits
 from .parts.engine import load_model, save_model
 from .parts.extraction import extract, group_sizes, side_sizes

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd, yaml
-from .parts.core import ParameterError, changed, code_hash, hash8, log, make_config, project_root, read_json, read_yaml, runs_dir, stage_dir, write_text
+from .parts.artifacts import changed, code_hash, identity, stage_dir
+from .parts.core import ParameterError, hash8, log, make_config, project_root, read_json, read_yaml, runs_dir, write_text
 
 # %% ../nbs/graph.ipynb #2ed3f73e
 STAGES = dict(data='00_data', verify='01_verify', clean='02_clean', train='03_train', extract='04_extract',
@@ -102,7 +103,7 @@ def plan(
         cfg = _config(profile, stage, name, seed, _resolve(params, ups))
         if stage not in codes: codes[stage] = code_hash(f'landmark.{stage}')
         step = Step(stage, name, seed, cfg, [u for us in ups.values() for u in us])
-        step.fingerprint = hash8([changed(cfg), codes[stage], [u.fingerprint for u in step.upstream]])
+        step.fingerprint = hash8([identity(cfg), codes[stage], [u.fingerprint for u in step.upstream]])
         done[stage, name, seed] = step
         return step
     for (stage, name) in files:

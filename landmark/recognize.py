@@ -11,7 +11,8 @@ from dataclasses import field
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .parts.core import ParameterError, artifact, is_tiny, log, open_stage, stage_config, stage_main, write_csv
+from .parts.artifacts import artifact, open_stage
+from .parts.core import ParameterError, is_tiny, log, stage_config, stage_main, write_csv
 from .parts.dataset import landmark_names, open_world, read_images, read_recognition_solution, read_truth, train_set
 from .parts.knn import search
 from .parts.local_features import extract_many, open_local

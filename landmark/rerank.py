@@ -12,7 +12,8 @@ from dataclasses import field
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .parts.core import ParameterError, artifact, atomic_path, is_tiny, log, open_stage, progress, stage_config, stage_main, write_csv
+from .parts.artifacts import artifact, open_stage
+from .parts.core import ParameterError, atomic_path, is_tiny, log, progress, stage_config, stage_main, write_csv
 from .parts.dataset import benchmarks, open_world, read_images, read_retrieval_solution, read_revisited, read_truth, train_set
 from .parts.metrics import map_at_k, mean_of, revisited
 from .parts.rerank import METHODS, Problem, rank

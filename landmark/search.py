@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from . import graph, train
-from .parts.core import (ParameterError, changed, code_hash, hash8, log, make_config, pick_device, project_root, read_json, read_yaml,
-                                 runs_dir, write_csv, write_json)
+from .parts.artifacts import code_hash
+from .parts.core import ParameterError, hash8, log, make_config, pick_device, project_root, read_json, read_yaml, runs_dir, write_csv, write_json
 from .parts.batching import size_table
 from .parts.dataset import open_world, read_images, read_retrieval_solution
 from .parts.checkpoints import load_model

@@ -15,7 +15,8 @@ from dataclasses import field
 from pathlib import Path
 
 import numpy as np, pandas as pd
-from .parts.core import ParameterError, artifact, is_tiny, open_stage, project_root, read_json, stage_config, stage_main, write_csv, write_json, write_text
+from .parts.artifacts import artifact, open_stage
+from .parts.core import ParameterError, is_tiny, project_root, read_json, stage_config, stage_main, write_csv, write_json, write_text
 from .parts.plots import to_markdown
 from .parts.verdicts import bootstrap_interval, verdict
 

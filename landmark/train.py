@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .parts.backbones import make_model
-from .parts.core import (UNHASHED, ParameterError, artifact, digest_of, log, open_stage, parallel_map, pick_device, read_json, stage_config, stage_dir, stage_main,
-                                 write_csv, write_json)
+from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
+from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, stage_config, stage_main, write_csv, write_json
 from .parts.dataset import benchmarks, open_world, read_images, read_revisited, train_set as read_train_set
 from .parts.decoding import EncodedPhotos, why_not
 from .parts.checkpoints import load_model, save_model

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.cleaning import first_copies, partners_among_all, partners_within, read_pairs, write_pairs
-from .parts.core import ParameterError, artifact, atomic_path, code_hash, log, open_stage, pick_device, progress, project_root, read_json, stage_config, stage_dir, stage_main, write_csv
+from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
+from .parts.core import ParameterError, atomic_path, log, pick_device, progress, project_root, read_json, stage_config, stage_main, write_csv
 from .parts.dataset import open_world, read_images, read_truth
 from .parts.images import read_image
 from .parts.local_features import extract, extract_many, open_local, open_meta, write_shard

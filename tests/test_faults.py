@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from landmark import graph
-from landmark.parts import core
+from landmark.parts import artifacts, core
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,12 +60,28 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_text() == 'old' and os.listdir(tmp_path) == ['a.csv']
 
 
+def test_two_notebooks_that_want_the_same_world_draw_it_once(tmp_path):
+    code = """if True:
+        import sys, time; from landmark.parts import dataset, minigld      # slow imports first, so that both ask at the same moment
+        print('ready', flush=True); sys.stdin.readline()
+        world = dataset.open_world('tiny'); print((world/'world.json').stat().st_ino, flush=True); sys.stdin.readline()
+        print((world/'world.json').stat().st_ino, len(dataset.read_images(world, 'index')), flush=True)"""
+    env = {**os.environ, 'LANDMARK_RUNS': str(tmp_path), 'PYTHONPATH': str(ROOT)}
+    both = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    def tell(): [(p.stdin.write('go\n'), p.stdin.flush()) for p in both]
+    assert [p.stdout.readline() for p in both] == ['ready\n']*2
+    tell(); drawn = [p.stdout.readline().strip() for p in both]
+    tell(); later = [p.communicate()[0].split() for p in both]
+    assert drawn[0] == drawn[1] == later[0][0] == later[1][0], 'one world, and nobody replaced it'
+    assert later[0][1] == later[1][1] != '0' and not list(tmp_path.glob('worlds/*.tmp'))
+
+
 def test_an_artifact_without_manifest_is_no_artifact(tmp_path, monkeypatch):
     monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path))
     from landmark.tables import Config
     (tmp_path/'x').mkdir()
-    with pytest.raises(core.ParameterError, match='unfinished, or no artifact'): core.artifact(Config(), str(tmp_path/'x'))
-    with pytest.raises(core.ParameterError, match='is not there'): core.artifact(Config(), str(tmp_path/'y'))
+    with pytest.raises(core.ParameterError, match='unfinished, or no artifact'): artifacts.artifact(Config(), str(tmp_path/'x'))
+    with pytest.raises(core.ParameterError, match='is not there'): artifacts.artifact(Config(), str(tmp_path/'y'))
 
 
 def test_a_gpu_that_is_not_there():

@@ -219,7 +219,7 @@ def test_a_size_the_network_cannot_take(world):
 def test_two_runs_in_one_folder_wait_for_each_other(world, capfd):
     import threading
     from filelock import FileLock
-    from landmark.parts.core import stage_dir
+    from landmark.parts.artifacts import stage_dir
     cfg = train.Config(world=str(world), name='shared', **SMALL); d = stage_dir('train', cfg); d.parent.mkdir(parents=True)
     with FileLock(str(d.parent/f'.{d.name}.lock')):                          # another run is at work
         second = threading.Thread(target=train.run, args=(cfg,)); second.start(); time.sleep(1.5)
@@ -229,7 +229,7 @@ def test_two_runs_in_one_folder_wait_for_each_other(world, capfd):
 
 def test_a_checkpoint_of_something_else(world):
     "A state folder that holds another network's checkpoint, or half of one, stops the run with a sentence."
-    from landmark.parts.core import stage_dir
+    from landmark.parts.artifacts import stage_dir
     whole = train.run(train.Config(world=str(world), name='whole', **SMALL)); state = whole/'.state'/'arcface_v1'/'last.pt'; good = torch.load(state, weights_only=True)
     def with_state(content):
         for p in (whole/'manifest.json', whole/'arcface_v1'/'card.json'): p.unlink(missing_ok=True)
@@ -242,7 +242,8 @@ def test_a_checkpoint_of_something_else(world):
     assert with_state(good) == whole
 
 def test_card_and_best_epoch(tmp_path, monkeypatch):
-    from landmark.parts.core import digest_of, read_json
+    from landmark.parts.artifacts import digest_of
+    from landmark.parts.core import read_json
     from landmark.parts.dataset import open_world
     from landmark.parts.checkpoints import load_model
     tiny = open_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .core import ParameterError, default_world, progress, project_root, runs_dir
+from .core import ParameterError, default_world, locked, progress, project_root, runs_dir
 from .images import image_path
 
 # %% ../../nbs/parts/dataset.ipynb #1df50836
@@ -26,7 +26,10 @@ def open_world(
     name = default_world() if world == 'default' else world
     if name in minigld.WORLDS:
         out = runs_dir()/'worlds'/f'{name}-seed{seed}-{minigld.VERSION}'
-        if not (out/'world.json').exists(): minigld.draw_world(out, minigld.WORLDS[name], seed)
+        there = (out/'world.json').exists
+        if not there():
+            with locked(out):
+                if not there(): minigld.draw_world(out, minigld.WORLDS[name], seed)
         return out
     path = Path(name) if Path(name).is_absolute() else project_root()/name
     if not path.is_dir(): raise ParameterError(f'world is {world!r}: neither a drawn world ({", ".join(minigld.WORLDS)}) nor a folder')
