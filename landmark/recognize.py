@@ -20,6 +20,7 @@ from .parts.matching import rule_for
 from .parts.metrics import gap
 from .parts.recognition import choose_limit, distractor_rule, minus_non_landmarks, recognise
 from .parts.store import Rows, concat_stores, l2n, open_store, rows_of, write_store
+from .parts.submission import write_recognition
 from .parts.verification import verify_pairs
 
 # %% ../nbs/06_recognize.ipynb #91e633e5
@@ -198,11 +199,9 @@ def run(
             rows += [(m, usage, "GAP", value, n, m == BEYOND) for usage, (value, n) in judge(solution, labels, scores).items()]
             right = [int(l) in t for l, t in zip(labels, map(set, solution.landmarks))]
             per_query.append(pd.DataFrame(dict(method=m, usage=solution.usage, query_id=solution.image_id, landmark_id=labels, score=scores, correct=right, has_landmark=solution.landmarks.map(bool))))
-        labels, scores = steps["+ distractor rule"]
-        answer = ["" if l < 0 else f"{l} {s:.9f}" for l, s in zip(labels, scores)]
         write_csv(pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n", "beyond"]), st.dir/"metrics.csv")
         write_csv(pd.concat(per_query), st.dir/"per_query.csv")
-        write_csv(pd.DataFrame(dict(id=solution.image_id, landmarks=answer)), st.dir/"predictions.csv")
+        write_recognition(st.dir/"predictions.csv", solution.image_id, *steps["+ distractor rule"])
         write_csv(voters, st.dir/"voters.csv")
         write_csv(pd.DataFrame(curve.items(), columns=["most", "public_gap"]), st.dir/"limits.csv")
     return st.dir

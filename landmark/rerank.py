@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 from .parts.artifacts import artifact, open_stage
 from .parts.core import ParameterError, atomic_path, is_tiny, log, progress, stage_config, stage_main, write_csv
-from .parts.dataset import benchmarks, open_world, read_images, read_retrieval_solution, read_revisited, read_truth, train_set
+from .parts.dataset import benchmarks, open_world, read_ids, read_images, read_retrieval_solution, read_revisited, read_truth, train_set
 from .parts.metrics import map_at_k, mean_of, revisited
 from .parts.rerank import METHODS, Problem, rank
 from .parts import global_rerank                 # registers the methods beyond the paper
 from .parts.store import Rows, concat_stores, l2n, open_store, rows_of, write_store
+from .parts.submission import write_retrieval
 from .parts.whitening import learn_pca
 
 # %% ../nbs/05_rerank.ipynb #687b78c7
@@ -35,6 +36,7 @@ class Config:
     methods: list[str] = field(default_factory=list)  # registered methods; all if none is named
     clean: str = ""          # artifact of 02_clean: only its images and labels vote; empty: all training images
     queries: str = "scored"  # scored: queries that have an answer; all: every test image
+    submit: list[str] = field(default_factory=list)   # methods whose lists are written as a submission, too
     topk: int = 100          # length of the lists
     alpha: float = 3.0       # αQE, DBA: exponent of the similarities
     n_qe: int = 10           # αQE, DBA: neighbours
@@ -76,7 +78,9 @@ def methods_of(cfg:Config)->list: # names
     "The methods asked for, or all."
     unknown = [m for m in cfg.methods if m not in METHODS]
     if unknown: raise ParameterError(f"rerank: there is no method {', '.join(unknown)}; registered are {', '.join(METHODS)}")
-    return list(cfg.methods or METHODS)
+    asked = list(cfg.methods or METHODS)
+    if absent := [m for m in cfg.submit if m not in asked]: raise ParameterError(f"rerank: `submit` names {', '.join(absent)}, which is not among the methods of this run: {', '.join(asked)}")
+    return asked
 
 # %% ../nbs/05_rerank.ipynb #19cea9c4
 def _made_up(world:Path, out_dir:Path, seed:int)->Path:
@@ -182,6 +186,7 @@ def rank_landmarks(cfg, world, model, stores, clean, out, params, times):
     for name in progress(methods_of(cfg), f"rank {model}"):
         if METHODS[name].needs_labels and problem.train is None: continue
         ranks = _ranked(out/"ranks"/model/f"{name}.npy", problem, name, cfg.topk, params, times)
+        if name in cfg.submit: write_retrieval(out/f"submission-{model}-{name}.csv", table.query_id, ranks, stores["index"].ids, read_ids(world, "test"))
         _, aps = map_at_k(ranks, positives, cfg.topk, per_query=True)
         for u in ("Public", "Private"):
             scored = np.r_[aps[(usage == u) & np.isfinite(aps)], np.zeros(int((unread == u).sum()))]

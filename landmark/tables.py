@@ -80,7 +80,7 @@ def pivot(
     for (bench, metric), title in columns.items():
         part = df[(df.benchmark == bench) & (df.metric == metric)]
         out[title] = part.groupby(row).value.apply(mean_sd)
-    return pd.DataFrame(out).rename_axis(row).reset_index().fillna('–')
+    return pd.DataFrame(out, dtype=object).rename_axis(row).reset_index().fillna('–')
 
 # %% ../nbs/07_tables.ipynb #e8c42d39
 RETRIEVAL = {('gld_private', 'mAP@100'): 'Private', ('gld_public', 'mAP@100'): 'Public'}
@@ -187,6 +187,7 @@ def table_parameters(
         if stage not in manifests or name not in manifests[stage]['config']: continue
         man = manifests[stage]; ours, chosen = man['config'][name], man['metrics'].get(name)
         if ours is None: ours, chosen = chosen, None                             # left open: the stage says what it took
+        if isinstance(ours, (list, tuple)): ours = ', then '.join(map(str, ours))
         rows.append((stage, name, ours if chosen is None or chosen == ours else f'{chosen} (chosen on Public)', theirs))
     return pd.DataFrame(rows, columns=['stage', 'parameter', 'here', 'paper'])
 

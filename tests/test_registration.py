@@ -7,7 +7,11 @@ import pytest
 
 from landmark import benchmark, rerank, tables
 from landmark.parts import bench_rerank
+from landmark.parts.core import ParameterError
+from landmark.parts.dataset import open_world, read_ids, read_retrieval_solution
+from landmark.parts.metrics import map_of_submission
 from landmark.parts.rerank import METHODS, Problem, method, rank
+from landmark.parts.submission import read_retrieval
 
 
 @pytest.fixture
@@ -54,3 +58,16 @@ def test_the_interface_is_checked():
     try:
         with pytest.raises(ValueError, match='method short returned'): rank(p, 'short', 5)
     finally: del METHODS['short']
+
+
+def test_a_submitted_list_scores_what_the_table_says(tmp_path, monkeypatch):
+    monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path)); monkeypatch.setenv('LANDMARK_WORLD', 'tiny')
+    with pytest.raises(ParameterError, match='`submit` names sort'): rerank.run(rerank.Config(world='tiny', methods=['baseline'], submit=['sort']))
+    out, world = rerank.run(rerank.Config(world='tiny', methods=['baseline', 'sort+insert'], models=['arcface_v2'], submit=['sort+insert'])), open_world('tiny')
+    assert [p.name for p in out.glob('submission-*')] == ['submission-arcface_v2-sort+insert.csv']
+    sent = read_retrieval(out/'submission-arcface_v2-sort+insert.csv', read_ids(world, 'test'), read_ids(world, 'index')).set_index('image_id').images
+    m, solution = pd.read_csv(out/'metrics.csv'), read_retrieval_solution(world)
+    for u in ('Public', 'Private'):
+        truth = solution[solution.usage == u].set_index('image_id').images
+        want = m[(m.method == 'sort+insert') & (m.benchmark == f'gld_{u.lower()}')].value.item()
+        assert map_of_submission(sent.to_dict(), truth.to_dict()) == pytest.approx(want, abs=1e-12) and 0 < want < 1
