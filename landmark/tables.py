@@ -6,8 +6,7 @@
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'ORIGINAL', 'PAPER_VALUES', 'CONCLUSIONS',
            'TITLES', 'Config', 'read_all', 'paper', 'mean_sd', 'pivot', 'table_datasets', 'table_losses',
            'table_training', 'table_reranking', 'table_cleaning', 'table_grid', 'table_separation', 'table_restriction',
-           'table_recognition', 'table_parameters', 'differences', 'table_verdicts', 'as_markdown', 'make_tables',
-           'run', 'main']
+           'table_recognition', 'table_parameters', 'table_verdicts', 'as_markdown', 'make_tables', 'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #7246f69b
 import tempfile
@@ -18,7 +17,7 @@ import numpy as np, pandas as pd
 from .parts.artifacts import artifact, open_stage
 from .parts.core import ParameterError, is_tiny, project_root, read_json, stage_config, stage_main, write_csv, write_json, write_text
 from .parts.plots import to_markdown
-from .parts.verdicts import bootstrap_interval, verdict
+from .parts.verdicts import bootstrap_interval, differences, verdict
 
 # %% ../nbs/07_tables.ipynb #20bcf4b9
 @stage_config
@@ -209,18 +208,6 @@ CONCLUSIONS = [ # statement, table it is read from, A, B (A is better than B), c
     ('control: with one aspect, inserting gains nothing', 'one_aspect', 'sort+insert',     'sort',             True),
     ('control: without noise, cleaning gains nothing',    'no_noise',   'arcface_v1+v2-clean', 'arcface_v1+v2', True),
 ]
-
-def differences(
-    per_query:pd.DataFrame,   # per_query.csv of 05_rerank, stacked over seeds
-    key:str, a:str, b:str,    # column "model" or "method", and the two values to compare
-    benchmark:str='gld_private', metric:str='mAP@100',
-)->list: # one array of paired differences per seed
-    "AP of A minus AP of B, query by query."
-    df = per_query[(per_query.benchmark == benchmark) & (per_query.metric == metric)]
-    wide = df[df[key].isin([a, b])].pivot_table(index=['seed', 'query_id'], columns=key, values='ap')
-    if not {a, b} <= set(wide.columns): return []
-    if wide[[a, b]].isna().any().any(): raise ValueError(f'{a} and {b} were not judged by the same queries')
-    return [(g[a] - g[b]).to_numpy() for _, g in wide.groupby('seed')]
 
 def table_verdicts(
     per_query:dict, # table name → stacked per_query.csv
