@@ -72,11 +72,12 @@ def read_rows(
 def save_rows(
     rows:list,  # rows of a run
     path:Path,  # reports/benchmark/<device>.jsonl
+    whole=(),   # families that were measured to the end: whatever else the file says of them is of benchmarks that are gone
 ):
     "Merge rows into the committed file."
     old = [json.loads(l) for l in Path(path).read_text(encoding='utf-8').splitlines() if l] if Path(path).exists() else []
     new = [asdict(r) for r in rows]; keys = {(r['name'], r['size']) for r in new}
-    keep = [r for r in old if (r['name'], r['size']) not in keys]
+    keep = [r for r in old if (r['name'], r['size']) not in keys and r['name'].partition('/')[0] not in whole]
     lines = sorted(keep + new, key=lambda r: (FAMILIES.index(r['name'].split('/')[0]) if r['name'].split('/')[0] in FAMILIES else 99, r['name']))
     write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in lines))
 
@@ -153,11 +154,12 @@ def main():
     ap.add_argument('--only', default='', help=f'one family: {", ".join(FAMILIES)}')
     ap.add_argument('--quick', action='store_true', help='small sizes, nothing is kept')
     ap.add_argument('--device', default='cpu', help='auto, cpu or cuda')
-    a = ap.parse_args(); rows = []
+    a = ap.parse_args(); rows, whole = [], ()
     try:
         for r in run_benchmarks(a.only, a.quick, a.device): rows.append(r); print(line(r), flush=True)
+        whole = [a.only] if a.only else FAMILIES
     except ParameterError as e: sys.exit(str(e))
     finally:
         if rows and not a.quick:
             home = project_root()/'reports'/'benchmark'
-            save_rows(rows, home/f'{machine(str(pick_device(a.device)))}.jsonl'); write_text(home/'table.md', table(home) + '\n')
+            save_rows(rows, home/f'{machine(str(pick_device(a.device)))}.jsonl', whole); write_text(home/'table.md', table(home) + '\n')
