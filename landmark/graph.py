@@ -6,13 +6,13 @@
 __all__ = ['STAGES', 'Step', 'profiles', 'read_profile', 'references', 'plan', 'prepare', 'command', 'list_runs', 'main']
 
 # %% ../nbs/graph.ipynb #18de8932
-import dataclasses, importlib, os, shlex, shutil, sys, time
+import dataclasses, importlib, os, shlex, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd, yaml
 from .parts.artifacts import changed, code_hash, identity, stage_dir
-from .parts.core import ParameterError, hash8, log, make_config, project_root, read_json, read_yaml, runs_dir, write_text
+from .parts.core import ParameterError, hash8, make_config, project_root, read_json, read_yaml, runs_dir, write_text
 
 # %% ../nbs/graph.ipynb #2ed3f73e
 STAGES = dict(data='00_data', verify='01_verify', clean='02_clean', train='03_train', extract='04_extract',

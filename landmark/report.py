@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .graph import STAGES, plan
 from .parts.artifacts import code_hash, git_commit
-from .parts.core import ParameterError, log, project_root, read_json, runs_dir, write_json, write_text
+from .parts.core import ParameterError, project_root, read_json, runs_dir, write_json, write_text
 
 # %% ../nbs/report.ipynb #950974e5
 _STYLE = '''body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#1c1c1c}

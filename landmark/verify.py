@@ -196,7 +196,7 @@ def extract_local(cfg:Config, out:Path, df:pd.DataFrame, shards:list, world:Path
     paths, ids = df.path.tolist(), df.image_id.tolist()
     if cfg.kind == 'rootsift': return extract_many(paths, ids, out/'local', cfg.kind, cfg.max_keypoints, cfg.max_side, 256, shards, cfg.n_workers)
     from landmark.parts import delf as d
-    from landmark.parts.engine import load_model
+    from landmark.parts.checkpoints import load_model
     backbone, device = load_model(trunk_dir(cfg)).backbone, str(pick_device('auto' if cfg.device in ('cpu', 'torch') else cfg.device))
     ready = delf_dir(cfg, out)
     if not ready.exists():

@@ -106,7 +106,7 @@ def test_wrong_parameters_stop_at_once(world, runs):
 def delf_world(world, tmp_path_factory):
     "The same photos, four more as the v1 training set, and an untrained model."
     from test_verification import VIEWS, moved, wall
-    from landmark.parts.engine import save_model
+    from landmark.parts.checkpoints import save_model
     from landmark.parts.backbones import make_model
     d = tmp_path_factory.mktemp('delf')/'world'; shutil.copytree(world, d); ids = [f'{k:016x}' for k in range(100, 104)]
     for k, i in enumerate(ids): p = d/'v1'/'train'/i[0]/i[1]/i[2]/f'{i}.jpg'; p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(moved(wall(20 + k//2), VIEWS[k % 2], k)).save(p)

@@ -32,7 +32,7 @@ from landmark.parts.backbones import freeze_batch_norm, make_model, train_mode
 from landmark.parts.batching import GroupedBatchSampler, grouped_batches
 from landmark.parts.artifacts import code_files
 from landmark.parts.core import project_root
-from landmark.parts.engine import load_checkpoint, load_model, save_checkpoint, save_model
+from landmark.parts.checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
 from landmark.parts.expansion import alpha_qe, augment_index, expand
 from landmark.parts.graph_rerank import affinity, egt
 from landmark.parts.knn import search

@@ -6,7 +6,7 @@ import pytest
 from landmark import extract
 from landmark.parts.backbones import make_model
 from landmark.parts.core import ParameterError
-from landmark.parts.engine import save_model
+from landmark.parts.checkpoints import save_model
 from landmark.parts.extraction import describe_scales
 from landmark.parts.images import image_path
 from landmark.parts.loading import Crops

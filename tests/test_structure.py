@@ -1,5 +1,5 @@
 "The shape of the house: imports go down only, stages have one parameters cell, notebooks carry no outputs."
-import ast, dataclasses, importlib, json, os, subprocess, sys
+import ast, dataclasses, importlib, json, os, re, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
@@ -46,6 +46,16 @@ def test_parts_know_no_stages_and_stages_meet_through_artifacts():
 
 
 def test_core_imports_nothing_of_ours(): assert GRAPH['landmark.parts.core'] == set()
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_import_is_used(path):
+    "By the module, or by an example of its notebook; one that only registers something says so."
+    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    used = {n.id for c in cells for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', c))) if isinstance(n, ast.Name)}
+    lines = [(line, a.asname or a.name.partition('.')[0]) for c in cells if c.startswith('#| export') for node in ast.walk(ast.parse(c)) if isinstance(node, (ast.Import, ast.ImportFrom))
+             for line in [c.splitlines()[node.lineno-1]] for a in node.names]
+    assert not [name for line, name in lines if name not in used and 'registers' not in line], 'imported and not used'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .core import ParameterError, default_world, locked, progress, project_root, runs_dir
+from .core import ParameterError, default_world, locked, project_root, runs_dir
 from .images import image_path
 
 # %% ../../nbs/parts/dataset.ipynb #1df50836

@@ -10,10 +10,9 @@ __all__ = ['VERSION', 'tasks_of', 'render_task', 'relation', 'ground_truth', 'so
 import dataclasses, json, math, pickle
 from pathlib import Path
 import cv2
-import numpy as np
 import pandas as pd
 from .core import atomic_path, parallel_map
-from .minigld_plan import BENCHMARKS, STYLES, WORLDS, Knobs, landmark_name, plan_world, rng_of, scaled
+from .minigld_plan import BENCHMARKS, WORLDS, Knobs, landmark_name, plan_world, rng_of
 from .minigld_scene import photograph
 from .minigld_styles import style_of
 

@@ -8,9 +8,9 @@ __all__ = ['PAINTERS', 'paste', 'people', 'food', 'map_sheet', 'landscape', 'ani
 # %% ../../nbs/parts/minigld_clutter.ipynb #1e72a871
 import cv2
 import numpy as np
-from .minigld_paint import BRIGHT, STONE, Surface, carve, glyph, masonry, noise, weathered
+from .minigld_paint import BRIGHT, STONE, Surface, carve, glyph, masonry, noise
 from .minigld_facade import inscription
-from .minigld_weather import person, rgba, sky_picture, tree, car
+from .minigld_weather import person, rgba, sky_picture, tree
 
 # %% ../../nbs/parts/minigld_clutter.ipynb #eabef113
 def paste(im:np.ndarray, pic:np.ndarray, x:float, y:float, h:float, shade:float=1.):

@@ -10,10 +10,10 @@ __all__ = ['SUPER', 'house_surface', 'street', 'Scene', 'outdoor_camera', 'indoo
 from functools import lru_cache
 import cv2
 import numpy as np
-from .minigld_build import Canvas, Sprite, body, box, draw_bodies, draw_face, gable, hip, look_at
+from .minigld_build import Canvas, Sprite, body, box, draw_bodies, draw_face, gable, look_at
 from .minigld_clutter import PAINTERS
 from .minigld_facade import building_palette, facade, roofing
-from .minigld_paint import finish, noise, palette
+from .minigld_paint import finish, palette
 from .minigld_plan import rng_of
 from .minigld_rooms import detail_of, hall_of
 from .minigld_styles import Landmark

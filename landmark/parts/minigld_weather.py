@@ -9,7 +9,7 @@ __all__ = ['GROUNDS', 'light_of', 'sky_picture', 'draw_ground', 'rgba', 'person'
 from functools import lru_cache
 import cv2
 import numpy as np
-from .minigld_build import Body, Canvas, Sprite, body, clip_near
+from .minigld_build import Body, Canvas, clip_near
 from .minigld_paint import BRIGHT, STONE, masonry, noise
 from .minigld_plan import rng_of
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .core import log, pick_device, read_json
 from .dataset import open_world, read_images
-from .engine import load_model
+from .checkpoints import load_model
 from .extraction import extract, group_sizes
 from .images import image_size
 from .local_features import extract_many, open_local

@@ -9,7 +9,7 @@ __all__ = ['Verified', 'verify_prepared', 'verify', 'draw_matches', 'check_pairs
 import os, threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
