@@ -82,6 +82,15 @@ def test_two_processes_follow_the_curve_of_one(world):
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4); np.testing.assert_allclose(a.accuracy, b.accuracy)
     for k, v in weights(one, 'arcface_v1').items(): torch.testing.assert_close(v, weights(two, 'arcface_v1')[k], rtol=1e-3, atol=1e-5)
 
+def test_two_processes_with_all_that_is_uneven(world):
+    "Layers that no photo passes, accumulated batches of other lengths, a last epoch at another size, photos that only one process finds unreadable."
+    for i in range(4): (p := image_path(world/'v1'/'train', pd.read_csv(world/'v1'/'train.csv', dtype=str).id[i])).write_bytes(p.read_bytes()[:len(p.read_bytes())//2])
+    args = {**SMALL, 'backbone': 'test_convnext', 'frozen_bn': True, 'lr': 1e-3, 'optimizer': 'sgd', 'batch_size': 14, 'accumulate': 3, 'scale_up': '96', 'in_memory': False, 'max_bad': 0.5}
+    one = train.run(train.Config(world=str(world), name='one', **args)); two = train.run(train.Config(world=str(world), name='two', **{**args, 'devices': 2}))
+    a, b = (pd.read_csv(d/'arcface_v1'/'metrics.csv') for d in (one, two)); assert a.step.tolist() == b.step.tolist()
+    for k, v in weights(one, 'arcface_v1').items(): torch.testing.assert_close(v, weights(two, 'arcface_v1')[k], rtol=1e-3, atol=1e-5)
+    assert set(pd.read_csv(one/'arcface_v1'/'unreadable.csv').path) == set(pd.read_csv(two/'arcface_v1'/'unreadable.csv').path) and len(pd.read_csv(two/'arcface_v1'/'unreadable.csv')) == 4
+
 def test_a_parent_gives_its_weights_and_loses_its_classifier(world, tmp_path):
     (world/'v2').mkdir(); (world/'v2'/'train').symlink_to(world/'v1'/'train')
     pd.read_csv(world/'v1'/'train.csv', dtype=str).assign(landmark_id=lambda d: [i % 5 for i in range(len(d))]).to_csv(world/'v2'/'train.csv', index=False)
@@ -297,6 +306,9 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     same_for_both = dict(epochs=1, optimizer='sgd', lr=1e-2, lr_end=1e-2, dropout=0., frozen_bn=True, drop_uneven=True)
     one, _, _ = train_stripes(tmp_path/'one', batch_size=12, **same_for_both); two, _, _ = train_stripes(tmp_path/'two', batch_size=6, accumulate=2, **same_for_both)
     for k, v in one.items(): torch.testing.assert_close(v, two[k], rtol=1e-4, atol=1e-5)
+    uneven = {**same_for_both, 'drop_uneven': False, 'epochs': 2}                                # 9, 9 and 6 photos are one step, as 24 are
+    whole, _, _ = train_stripes(tmp_path/'whole', batch_size=24, **uneven); parts, _, _ = train_stripes(tmp_path/'parts', batch_size=9, accumulate=4, **uneven)
+    for k, v in whole.items(): torch.testing.assert_close(v, parts[k], rtol=1e-4, atol=1e-5)
     assert not same(one, train_stripes(tmp_path/'three', batch_size=6, **same_for_both)[0])
 
 def test_bf16_follows_fp32(tmp_path):

@@ -98,7 +98,7 @@ class Trainer:
         self.device, self.on_epoch, self.on_log, self.desc = device, on_epoch, on_log, desc
         self.tuples = isinstance(net.head, MetricHead) and net.head.kind in ('contrastive', 'tuple_triplet')
         self.size, self.sizes = 2+recipe.n_negatives if self.tuples else 1, photos.sizes
-        self.rows, self.bad, self.step, self.epoch, self.at, self.plan, self.best = [], [], 0, 0, 0, None, -math.inf
+        self.rows, self.bad, self.recent, self.step, self.epoch, self.at, self.plan, self.best = [], [], [], 0, 0, 0, None, -math.inf
 
     @property
     def n_epochs(self): return self.recipe.epochs + (self.recipe.scale_up_epochs if self.recipe.scale_up else 0)
@@ -133,7 +133,9 @@ def run(self:Trainer)->pd.DataFrame: # the table
     with torch.random.fork_rng(), explain_memory(r.batch_size, lambda: self.photos.sizes, self.acc.num_processes), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         self.net.to(self.acc.device).to(memory_format=torch.channels_last)
         self.opt, self.total, wrapped = make_optimizer(self.net, r), self.n_batches(), None
+        if not self.tuples and r.batch_size < 2*self.acc.num_processes: raise ValueError(f"`batch_size` {r.batch_size} leaves fewer than 2 photos to each of {self.acc.num_processes} processes; batch norm needs 2.")
         self.restore(); self.see_bad([(int(i), 'header not readable') for i in np.flatnonzero(~self.photos.readable)])
+        if self.acc.num_processes > 1: self.leave_unused()
         if r.compile: self.net.model.compile()
         self.prepared = self.acc.prepare_optimizer(self.opt)
         self.bar = tqdm(total=self.total, initial=self.step, desc=self.desc, mininterval=1., ascii=True, disable=not self.acc.is_main_process)
@@ -157,6 +159,15 @@ def make_plan(self:Trainer)->list:
     return plan[0]
 
 @patch
+def leave_unused(self:Trainer):
+    "Weights that no photo passes (ConvNeXt's norm in front of the classifier) get no gradient, for which several devices would wait."
+    w, h = self.photos.table[0]
+    self.net.model.eval()(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device)).sum().backward()
+    for p in self.net.model.parameters():
+        if p.grad is None: p.requires_grad_(False)
+    self.net.zero_grad()
+
+@patch
 def run_epoch(self:Trainer):
     "The batches of this epoch that are left."
     r, world = self.recipe, self.acc.num_processes
@@ -171,7 +182,7 @@ def run_epoch(self:Trainer):
         self.at += 1; self.step += 1; self.bar.update()
         last = self.at == len(self.plan)
         if last or self.step % r.log_every == 0: self.log()
-        if not last and self.step - saved >= r.checkpoint_every and self.step % r.accumulate == 0: self.save(); saved = self.step
+        if not last and self.step - saved >= r.checkpoint_every and self.at % r.accumulate == 0: self.save(); saved = self.step
 
 # %% ../../nbs/parts/engine.ipynb #1615a252
 @patch
@@ -179,19 +190,20 @@ def train_step(self:Trainer, images, at):
     "Forward, backward and, when gradients are complete, a step of the optimizer."
     r, world, dev = self.recipe, self.acc.num_processes, self.acc.device
     torch.manual_seed(r.seed*1_000_003 + self.step)                        # chance of this step (dropout)
-    rate, weight = cosine_rate(self.step, self.total, r), 1.
-    for g in self.opt.param_groups: g['lr'] = rate
-    if world > 1:
-        n = torch.tensor([len(images)], device=dev); weight = len(images)*world/self.acc.reduce(n, 'sum').item()
-        if len(images) < 2: images, at, weight = torch.zeros(2*self.size, *self.photos[-1, 0][1].shape, dtype=torch.uint8), torch.zeros(2*self.size, dtype=torch.long), 0.
-    elif len(images) < 2: return
-    labels = torch.tensor([-1, 1] + [0]*(self.size-2)).repeat(len(at)//self.size) if self.tuples else self.labels[at]
-    complete = (self.step+1) % r.accumulate == 0 or self.at+1 == len(self.plan)
-    with contextlib.nullcontext() if complete else self.acc.no_sync(self.ddp):
-        loss, n_right = self.ddp(images.to(dev, non_blocking=True), labels.to(dev, non_blocking=True))
-        self.acc.backward(loss*(weight/r.accumulate))
-    self.recent.append((self.epoch, self.at, loss.detach(), at, n_right, len(at)//self.size))
-    if not complete: return
+    for g in self.opt.param_groups: g['lr'] = cosine_rate(self.step, self.total, r)
+    first = self.at//r.accumulate*r.accumulate; group = self.plan[first:first+r.accumulate]          # batches of this step of the optimizer
+    complete, weight = self.at+1 == first+len(group), len(self.plan[self.at])/max(1, sum(map(len, group)))
+    if world > 1: weight *= len(images)*world/max(1, self.acc.reduce(torch.tensor([len(images)], device=dev), 'sum').item())
+    if len(images) < 2 and world > 1:                                      # too few for batch norm, but the other devices wait
+        (w, h), weight = self.photos.table[0], 0.
+        images, at = torch.zeros(2*self.size, 3, h, w, dtype=torch.uint8), torch.zeros(2*self.size, dtype=torch.long)
+    if len(images) > 1:
+        labels = torch.tensor([-1, 1] + [0]*(self.size-2)).repeat(len(at)//self.size) if self.tuples else self.labels[at]
+        with contextlib.nullcontext() if complete else self.acc.no_sync(self.ddp):
+            loss, n_right = self.ddp(images.to(dev, non_blocking=True), labels.to(dev, non_blocking=True))
+            self.acc.backward(loss*weight)
+        self.recent.append((self.epoch, self.at, loss.detach(), at, n_right, len(at)//self.size))
+    if not complete or all(p.grad is None for p in self.net.parameters()): return
     if r.clip: self.acc.clip_grad_norm_(self.ddp.parameters(), r.clip)
     self.prepared.step(); self.prepared.zero_grad()
 
@@ -199,6 +211,7 @@ def train_step(self:Trainer, images, at):
 @patch
 def log(self:Trainer):
     "A row of the table over the steps since the last."
+    self.share_bad()
     if not self.recent: return
     losses = check_losses([x[:4] for x in self.recent], self.photos.paths)
     n = sum(x[5] for x in self.recent)
@@ -213,9 +226,16 @@ def log(self:Trainer):
 @patch
 def see_bad(self:Trainer, bad:list):
     "Count and list unreadable photos; stop when there are too many."
-    known = {i for i, _ in self.bad}; self.bad += [(int(i), str(why)) for i, why in bad if i not in known]
+    known = {i for i, _ in self.bad}; self.bad += {int(i): str(why) for i, why in bad if i not in known}.items()
     if len(self.bad) > max(1, self.recipe.max_bad*len(self.photos)):
         raise TrainingError(f"{len(self.bad)} of {len(self.photos)} photos cannot be read, more than `max_bad` = {self.recipe.max_bad:g}: " + '; '.join(f'{self.photos.paths[i]} ({why})' for i, why in self.bad[:5]))
+
+@patch
+def share_bad(self:Trainer):
+    "Each of several processes met other unreadable photos; all are counted together."
+    if self.acc.num_processes > 1:
+        from accelerate.utils import gather_object
+        self.see_bad(gather_object(self.bad))
 
 @patch
 def evaluate(self:Trainer):
@@ -237,7 +257,9 @@ def best_state(self:Trainer)->dict: # model's state_dict, epoch, metrics; empty 
 
 @patch
 def save(self:Trainer):
-    "Write the checkpoint."
+    "Write the checkpoint; one of a training that has gone wrong would keep the next run from going right."
+    self.share_bad()
+    if self.recent: check_losses([x[:4] for x in self.recent], self.photos.paths)
     if self.acc.is_main_process:
         scaler = self.acc.scaler.state_dict() if self.acc.scaler else {}
         plan = [torch.as_tensor(b) for b in self.plan] if self.tuples and self.plan is not None else None
