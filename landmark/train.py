@@ -7,8 +7,9 @@ __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_
            'benchmark_maps', 'start_model', 'train_model', 'card_of', 'run', 'launch', 'main']
 
 # %% ../nbs/03_train.ipynb #2df261a3
-import json, os, subprocess, sys, tempfile
+import json, os, re, subprocess, sys, tempfile
 from dataclasses import asdict, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -251,8 +252,7 @@ def run(
 )->Path: # the artifact's directory
     "Train every model of the run."
     names, rank, together = model_names(cfg), int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    pick_device(cfg.device)
-    if cfg.devices > 1 and together == 1: return launch(cfg)
+    pick_device(cfg.device); recipe_of(cfg)
     if rank:                                       # a follower: the first process keeps the artifact
         if _agree(cfg, None): [train_model((cfg, name, stage_dir('train', cfg), False)) for name in names]
         return stage_dir('train', cfg)
@@ -261,6 +261,7 @@ def run(
     for name in names:                             # complain before anything is trained
         if '_v1+' in name and not cfg.parent: start_model(cfg, name)
         if name.endswith('-clean') and not cfg.clean: artifact(cfg, cfg.clean)
+    if cfg.devices > 1 and together == 1: return launch(cfg)
     with open_stage('train', cfg, inputs=[world, *upstream], code=__name__) as st:
         if together > 1: _agree(cfg, not st.done)
         if st.done: return st.dir
@@ -277,7 +278,7 @@ def _agree(cfg, todo):
     "All processes hear from the first whether there is anything to train."
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    PartialState(cpu=pick_device(cfg.device).type == 'cpu')
+    PartialState(cpu=pick_device(cfg.device).type == 'cpu', timeout=timedelta(days=7))        # the first may wait for another run, or look at an epoch for long
     return broadcast_object_list([todo])[0]
 
 def launch(
@@ -288,11 +289,11 @@ def launch(
         raise ParameterError(f"train: `devices` is {cfg.devices}, but this machine shows {torch.cuda.device_count()} CUDA GPUs")
     if cfg.batch_size % cfg.devices: raise ParameterError(f"train: `batch_size` {cfg.batch_size} cannot be divided among {cfg.devices} devices")
     with tempfile.TemporaryDirectory() as d:
-        Path(d, 'params.yaml').write_text(json.dumps(asdict(cfg)))                     # JSON is YAML
+        Path(d, 'params.json').write_text(json.dumps(asdict(cfg)))
         with watching(stage_dir('train', cfg), model_names(cfg)):
             code, said = _loud([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={cfg.devices}', '--no-python',
-                                sys.executable, '-c', 'from landmark.train import main; main()', '-f', f'{d}/params.yaml'])
-    if code: raise RuntimeError(f"train: one of {cfg.devices} processes failed: {_last_error(said)}")
+                                sys.executable, '-c', _JOIN, f'{d}/params.json'])
+    if code: raise RuntimeError(f"train: one of {cfg.devices} processes failed: {_said_first(said)}")
     return stage_dir('train', cfg)
 
 def _loud(command):
@@ -304,8 +305,11 @@ def _loud(command):
         except BaseException: p.terminate(); raise                 # stopped by hand: nobody trains on alone
     return p.returncode, ''.join(said)
 
-def _last_error(text):
-    lines = [l for l in text.splitlines() if 'Error' in l and 'ChildFailedError' not in l]
-    return lines[0].split(']:')[-1].strip() if lines else text[-300:]
+_JOIN = "import json, sys; from landmark import train; train.run(train.Config(**json.load(open(sys.argv[1]))))"
+
+def _said_first(text):
+    "The message of the first error in what several processes said."
+    found = re.search(r'^(?:\[rank\d+\]: )?(?!.*ChildFailedError)[\w.]*(?:Error|Exception): (.+)$', text, re.MULTILINE)
+    return found[1] if found else text[-300:]
 
 def main(): stage_main(Config, run)

@@ -91,6 +91,13 @@ def test_two_processes_with_all_that_is_uneven(world):
     for k, v in weights(one, 'arcface_v1').items(): torch.testing.assert_close(v, weights(two, 'arcface_v1')[k], rtol=1e-3, atol=1e-5)
     assert set(pd.read_csv(one/'arcface_v1'/'unreadable.csv').path) == set(pd.read_csv(two/'arcface_v1'/'unreadable.csv').path) and len(pd.read_csv(two/'arcface_v1'/'unreadable.csv')) == 4
 
+@pytest.mark.parametrize('change,says', [(dict(sizes='XXL'), r"^train: one of 2 processes failed: `sizes` is 'XXL'; allowed are SS"), (dict(batch_size=2), 'failed: `batch_size` 2 leaves fewer than 2 photos to each of 2 processes'),
+                                         (dict(loss='softmax', optimizer='sgd', lr=1e30, clip=0., warmup=0.), r'failed: The loss of batch \d+ in epoch \d+ is (nan|inf).*\.jpg'),
+                                         (dict(train_set='v1+v2'), '^train: .* starts from arcface_v1: give the artifact')])
+def test_what_one_of_several_processes_says(world, change, says):
+    "The sentence arrives, not the line of code that said it."
+    with pytest.raises((RuntimeError, ParameterError), match=says): train.run(train.Config(world=str(world), devices=2, **{**SMALL, **change}))
+
 def test_a_parent_gives_its_weights_and_loses_its_classifier(world, tmp_path):
     (world/'v2').mkdir(); (world/'v2'/'train').symlink_to(world/'v1'/'train')
     pd.read_csv(world/'v1'/'train.csv', dtype=str).assign(landmark_id=lambda d: [i % 5 for i in range(len(d))]).to_csv(world/'v2'/'train.csv', index=False)
