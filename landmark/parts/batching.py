@@ -95,9 +95,10 @@ def scan_sizes(
     "Sizes of images from their headers, cached."
     key = hashlib.sha256('\n'.join(map(str, paths)).encode()).hexdigest()[:16]
     cache = Path(cache_dir)/f'sizes-{key}.npy' if cache_dir else None
-    if cache and cache.exists(): return np.load(cache)
-    with ThreadPoolExecutor(n_threads) as pool: wh = np.array(list(pool.map(_size, paths)), dtype=np.int32).reshape(-1, 2)
-    if cache:
+    wh = np.load(cache) if cache and cache.exists() else np.zeros((len(paths), 2), np.int32)
+    new = np.flatnonzero(wh.min(1) == 0)                              # what could not be read may have been mended since
+    with ThreadPoolExecutor(n_threads) as pool: wh[new] = np.array(list(pool.map(_size, [paths[i] for i in new])), np.int32).reshape(-1, 2)
+    if cache and len(new):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(cache) as tmp, open(tmp, 'wb') as f: np.save(f, wh)
     return wh
