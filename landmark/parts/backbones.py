@@ -36,8 +36,8 @@ def load_weights(
     net:nn.Module,      # network to fill
     path:Path,          # .safetensors, .pth or .pt
     sha256:str='',      # expected hash of the file, or its beginning
-    drop:tuple=('fc.', 'head.fc.', 'classifier.', 'last_linear.'), # classifiers, which are not loaded
-)->list: # names in the network that the file does not have
+    drop:tuple=('fc.', 'head.', 'fc_norm.', 'classifier.', 'last_linear.'), # classifiers, which need not be there
+)->list: # names in the network that the file does not have; never one of a layer
     "Fill a network from a local file."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"There are no weights at {path}; give a .safetensors or .pth file, or train from scratch with `pretrained: false`.")
@@ -53,7 +53,7 @@ def load_weights(
     own, wrong = net.state_dict(), []
     wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items() if k in own and own[k].shape != v.shape and not k.startswith(drop)]
     missing = [k for k in own if k not in state and not k.startswith(drop) and not k.endswith('num_batches_tracked')]
-    if wrong or len(missing) > len(own)//2: raise ValueError(f"{path} belongs to another architecture: {len(missing)} of {len(own)} entries are missing, {len(wrong)} have other shapes ({', '.join((wrong or missing)[:3])}).")
+    if wrong or missing: raise ValueError(f"{path} belongs to another architecture: {len(missing)} of {len(own)} entries are missing, {len(wrong)} have other shapes ({', '.join((wrong or missing)[:3])}).")
     net.load_state_dict({k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False)
     return missing
 
