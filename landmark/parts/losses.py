@@ -295,7 +295,7 @@ def make_head(
     loss:str,                  # one of LOSSES
     d:int,                     # length of a descriptor
     counts:torch.Tensor,       # training images of each class [c]
-    m:float|None=None,         # margin; None: the usual one of the loss
+    m:float|None=None,         # margin; None: the usual one of the loss (for sub-centres, by class frequency)
     s:float=30.,               # scale of the logits
     label_smoothing:float=0.,  # share of the target spread over all classes
 )->nn.Module: # has .loss(x, labels) -> (loss, number right)
@@ -303,7 +303,7 @@ def make_head(
     n, pick = len(counts), lambda usual: usual if m is None else m
     if loss == 'softmax': return SoftmaxHead(d, n, label_smoothing)
     if loss in ('arcface', 'cosface'): return MarginHead(d, n, loss, s, pick(0.3), label_smoothing=label_smoothing)
-    if loss == 'subcenter_arcface': return MarginHead(d, n, 'arcface', s, n_centers=3, margins=frequency_margins(counts), label_smoothing=label_smoothing)
+    if loss == 'subcenter_arcface': return MarginHead(d, n, 'arcface', s, pick(0.3), n_centers=3, margins=frequency_margins(counts) if m is None else None, label_smoothing=label_smoothing)
     if loss == 'adacos': return AdaCos(d, n, pick(0.), label_smoothing=label_smoothing)
     if loss in ('contrastive', 'tuple_triplet'): return MetricHead(loss, pick(0.7 if loss == 'contrastive' else 0.1))
     if loss == 'triplet': return MetricHead('batch_hard', pick(0.3))
