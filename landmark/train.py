@@ -49,7 +49,7 @@ class Config:
     dim: int = 128               # length of the descriptor
     sizes: str | list[str] = "96" # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
     augment: str = "soft"        # none, soft, middle
-    margin: float | None = None  # margin of the loss; none: 0.3 for margins, 0.7 contrastive
+    margin: float | None = None  # margin of the loss; none: 0.3 for margins, by class frequency for sub-centres, 0.7 contrastive
     s: float = 30.0              # scale of the logits
     label_smoothing: float = 0.0 # share of the target spread over all classes
     epochs: int = 14             # passes over the training set
@@ -99,6 +99,7 @@ def recipe_of(
     cfg:Config, # a config
 )->Recipe: # what the engine is told
     "The part of the config that is the recipe."
+    if not listed(cfg.sizes): raise ParameterError("train: `sizes` is empty; give a size group, or several that rise over the epochs")
     same = {f: getattr(cfg, f) for f in Recipe.__dataclass_fields__ if hasattr(cfg, f)}
     return Recipe(**same, rising=tuple(listed(cfg.sizes)) if len(listed(cfg.sizes)) > 1 else ())
 
@@ -258,6 +259,7 @@ def run(
         return stage_dir('train', cfg)
     world = open_world(cfg.world, cfg.seed)
     upstream = [artifact(cfg, ref) for ref, used in ((cfg.parent, 'v1+'), (cfg.clean, '-clean')) if ref and any(used in n for n in names)]
+    if cfg.weights and Path(cfg.weights).is_file(): upstream.append(Path(cfg.weights))          # other weights, another model
     for name in names:                             # complain before anything is trained
         if '_v1+' in name and not cfg.parent: start_model(cfg, name)
         if name.endswith('-clean') and not cfg.clean: artifact(cfg, cfg.clean)

@@ -151,9 +151,18 @@ def test_wrong_parameters_stop_at_once(world, change, says):
 
 @pytest.mark.parametrize('change,says', [(dict(sizes='XXL'), "`sizes` is 'XXL'; allowed are"), (dict(augment='hard'), "`augment` is 'hard'"), (dict(optimizer='lion'), "`optimizer` is 'lion'"),
                                          (dict(pooling='gemm'), "`pooling` is 'gemm'"), (dict(backbone='resnet1001'), "neither fishnet150 nor a model of timm"),
-                                         (dict(batch_size=64, drop_uneven=True), 'No batch of 64 photos can be filled from 24'), (dict(weights='gone.pth'), 'There are no weights at gone.pth')])
+                                         (dict(batch_size=64, drop_uneven=True), 'No batch of 64 photos can be filled from 24'), (dict(weights='gone.pth'), 'There are no weights at gone.pth'), (dict(batch_size=1), '`batch_size` is 1; it must be at least 2'),
+                                         (dict(accumulate=0), '`accumulate` is 0; it must be at least 1'), (dict(precision='fp8'), "`precision` is 'fp8'; allowed are"), (dict(precision='fp16'), 'fp16, which needs a GPU'), (dict(sizes=[]), '`sizes` is empty')])
 def test_other_wrong_values(world, change, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says): train.run(train.Config(world=str(world), **{**SMALL, **change}))
+
+def test_a_file_of_weights_is_an_input(world, tmp_path):
+    "Other weights under the same name are another model."
+    from landmark.parts.backbones import make_backbone
+    def trained(seed):
+        torch.manual_seed(seed); torch.save(make_backbone('test_resnet').net.state_dict(), tmp_path/'w.pth')
+        return weights(train.run(train.Config(world=str(world), weights=str(tmp_path/'w.pth'), **{**SMALL, 'epochs': 1})), 'arcface_v1')
+    assert not same(trained(0), trained(1))
 
 def test_labels_with_one_image_and_one_label(world):
     csv = world/'v1'/'train.csv'; df = pd.read_csv(csv, dtype=str); df.loc[0, 'landmark_id'] = '999'; df.to_csv(csv, index=False)

@@ -73,6 +73,7 @@ def _accelerator(recipe:Recipe, device):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()
+    if recipe.precision == 'fp16' and torch.device(device).type == 'cpu': raise ValueError("`precision` is fp16, which needs a GPU; on the CPU take fp32 or bf16.")
     if torch.device(device).type == 'cuda' and torch.device(device).index: torch.cuda.set_device(device)
     return Accelerator(mixed_precision={'fp32': 'no'}.get(recipe.precision, recipe.precision), cpu=torch.device(device).type == 'cpu')
 

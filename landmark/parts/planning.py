@@ -45,6 +45,10 @@ class Recipe:
     log_every:int=20           # steps between rows of the table
     max_bad:float=0.01         # largest share of unreadable photos; one is always allowed
     seed:int=1                 # seed of everything
+    def __post_init__(self):
+        for k, least in dict(epochs=1, batch_size=2, accumulate=1, log_every=1, checkpoint_every=1).items():
+            if getattr(self, k) < least: raise ValueError(f"`{k}` is {getattr(self, k)}; it must be at least {least}.")
+        if self.precision not in ('fp32', 'bf16', 'fp16'): raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
 
 # %% ../../nbs/parts/planning.ipynb #6b45b349
 def cosine_rate(
