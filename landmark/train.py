@@ -8,14 +8,14 @@ __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_
 
 # %% ../nbs/03_train.ipynb #2df261a3
 import json, os, re, subprocess, sys, tempfile
-from dataclasses import asdict, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .parts.backbones import make_model
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
-from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, stage_config, stage_main, write_csv, write_json
+from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, stage_config, stage_main, write_csv
 from .parts.dataset import benchmarks, open_world, read_images, read_revisited, train_set as read_train_set
 from .parts.decoding import EncodedPhotos, why_not
 from .parts.checkpoints import load_model, save_model
@@ -44,7 +44,7 @@ class Config:
     backbone: str = "test_resnet" # timm name, or fishnet150
     pretrained: bool = False     # start from weights of the hub
     weights: str = ""            # start from a local file of weights
-    sha256: str = ""             # expected hash of that file
+    sha256: str = ""             # expected hash of the file, local or of the hub
     pooling: str = "gem"         # a pooling, or letters per stage such as SMG,MG,G,G
     dim: int = 128               # length of the descriptor
     sizes: str | list[str] = "96" # size group (S2, SM2, L2 … or pixels); a list rises over the epochs

@@ -11,7 +11,6 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-import torch
 from .core import atomic_path
 from .images import ImageError, image_size
 

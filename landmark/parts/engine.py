@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm import tqdm
 from .backbones import freeze_batch_norm, make_model, train_mode
-from .checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
+from .checkpoints import load_checkpoint, save_checkpoint
 from .loading import make_loader
 from .losses import MetricHead, make_head
 from .planning import Recipe, cosine_rate, plan_batches, plan_tuples
@@ -56,7 +56,7 @@ def explain_memory(
         if not any(w in str(e) for w in ('Input', 'divisible')): raise
         raise TrainingError(f"The backbone cannot take images of size {now()}: {str(e).rstrip('.')}. Take other `sizes`, or a backbone for images of any size.") from None
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e): raise
+        if not isinstance(e, torch.OutOfMemoryError) and not any(w in str(e) for w in ('allocate memory', 'ALLOC_FAILED')): raise
         each = f' ({batch_size//n_devices} on each of {n_devices} devices)' if n_devices > 1 else ''
         raise TrainingError(f"Out of memory with {batch_size} images a batch{each} at size {now()}. Lower `batch_size` (and raise `accumulate` by as much), take smaller `sizes`, or set `precision` to bf16.") from None
 
