@@ -120,6 +120,7 @@ def error_bound(
     half:bool=False,    # candidates come from bfloat16
 )->np.ndarray: # how far a similarity may be off before it is rounded itself, per query [q]
     "Bound on the error of the candidates' similarities."
+    if len(queries) > 4096: return np.concatenate([error_bound(queries[i:i+4096], seen, half) for i in range(0, len(queries), 4096)])   # never all in float64
     lengths, sums = np.linalg.norm(queries.astype(np.float64), axis=1), (queries.shape[1]+2)*2.0**-24
     if not half: return 1.01*sums*lengths*seen.longest
     import torch
@@ -244,12 +245,14 @@ def _search(queries, way, width, half):
     "Passes over the queries: candidates, settling, and again with more candidates where that was not enough."
     n, bar = len(queries), way.bar
     sims, idxs = np.empty((n, way.k), np.float32), np.empty((n, way.k), np.int64)
-    step = max(1, int(way.memory_mib*2**20/2/(24*width)))
+    as_is = type(queries) is np.ndarray and queries.dtype == np.float32 and queries.flags.c_contiguous and queries.flags.writeable
+    step = max(1, int(way.memory_mib*2**20/2/(24*width + (0 if as_is else 4*queries.shape[1]))))     # bytes of a query's candidates, and of a copy of it
     if step < n: way.bar = lambda it, m: it                    # one bar: over the passes
     for i in bar(range(0, n, step), -(-n//step)):
         q = np.ascontiguousarray(queries[i:i+step], np.float32)
         if not q.flags.writeable: q = q.copy()                 # a memory map
-        if not np.isfinite(q).all(): raise SearchError(f"query {i+int(np.argmin(np.isfinite(q).all(1)))} is not finite")
+        for a in range(0, len(q), 4096):
+            if not (fine := np.isfinite(q[a:a+4096]).all(1)).all(): raise SearchError(f"query {i+a+int(np.argmin(fine))} is not finite")
         found = way.candidates(q, width, half)
         s, x, again = settle(q, way.base, *found, way.k, error_bound(q, way.seen, half), half)
         if len(again):
