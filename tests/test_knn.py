@@ -234,6 +234,21 @@ def test_a_gpu_much_too_small_is_named(monkeypatch):
     with pytest.raises(SearchError, match='cpu cannot hold 1,024 base rows beside 10 queries'): search(base[:10], base, 5, 'cpu', 'torch')
 
 
+def test_a_gpu_too_small_for_settling_goes_on_with_fewer(monkeypatch, capsys):
+    "Only 3,000 rows in float64 at a time, on a device that holds the base."
+    torch = pytest.importorskip('torch')
+    base, queries = l2n(rng.normal(size=(5000, 2048))), l2n(rng.normal(size=(300, 2048))); want = search(queries, base, 40, 'cpu', 'numpy')
+    original = torch.Tensor.double
+    def double(self):
+        if len(self) > most: raise torch.cuda.OutOfMemoryError('settling')
+        return original(self)
+    monkeypatch.setattr(torch.Tensor, 'double', double); most = 3000
+    np.testing.assert_array_equal(search(queries, torch.from_numpy(base), 40, 'cpu', 'torch')[1], want[1])
+    assert 'too small to settle that many neighbours at a time; going on with 2,048' in capsys.readouterr().err
+    most = 500
+    with pytest.raises(SearchError, match='cannot hold 1,024 rows in float64'): search(queries, torch.from_numpy(base), 40, 'cpu', 'torch')
+
+
 @pytest.mark.parametrize('devices', ['cpu,cpu', ['cpu']*3, ['cpu']*8])
 @pytest.mark.parametrize('k', [1, 40, 2500])
 def test_several_devices_find_what_one_finds(devices, k, tmp_path):
@@ -265,6 +280,19 @@ def test_faiss_over_several_gpus(monkeypatch, n_devices):
     got, want = faiss_candidates(queries, base, 50, rows=1100, gpus=list(range(n_devices))), faiss_candidates(queries, base, 50)
     np.testing.assert_array_equal(got[1], want[1]); np.testing.assert_allclose(got[0], want[0], atol=1e-6)
     assert set(used) == set(range(n_devices))
+
+
+def test_faiss_on_a_gpu_too_small_goes_on_with_smaller_blocks(monkeypatch, capsys):
+    faiss, most = pytest.importorskip('faiss'), 900
+    def on_gpu(res, xq, xb, k, metric, device):
+        if len(xb) > most: raise RuntimeError('Error in virtual void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: cudaMalloc error out of memory')
+        return faiss.knn(xq, xb, k, metric=metric)
+    monkeypatch.setattr(faiss, 'knn_gpu', on_gpu, raising=False); monkeypatch.setattr(faiss, 'StandardGpuResources', object, raising=False)
+    base, queries = l2n(rng.normal(size=(3000, 16))), l2n(rng.normal(size=(30, 16)))
+    np.testing.assert_array_equal(faiss_candidates(queries, base, 50, gpus=[0, 1])[1], faiss_candidates(queries, base, 50)[1])
+    assert 'a GPU is too small for this block; going on with 1,500 rows' in capsys.readouterr().err
+    most = 10
+    with pytest.raises(RuntimeError, match='out of memory'): faiss_candidates(queries, base, 50, gpus=[0])
 
 
 def test_a_row_that_is_not_finite_is_found_by_every_method():

@@ -92,7 +92,13 @@ def _faiss_on_gpus(queries, x, k, gpus):
         part = x[cuts[i]:cuts[i+1]]
         sims, idxs = faiss.knn_gpu(faiss.StandardGpuResources(), queries, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT, device=gpus[i])
         return sims, idxs+cuts[i]
-    with ThreadPoolExecutor(len(gpus)) as pool: found = list(pool.map(one, [i for i in range(len(gpus)) if cuts[i+1] > cuts[i]]))
+    try:
+        with ThreadPoolExecutor(len(gpus)) as pool: found = list(pool.map(one, [i for i in range(len(gpus)) if cuts[i+1] > cuts[i]]))
+    except RuntimeError as e:                           # faiss has no error of its own for this
+        if "memory" not in str(e) or len(x) <= 1024: raise
+        half = len(x)//2; log(f"search: a GPU is too small for this block; going on with {half:,} rows")
+        found = [_faiss_on_gpus(queries, x[:half], k, gpus), _faiss_on_gpus(queries, x[half:], k, gpus)]
+        found[1] = found[1][0], found[1][1]+half
     return best_of(*(np.concatenate(y, 1) for y in zip(*found)), k)
 
 def faiss_candidates(
@@ -152,16 +158,21 @@ def exact_dots(
     if type(base) is np.ndarray and base.dtype == np.float32 and base.flags.c_contiguous and base.flags.writeable: return _dots(queries, base, of, idxs)   # one kind, compiled once
     out, order = np.empty(len(idxs), np.float64), np.argsort(idxs, kind="stable")
     on_device = hasattr(base, "is_cuda")            # a tensor; NumPy arrays have a `device` too
-    step = max(1, 2**(28 if on_device else 26) // (8*queries.shape[1]))             # 256 or 64 MiB of rows at a time
-    for i in range(0, len(order), step):
+    step, i = max(1, 2**(28 if on_device else 26) // (8*queries.shape[1])), 0       # 256 or 64 MiB of rows at a time
+    while i < len(order):
         o = order[i:i+step]
         if on_device:
             import torch
-            q, at, b = (torch.from_numpy(x).to(base.device) for x in (queries, idxs[o], of[o]))
-            out[o] = (base[at].double()*q[b].double()).sum(1).cpu().numpy()
+            try:
+                q, at, b = (torch.from_numpy(x).to(base.device) for x in (queries, idxs[o], of[o]))
+                out[o] = (base[at].double()*q[b].double()).sum(1).cpu().numpy()
+            except torch.cuda.OutOfMemoryError:
+                if step <= 1024: raise SearchError(f"{base.device} cannot hold 1,024 rows in float64 beside the base; take a smaller base, or search it from the host") from None
+                step //= 2; log(f"search: {base.device} is too small to settle that many neighbours at a time; going on with {step:,}"); continue
         else:
             rows, at = np.unique(idxs[o], return_inverse=True)
             out[o] = _dots(queries, np.ascontiguousarray(base[rows], np.float32), of[o], at.reshape(-1))
+        i += len(o)
     return out
 
 # %% ../../nbs/parts/knn.ipynb #4095e536
