@@ -74,7 +74,7 @@ def test_shards_of_other_models_never_meet(tmp_path):
     d = tmp_path/'s'
     write_shard(d, 0, IDS[:50], X[:50], CARD); write_shard(d, 1, IDS[50:], X[50:], dict(model='other'))
     assert missing_shards(d, 2, CARD) == [1]
-    with pytest.raises(StoreError, match='2 models'): finish_store(d, 2, CARD)
+    with pytest.raises(StoreError, match=r'2 models: \w+ \(shard 0 first\), \w+ \(shard 1 first\)'): finish_store(d, 2, CARD)
     write_shard(d, 1, IDS[50:], X[50:, :3], CARD)
     with pytest.raises(StoreError, match='2 dimensions'): finish_store(d, 2, CARD)
     write_shard(d, 1, IDS[50:], X[50:], CARD, 'float32')
@@ -105,6 +105,24 @@ def test_a_killed_writer_goes_on(tmp_path):
     assert 0 < len(left) < 40
     subprocess.run(args, check=True)
     np.testing.assert_array_equal(open_store(tmp_path/'s')[:], x.astype('f2').astype('f4')); assert check_store(tmp_path/'s') == []
+
+
+def test_a_killed_rewriting_leaves_nothing_that_opens(tmp_path, monkeypatch):
+    "Old rows and new ones must not be taken for one store, nor the rows of one model for another's."
+    from landmark.parts import store
+    other = dict(model='other'); write_store(tmp_path/'s', IDS, X, CARD, 50); done, original = [], store.write_shard
+    def dies(*a, **k):
+        if len(done) == 2: raise KeyboardInterrupt
+        done.append(original(*a, **k))
+    with monkeypatch.context() as m:
+        m.setattr(store, 'write_shard', dies)
+        with pytest.raises(KeyboardInterrupt): write_store(tmp_path/'s', IDS, -X, other, 50)
+    with pytest.raises(StoreError, match='3 finished shards; its writing was interrupted'): open_store(tmp_path/'s')
+    assert missing_shards(tmp_path/'s', 3, other) == [2]
+    with monkeypatch.context() as m:                                     # killed when the arrays are new and the note would be old
+        m.setattr(store, 'write_json', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): write_shard(tmp_path/'s', 0, IDS[:50], X[:50], CARD)
+    assert missing_shards(tmp_path/'s', 3, other) == [0, 2] and missing_shards(tmp_path/'s', 3, CARD) == [0, 1]
 
 
 def test_ensemble_of_stores_with_other_orders(tmp_path):
@@ -144,6 +162,15 @@ def test_cards_and_files_that_were_cut(tmp_path):
     with pytest.raises(StoreError, match='holds float32, its card says float16'): open_store(d)[3]
     (d/'00002.json').write_text('{"n":')
     assert missing_shards(d, 3, CARD) == [2]
+    with pytest.raises(StoreError, match=r'shard 2 of 3 is missing \(1 in all\)'): finish_store(d, 3, CARD)
+    os.truncate(d/'00001.ids.npy', 90)
+    with pytest.raises(StoreError, match='00001.ids.npy cannot be read, it was cut'): open_store(d).ids
+    np.save(d/'00001.ids.npy', np.array(IDS[:9], 'S'))
+    with pytest.raises(StoreError, match='62 ids, its card says 103'): open_store(d).ids
+    (d/'00001.ids.npy').unlink()
+    with pytest.raises(StoreError, match='00001.ids.npy is missing'): open_store(d).ids
+    for version in ('2.0', None): edit(d, version=version); assert f'made by version {version}' in check_store(d)[0]
+    edit(d, version=1, shards=[dict(n=n) for n in (50, 50, 3)]); assert any('00002.npy differs from its recorded sha256' in p for p in check_store(d))
 
 
 def test_h5_of_the_original(tmp_path):
@@ -153,6 +180,8 @@ def test_h5_of_the_original(tmp_path):
     np.testing.assert_array_equal(s[:], X); assert s.ids.tolist() == IDS
     write_h5(s, tmp_path/'y.h5')
     with h5py.File(tmp_path/'y.h5') as f: np.testing.assert_array_equal(f['feats'][()], X); assert f['ids'][0] == IDS[0].encode()
+    os.truncate(tmp_path/'y.h5', 900)
+    with pytest.raises(StoreError, match='y.h5 cannot be read as HDF5: .*truncated'): read_h5(tmp_path/'y.h5', tmp_path/'t')
 
 
 def test_named_errors(tmp_path):
@@ -161,4 +190,7 @@ def test_named_errors(tmp_path):
     with pytest.raises(StoreError, match='103 ids but 5 descriptors'): write_store(tmp_path/'s', IDS, X[:5], CARD)
     with pytest.raises(StoreError, match='float16 or float32'): write_shard(tmp_path/'s', 0, IDS, X, CARD, 'float64')
     with pytest.raises(StoreError, match='1 ids occur more than once'): write_store(tmp_path/'s', ['a', 'a'], X[:2], CARD)
-    with pytest.raises(IndexError): write_store(tmp_path/'t', IDS, X, CARD)[103]
+    t = write_store(tmp_path/'t', IDS, X, CARD)
+    with pytest.raises(IndexError, match='row 103 asked'): t[103]
+    with pytest.raises(IndexError, match='row -104 asked'): t[[5, -104]]
+    assert len(Rows(t, X[:, 0] > 0)) == (X[:, 0] > 0).sum()

@@ -42,6 +42,7 @@ def write_shard(
     if len(ids) != len(x): raise StoreError(f"shard {number} of {store_dir}: {len(ids)} ids but {len(x)} descriptors")
     data, id_file, note = _names(store_dir, number)
     data.parent.mkdir(parents=True, exist_ok=True)
+    for path in (data.parent/"card.json", note): path.unlink(missing_ok=True)      # from here on neither store nor shard is finished
     for path, array in ((id_file, ids), (data, x)):
         with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, array)
     write_json(note, dict(n=len(x), dim=x.shape[1], dtype=dtype, made_by=fingerprint(card),
@@ -55,12 +56,19 @@ def missing_shards(
     card:dict,      # what makes them
 )->list: # numbers of the shards still to be written
     "Shards that do not exist yet, or were made by something else."
-    def done(number):
-        paths = _names(store_dir, number)
-        if not all(p.is_file() for p in paths): return False
-        try: return read_json(paths[2]).get("made_by") == fingerprint(card)
-        except ValueError: return False                                # cut
-    return [i for i in range(n_shards) if not done(i)]
+    return [i for i in range(n_shards) if (_note(store_dir, i) or {}).get("made_by") != fingerprint(card)]
+
+def _note(store_dir, number):
+    "What a shard says of itself; None while it is missing or cut."
+    paths = _names(store_dir, number)
+    try: return read_json(paths[2]) if all(p.is_file() for p in paths) else None
+    except ValueError: return None
+
+def _load(path, **how):
+    "One array of a store."
+    if not path.is_file(): raise StoreError(f"{path.parent}: {path.name} is missing")
+    try: return np.load(path, **how)
+    except (ValueError, EOFError, OSError) as e: raise StoreError(f"{path} cannot be read, it was cut or overwritten: {e}") from None
 
 # %% ../../nbs/parts/store.ipynb #cc646936
 def finish_store(
@@ -70,22 +78,21 @@ def finish_store(
 )->Path: # `store_dir`
     "Write the card of a store whose shards are complete and fit each other."
     store_dir = Path(store_dir)
-    notes = {}
-    for i in range(n_shards):
-        paths = _names(store_dir, i)
-        if not all(p.is_file() for p in paths): raise StoreError(f"{store_dir}: shard {i} of {n_shards} is missing; write it before finishing the store")
-        notes[i] = read_json(paths[2])
+    notes = [_note(store_dir, i) for i in range(n_shards)]
+    if None in notes: raise StoreError(f"{store_dir}: shard {notes.index(None)} of {n_shards} is missing ({notes.count(None)} in all); write it before finishing the store")
     surplus = sorted(p.name for p in store_dir.glob("[0-9]*.json") if int(p.stem) >= n_shards)
     if surplus: raise StoreError(f"{store_dir} holds {len(surplus)} shards beyond its {n_shards} ({surplus[0]} first); they belong to another run, delete them")
     for key, word in (("made_by", "models"), ("dim", "dimensions"), ("dtype", "types")):
-        values = sorted({note[key] for note in notes.values() if note["n"] or key == "made_by"})
-        if len(values) > 1: raise StoreError(f"{store_dir} mixes shards of {len(values)} {word}: {values}; one store has one")
+        first = {note[key]: i for i, note in reversed([*enumerate(notes)]) if note["n"] or key == "made_by"}
+        if len(first) > 1: raise StoreError(f"{store_dir} mixes shards of {len(first)} {word}: {', '.join(f'{v} (shard {i} first)' for v, i in sorted(first.items(), key=lambda x: x[1]))}; one store has one")
     if notes and notes[0]["made_by"] != fingerprint(card): raise StoreError(f"{store_dir}: its shards were not made by this card")
-    ids = np.concatenate([np.load(_names(store_dir, i)[1]) for i in notes]) if notes else np.zeros(0, "S1")
+    sums = [note["sha256_ids"] if note["n"] else i for i, note in enumerate(notes)]
+    if twice := [i for i, s in enumerate(sums) if sums.index(s) < i]: raise StoreError(f"{store_dir}: shard {twice[0]} holds the same images as shard {sums.index(sums[twice[0]])}; a shard was doubled, write it again")
+    ids = np.concatenate([_load(_names(store_dir, i)[1]) for i in range(n_shards)]) if notes else np.zeros(0, "S1")
     _unique(ids, store_dir)
-    shown = next((n for n in notes.values() if n["n"]), dict(dim=0, dtype="float32"))
+    shown = next((n for n in notes if n["n"]), dict(dim=0, dtype="float32"))
     write_json(store_dir/"card.json", dict(format="landmark descriptors", version=STORE_VERSION, n=len(ids), dim=shown["dim"],
-        dtype=shown["dtype"], made_by=card, shards=[dict(n=note["n"], sha256=note["sha256"], sha256_ids=note["sha256_ids"]) for note in notes.values()]))
+        dtype=shown["dtype"], made_by=card, shards=[dict(n=note["n"], sha256=note["sha256"], sha256_ids=note["sha256_ids"]) for note in notes]))
     return store_dir
 
 # %% ../../nbs/parts/store.ipynb #6e25cbde
@@ -110,16 +117,14 @@ class Store:
     @cached_property
     def ids(self)->np.ndarray:
         "Image ids, as text [n]."
-        parts = [np.load(_names(self.dir, i)[1]) for i in range(len(self.starts)-1)]
-        return np.char.decode(np.concatenate(parts), "utf-8") if parts else np.zeros(0, "U1")
+        ids = np.concatenate([np.zeros(0, "S1"), *(_load(_names(self.dir, i)[1]) for i in range(len(self.starts)-1))])
+        if len(ids) != len(self): raise StoreError(f"{self.dir} holds {len(ids)} ids, its card says {len(self)}; check_store names the shard")
+        return np.char.decode(ids, "utf-8")
     def shard(self, number:int)->np.ndarray:
         "The memory map of one shard, in its stored type."
         if number not in self._maps:
             path = _names(self.dir, number)[0]
-            if not path.is_file(): raise StoreError(f"{self.dir}: shard {path.name} is missing")
-            try: x = np.load(path, mmap_mode="r")
-            except (ValueError, EOFError, OSError) as e: raise StoreError(f"{path} cannot be read, it was cut or overwritten: {e}") from None
-            expected = (self.card["shards"][number]["n"], self.dim)
+            x, expected = _load(path, mmap_mode="r"), (self.card["shards"][number]["n"], self.dim)
             if (len(x) or expected[0]) and x.shape != expected: raise StoreError(f"{path} holds {x.shape}, its card says {expected}")
             if len(x) and x.dtype != self.dtype: raise StoreError(f"{path} holds {x.dtype}, its card says {self.dtype}")
             self._maps[number] = x
@@ -139,10 +144,8 @@ def _rows(self, rows):
             lo, hi = max(a, self.starts[s]), min(b, self.starts[s+1])
             if lo < hi: out[lo-a:hi-a] = self.shard(s)[lo-self.starts[s]:hi-self.starts[s]]
         return out
-    rows = np.asarray(rows)
-    rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-    if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
-        raise IndexError(f"row {rows.max()} asked of {self!r}")
+    rows = _positions(rows)
+    if (beyond := rows[(rows < -len(self)) | (rows >= len(self))]).size: raise IndexError(f"row {beyond[0]} asked of {self!r}")
     flat = rows.reshape(-1) % max(len(self), 1)
     out, where = np.empty((flat.size, self.dim), np.float32), np.searchsorted(self.starts, flat, "right") - 1
     for s in np.unique(where):
@@ -150,6 +153,11 @@ def _rows(self, rows):
         out[m] = self.shard(s)[flat[m] - self.starts[s]]
     return out.reshape(*rows.shape, self.dim)
 Store._rows = _rows
+
+def _positions(rows):
+    "Row numbers, of a mask too."
+    rows = np.asarray(rows)
+    return np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
 
 # %% ../../nbs/parts/store.ipynb #de573e79
 def _blocks(self, n:int=65536)->Iterator:
@@ -173,9 +181,9 @@ def open_store(
     try: card = read_json(path)
     except ValueError: raise StoreError(f"{path} is not JSON: it was cut or overwritten; delete it and finish the store again") from None
     if not isinstance(card, dict) or card.get("format") != "landmark descriptors": raise StoreError(f"{path} is not the card of a descriptor store")
-    if card.get("version", 0) > STORE_VERSION: raise StoreError(f"{store_dir} was made by version {card['version']} of the store, this program reads up to {STORE_VERSION}; update landmark")
+    if not isinstance(version := card.get("version", 0), int) or version > STORE_VERSION: raise StoreError(f"{store_dir} was made by version {version} of the store, this program reads up to {STORE_VERSION}; update landmark")
     if missing := [k for k in ("version", "n", "dim", "dtype", "made_by", "shards") if k not in card]: raise StoreError(f"{path} lacks {', '.join(missing)}; the card was edited or cut")
-    if (total := sum(s["n"] for s in card["shards"])) != card["n"]: raise StoreError(f"{path} says {card['n']} rows, but its shards have {total}; the card was edited")
+    if (total := sum(s.get("n", 0) for s in card["shards"])) != card["n"]: raise StoreError(f"{path} says {card['n']} rows, but its shards have {total}; the card was edited")
     return Store(store_dir, card)
 
 # %% ../../nbs/parts/store.ipynb #db2fcb50
@@ -198,7 +206,7 @@ def write_store(
 # %% ../../nbs/parts/store.ipynb #979ed7e3
 class Rows:
     "Chosen rows of a store or array, read when asked for."
-    def __init__(self, base, rows): self.base, self.rows, self.ndim = base, np.asarray(rows, np.int64), 2
+    def __init__(self, base, rows): self.base, self.rows, self.ndim = base, _positions(rows), 2
     def __len__(self): return len(self.rows)
     def __getitem__(self, rows): return np.asarray(self.base[self.rows[rows]], np.float32)
     shape = property(lambda self: (len(self), self.base.shape[1]))
@@ -221,9 +229,9 @@ def check_store(
         absent = [p.name for p in (data, id_file) if not p.is_file()]
         if absent: problems.append(f"{', '.join(absent)} missing"); continue
         for path, key in ((data, "sha256"), (id_file, "sha256_ids")):
-            if sha256 and sha256_of(path) != note[key]: problems.append(f"{path.name} differs from its recorded sha256")
-        try: x, ids = store.shard(i), np.load(id_file)
-        except (StoreError, ValueError, EOFError) as e: problems.append(f"{data.name} cannot be read: {e}"); continue
+            if sha256 and sha256_of(path) != note.get(key): problems.append(f"{path.name} differs from its recorded sha256")
+        try: x, ids = store.shard(i), _load(id_file)
+        except StoreError as e: problems.append(str(e)); continue
         if len(ids) != note["n"]: problems.append(f"{id_file.name} holds {len(ids)} ids, the card says {note['n']}")
         for a in range(0, len(x), 65536):
             try: check_rows(np.asarray(x[a:a+65536], np.float32), f"{data.name} from row {a}")
@@ -282,7 +290,9 @@ def read_h5(
 )->Store:
     "Read a descriptor file of the original into a store."
     import h5py
-    with h5py.File(path, "r") as f:
+    try: file = h5py.File(path, "r")
+    except OSError as e: raise StoreError(f"{path} cannot be read as HDF5: {e}") from None
+    with file as f:
         for name in ("ids", "feats"):
             if name not in f: raise StoreError(f"{path} has no dataset `{name}`; it has {sorted(f)}")
         ids = [i.decode() if isinstance(i, bytes) else str(i) for i in f["ids"][()].tolist()]
