@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORE_VERSION', 'fingerprint', 'write_shard', 'missing_shards', 'finish_store', 'Store', 'open_store', 'write_store',
-           'Rows', 'check_store', 'concat_stores', 'rows_of', 'read_h5', 'write_h5']
+           'Rows', 'check_store', 'concat_stores', 'read_h5', 'write_h5']
 
 # %% ../../nbs/parts/store.ipynb #5d3511bc
 import hashlib, json
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from .core import atomic_path, read_json, sha256_of, write_json
-from .descriptors import StoreError, check_rows, ensemble, l2n
+from .descriptors import StoreError, check_rows, ensemble, l2n, rows_of
 
 # %% ../../nbs/parts/store.ipynb #5d939b0b
 STORE_VERSION = 1   # of the layout above; a store of a later version is refused
@@ -264,21 +264,6 @@ def concat_stores(
         part = slice(i*shard_size, (i+1)*shard_size)
         write_shard(out_dir, i, ids[part], ensemble([s[r[part]] for s, r in zip(stores, rows)], weights, normalise), card, dtype)
     return open_store(finish_store(out_dir, n_shards, card))
-
-# %% ../../nbs/parts/store.ipynb #272bd8cd
-def rows_of(
-    wanted:np.ndarray, # ids to find [m]
-    ids:np.ndarray,    # ids of a table [n], unique
-    where:str="the store", # name used in the error
-)->np.ndarray: # positions of `wanted` in `ids` [m]
-    "Find ids in a table of ids; an unknown id is an error."
-    wanted, ids = np.asarray(wanted, str), np.asarray(ids, str)
-    if len(wanted) == len(ids) and (wanted == ids).all(): return np.arange(len(ids))
-    order = np.argsort(ids, kind="stable")
-    at = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids)-1)] if len(ids) else np.zeros(len(wanted), int)
-    unknown = ids[at] != wanted if len(ids) else np.ones(len(wanted), bool)
-    if unknown.any(): raise StoreError(f"{int(unknown.sum())} of {len(wanted)} ids are not in {where} ({wanted[unknown][0]} first)")
-    return at
 
 # %% ../../nbs/parts/store.ipynb #9c73651d
 def read_h5(
