@@ -1,18 +1,21 @@
 """Extraction: shards, machines, kills, unreadable images."""
+import os
+import time
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from landmark import extract
 from landmark.parts.backbones import make_model
-from landmark.parts.core import ParameterError
 from landmark.parts.checkpoints import save_model
+from landmark.parts.core import ParameterError, parallel_map
 from landmark.parts.extraction import describe_scales
 from landmark.parts.images import image_path
 from landmark.parts.loading import Crops
 from landmark.parts.store import open_store
 from test_train import folder_world
-
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
@@ -91,6 +94,23 @@ def test_several_machines_make_the_same_store(setting):
     both = extract.run(extract.Config(**args, name='two', shard=0, n_shards=2)); assert (both/'manifest.json').exists()
     for name in ('a_v1', 'b_v1'):
         a, b = (open_store(d/name/'v1_train') for d in (one, both)); assert list(a.ids) == list(b.ids); np.testing.assert_array_equal(a[:], b[:])
+
+def test_two_processes_make_the_same_bytes(setting, monkeypatch):
+    "The pool is real: this process may not describe anything, and its changes do not reach the others."
+    _, args = setting; one = extract.run(extract.Config(**args, name='one'))
+    def here(*a, **k): raise AssertionError('described in this process')
+    monkeypatch.setattr(extract, 'extract', here); monkeypatch.setattr(extract, 'MANY', 0)
+    two = extract.run(extract.Config(**{**args, 'n_workers': 2}, name='two'))
+    files = sorted(p.relative_to(one) for p in one.rglob('*') if p.suffix in ('.npy', '.csv') or p.name == 'card.json'); assert len(files) == 2*(3*3+1) + 2
+    for f in files: assert (two/f).read_bytes() == (one/f).read_bytes(), f
+
+def gpu_of_this_worker(folder):
+    (folder/str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2: time.sleep(.01)          # until both are at work
+    return extract.device_of('cuda', 2)
+
+def test_workers_of_a_pool_take_different_gpus(tmp_path):
+    assert sorted(parallel_map(gpu_of_this_worker, [tmp_path]*2, 2)) == ['cuda:0', 'cuda:1']
 
 def test_unreadable_images_are_listed_and_bounded(setting):
     world, args = setting; ids = pd.read_csv(world/'v1'/'train.csv', dtype=str).id
