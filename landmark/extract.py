@@ -149,6 +149,10 @@ def too_many_bad(
     if len(wrong) > max(1, cfg.max_bad*n):
         raise ValueError(f"extract: {len(wrong)} of {n} images of {split} cannot be read, more than `max_bad` = {cfg.max_bad:g}: " + '; '.join(f'{r.image_id} ({r.reason})' for r in wrong.head().itertuples()))
 
+def _unreadable(store_dir, but=None):
+    "What could not be read in the shards so far; ids of digits alone stay text."
+    return pd.concat([pd.DataFrame(columns=['image_id', 'reason'], dtype=object), *(pd.read_csv(p, dtype=str) for p in sorted(Path(store_dir).glob('unreadable-*.csv')) if p != but)])
+
 def extract_shard(
     job:tuple, # config, world, model folder, store folder, split, shard number, card, device, one thread
 )->list: # image ids and reasons of what could not be read
@@ -163,9 +167,9 @@ def extract_shard(
         x, ok, bad = extract(_model(folder, device_of(device, cfg.devices)), paths, sizes, precision=cfg.precision, batch_size=cfg.batch_size, n_loaders=cfg.n_loaders, photos=photos,
                              notes=notes, made_by=fingerprint(card), every=cfg.save_every, **settings_of(cfg, split))
     finally: torch.set_num_threads(threads)
-    rows = pd.DataFrame([(ids[i], why) for i, why in bad], columns=['image_id', 'reason'])
-    too_many_bad(cfg, split, rows, len(all_ids))                # not after days, when all shards are there
-    write_csv(rows, Path(store_dir)/f'unreadable-{number:05d}.csv')
+    rows, note = pd.DataFrame([(ids[i], why) for i, why in bad], columns=['image_id', 'reason']), Path(store_dir)/f'unreadable-{number:05d}.csv'
+    if len(rows): too_many_bad(cfg, split, pd.concat([rows, _unreadable(store_dir, but=note)]), len(all_ids))   # not after days, when all shards are there
+    write_csv(rows, note)
     write_shard(store_dir, number, ids[ok], x, card, cfg.dtype)
     notes.unlink(missing_ok=True)
     return rows.values.tolist()
@@ -232,7 +236,7 @@ def _finish(cfg, st, stores, made_up):
     rows, bad = [], []
     for store_dir, folder, split, n_parts, card in stores:
         store = open_store(finish_store(store_dir, n_parts, card))
-        wrong = pd.concat([pd.read_csv(p) for p in sorted(store_dir.glob('unreadable-*.csv'))]).assign(split=split)
+        wrong = _unreadable(store_dir).assign(split=split)
         too_many_bad(cfg, split, wrong, len(store)+len(wrong))
         rows.append(dict(model=store_dir.parent.name, split=split, images=len(store), dim=store.dim, unreadable=len(wrong))); bad.append(wrong)
     write_csv(pd.DataFrame(rows), st.dir/'stores.csv')

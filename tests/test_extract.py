@@ -112,6 +112,14 @@ def gpu_of_this_worker(folder):
 def test_workers_of_a_pool_take_different_gpus(tmp_path):
     assert sorted(parallel_map(gpu_of_this_worker, [tmp_path]*2, 2)) == ['cuda:0', 'cuda:1']
 
+def test_unreadable_images_of_all_shards_count_together(setting):
+    world, args = setting; ids = pd.read_csv(world/'v1'/'train.csv', dtype=str).id
+    for i in (0, 6): image_path(world/'v1'/'train', ids[i]).write_bytes(b'')
+    with pytest.raises(ValueError, match='2 of 12 images of v1_train cannot be read'): extract.run(extract.Config(**args, name='stops'))
+    made = sorted(p.name for p in Path(os.environ['LANDMARK_RUNS']).glob('*/*/extract/stops-*/a_v1/v1_train/0000?.npy')); assert made == ['00000.npy'], 'the second shard is one too many'
+    out = extract.run(extract.Config(**args, max_bad=.2, name='goes on')); assert ids[0] == '0'*16
+    assert pd.read_csv(out/'unreadable.csv', dtype=str).image_id.tolist() == [ids[0], ids[6]]
+
 def test_unreadable_images_are_listed_and_bounded(setting):
     world, args = setting; ids = pd.read_csv(world/'v1'/'train.csv', dtype=str).id
     image_path(world/'v1'/'train', ids[3]).write_bytes(b'no picture')
