@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .parts.backbones import make_model
 from .parts.artifacts import artifact, open_stage, stage_dir
-from .parts.core import ParameterError, is_tiny, log, parallel_map, pick_device, progress, read_json, stage_config, stage_main, write_csv
+from .parts.core import ParameterError, is_tiny, log, parallel_map, pick_device, stage_config, stage_main, write_csv
 from .parts.dataset import image_paths, open_world, read_boxes, read_ids, read_images, splits as world_splits
-from .parts.engine import load_model, save_model
+from .parts.checkpoints import load_model, save_model
 from .parts.extraction import extract, group_sizes, side_sizes
 from .parts.loading import Crops
 from .parts.batching import scan_sizes
@@ -205,6 +205,7 @@ def run(
 )->Path: # the artifact's directory
     "Describe every wanted split with every wanted model."
     device, world = pick_device(cfg.device), open_world(cfg.world, cfg.seed)
+    for remembered in (read_split, _photos, _model): remembered.cache_clear()       # a kernel may be older than a model or world
     if not 0 <= cfg.shard < cfg.n_shards: raise ParameterError(f"extract: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
     if device.type == 'cuda' and not 1 <= cfg.devices <= torch.cuda.device_count(): raise ParameterError(f"extract: `devices` is {cfg.devices}; this machine shows {torch.cuda.device_count()} CUDA GPUs, so 1 to {torch.cuda.device_count()} can share the work")
     made_up = not cfg.models and is_tiny(cfg)

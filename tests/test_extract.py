@@ -10,12 +10,13 @@ import pytest
 from landmark import extract
 from landmark.parts.backbones import make_model
 from landmark.parts.checkpoints import save_model
-from landmark.parts.core import ParameterError, parallel_map
+from landmark.parts.core import ParameterError, parallel_map, write_json
 from landmark.parts.extraction import describe_scales
 from landmark.parts.images import image_path
 from landmark.parts.loading import Crops
 from landmark.parts.store import open_store
 from test_train import folder_world
+
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
@@ -111,6 +112,14 @@ def gpu_of_this_worker(folder):
 
 def test_workers_of_a_pool_take_different_gpus(tmp_path):
     assert sorted(parallel_map(gpu_of_this_worker, [tmp_path]*2, 2)) == ['cuda:0', 'cuda:1']
+
+def test_a_model_trained_again_in_its_folder_is_loaded_again(setting):
+    "A kernel outlives a training: what it remembers of the old weights must not describe under the name of the new ones."
+    _, args = setting; cfg = extract.Config(**args, name='again'); models = Path(args['models'])
+    old = open_store(extract.run(cfg)/'a_v1'/'v1_train')[:]
+    save_model(models/'a_v1', make_model('test_resnet', d=8), dict(backbone='test_resnet', pooling='gem', dim=8)); write_json(models/'manifest.json', dict(outputs={'a_v1/weights.safetensors': dict(size=1)}))
+    new = open_store(extract.run(cfg)/'a_v1'/'v1_train')[:]; fresh = open_store(extract.run(extract.Config(**args, name='fresh'))/'a_v1'/'v1_train')[:]
+    assert not np.array_equal(old, new); np.testing.assert_array_equal(new, fresh)
 
 def test_unreadable_images_of_all_shards_count_together(setting):
     world, args = setting; ids = pd.read_csv(world/'v1'/'train.csv', dtype=str).id
