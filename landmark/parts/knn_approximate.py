@@ -8,7 +8,7 @@ __all__ = ['build_approximate', 'search_approximately', 'neighbours_found', 'rer
 # %% ../../nbs/parts/knn_approximate.ipynb #4a730f8d
 import numpy as np
 from .knn import exact_dots
-from .knn_torch import SearchError, blocks_of
+from .knn_torch import SearchError, Seen, blocks_of
 
 # %% ../../nbs/parts/knn_approximate.ipynb #57fae43c
 def build_approximate(
@@ -23,8 +23,10 @@ def build_approximate(
     if not knn.is_trained:
         lists = getattr(knn, "nlist", 1)
         if len(base) < lists: raise SearchError(f"{factory} learns {lists} lists, the base has {len(base)} rows; take fewer lists")
-        knn.train(np.ascontiguousarray(base[::max(1, len(base)//n_train)], np.float32))
-    for _, x in blocks_of(base, 65536): knn.add(x)
+        step = max(1, len(base)//n_train); x = np.ascontiguousarray(base[::step], np.float32)
+        if not (fine := np.isfinite(x).all(1)).all(): raise SearchError(f"base row {step*int(np.argmin(fine))} is not finite")
+        knn.train(x)
+    for _, x in blocks_of(base, 65536, Seen()): knn.add(x)
     return knn
 
 # %% ../../nbs/parts/knn_approximate.ipynb #946ce5c8
@@ -38,6 +40,7 @@ def search_approximately(
     import faiss
     if queries.shape[1] != knn.d: raise SearchError(f"queries have {queries.shape[1]} dimensions, the index has {knn.d}")
     if not 1 <= k <= knn.ntotal: raise SearchError(f"k is {k}; the index has {knn.ntotal} rows")
+    if not (fine := np.isfinite(queries).all(1)).all(): raise SearchError(f"query {int(np.argmin(fine))} is not finite")
     faiss.ParameterSpace().set_index_parameter(knn, "efSearch" if hasattr(knn, "hnsw") else "nprobe", effort)
     return knn.search(np.ascontiguousarray(queries, np.float32), k)
 
