@@ -6,11 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from landmark import extract
+from landmark.parts.augment import change
 from landmark.parts.backbones import make_model
 from landmark.parts.checkpoints import save_model
 from landmark.parts.core import ParameterError, parallel_map, write_json
+from landmark.parts.checkpoints import load_model, save_model
+from landmark.parts.core import ParameterError, parallel_map, write_json
+from landmark.parts.dataset import image_paths, open_world, read_boxes, read_ids
 from landmark.parts.extraction import describe_scales
 from landmark.parts.images import image_path
 from landmark.parts.loading import Crops
@@ -79,6 +84,23 @@ def test_no_header_is_read_before_its_shard(setting, monkeypatch):
     _, args = setting; asked, original = [], extract.scan_sizes
     monkeypatch.setattr(extract, 'scan_sizes', lambda paths: asked.append(len(paths)) or original(paths))
     extract.run(extract.Config(**args, name='lazy')); assert max(asked) == 5 and sum(asked) == 12
+
+@pytest.mark.parametrize('split', ['index', 'rnorth_index', 'rnorth_query'])
+def test_the_protocol_written_out_plainly_describes_alike(setting, split):
+    "Photo by photo: crop, resize to the group or the longest side, three scales, mean, one normalisation."
+    torch = pytest.importorskip('torch'); world, bench = open_world('tiny', 1), split != 'index'
+    out = extract.run(extract.Config(**{**setting[1], 'world': 'tiny', 'splits': [split], 'select': ['a_v1'], 'sizes': '192', 'bench_side': 192, 'min_side': 48, 'shard_size': 7}, name='plain'))
+    store, ids, boxes, model = open_store(out/'a_v1'/split), read_ids(world, split), read_boxes(world, split), load_model(Path(setting[1]['models'])/'a_v1', 'cpu')
+    assert list(store.ids) == list(ids) and (boxes is not None) == (split == 'rnorth_query')
+    for i, path in enumerate(image_paths(world, split, ids)):
+        im = Image.open(path).convert('RGB')
+        if boxes is not None: im = im.crop([int(round(v)) for v in boxes[i]])
+        (w, h), f = im.size, min(1, 192/max(im.size))
+        size = (round(w*f), round(h*f)) if bench else (192, 144) if h/w < .77 else (160, 160) if h/w < 1.33 else (144, 192)
+        x = torch.from_numpy(change(np.array(im), size).transpose(2, 0, 1).copy())[None].float()
+        sides = [[max(16 if bench else 48, int(v*s//16)*16) for v in size[::-1]] for s in ((.5**.5, 1, 2**.5) if bench else (.75, 1, 1.25))]
+        with torch.no_grad(): y = sum(model(torch.nn.functional.interpolate(x, s, mode='bilinear', align_corners=True)) for s in sides)[0].numpy()
+        np.testing.assert_allclose(store[i], y/np.linalg.norm(y), atol=5e-6, err_msg=str(path))
 
 @pytest.mark.parametrize('backbone', ['test_resnet', 'resnet10t', 'mobilenetv3_small_050'])
 def test_bfloat16_describes_as_float32_does(backbone):
