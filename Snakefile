@@ -1,6 +1,6 @@
 # The graph of stages. Which steps there are stands in params/<profile>/; see nbs/graph.ipynb.
 #   snakemake --cores all --config profile=mini seeds=1,2,3
-#   landmark_search run mini lr        the trials of params/mini/search/lr.yaml, by `--config search=lr`
+#   landmark_search run mini recipe    the trials of params/mini/search/recipe.yaml, by `--config search=recipe`
 # One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
 import os
 from landmark import graph, search

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['page', 'with_contents', 'fold', 'save_png', 'screen', 'render', 'world_of', 'pages_of', 'relink', 'report',
-           'render_pages', 'stale', 'readme', 'main']
+           'render_pages', 'stale', 'write_searches', 'readme', 'main']
 
 # %% ../nbs/report.ipynb #34866144
 import html, io, posixpath, re, shutil, sys, tempfile
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .graph import STAGES, plan
 from .parts.artifacts import code_hash, git_commit
-from .parts.core import ParameterError, project_root, read_json, runs_dir, write_json, write_text
+from .parts.core import ParameterError, log, project_root, read_json, runs_dir, write_csv, write_json, write_text
+from .parts.plots import to_markdown
 
 # %% ../nbs/report.ipynb #950974e5
 _STYLE = '''body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#1c1c1c}
@@ -211,7 +212,7 @@ def report(
     missing = [f'{s.stage}/{s.name} (seed {s.seed})' for s in steps if not s.stamp.exists()]
     if missing: raise ParameterError(f'{len(missing)} steps of profile {profile} have not run with this code: {", ".join(missing[:5])}; run `make demo PROFILE={profile} SEEDS="{" ".join(map(str, seeds))}"` first')
     tmp, mine = Path(tempfile.mkdtemp(dir=runs_dir())), [s for s in steps if s.seed == seeds[0]]
-    render_pages(profile, seeds, mine, tmp)
+    render_pages(profile, seeds, mine, tmp); write_searches(profile, seeds[0], tmp/'tables')
     write_json(tmp/'report.json', dict(profile=profile, seeds=list(seeds), commit=git_commit(), code={s: code_hash(f'landmark.{s}') for s in sorted({s.stage for s in steps})}))
     home.parent.mkdir(exist_ok=True)
     if home.exists(): shutil.rmtree(home)
@@ -240,6 +241,20 @@ def stale(
 )->list: # names of stages whose code has changed since
     "Which stages' code is newer than a report."
     return [s for s, h in read_json(home/'report.json')['code'].items() if code_hash(f'landmark.{s}') != h]
+
+# %% ../nbs/report.ipynb #158d596f
+def write_searches(
+    profile:str, # folder under `params`
+    seed:int,    # world and training
+    out:Path,    # folder of the tables
+):
+    "Tables of a profile's searches that are finished: search-<name>.csv and .md."
+    from landmark import search
+    for name in sorted(p.stem for p in (project_root()/'params'/profile/'search').glob('*.yaml')):
+        t, n = search.table(profile, name, [seed]), len(search.trials(profile, name))
+        if t.trial.nunique() < n: log(f'report: {n - t.trial.nunique()} of {n} trials of the search {name} have not run with this code, so it is left out; `landmark_search run {profile} {name}`'); continue
+        t = t.drop(columns=['trial', 'seeds']).assign(score=(100*t.score).round(2), seconds=t.seconds.round()).rename(columns=dict(score='mAP@100 Public'))
+        write_csv(t, out/f'search-{name}.csv'); write_text(out/f'search-{name}.md', to_markdown(t) + '\n')
 
 # %% ../nbs/report.ipynb #e118bad0
 _MARK = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- /table -->)', re.S)

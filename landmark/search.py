@@ -168,12 +168,12 @@ def run_trial(
     "Train and judge one trial."
     cfg = make_config(train.Config, read_yaml(params_path)); several = node_devices(cfg)
     with take_device(several, runs_dir()/'.devices'/os.uname().nodename) if several else contextlib.nullcontext(cfg.device) as device:
-        log(f'search: {cfg.name} trains on {device}'); t = time.time()
+        log(f'search: {cfg.name} trains on {device}')
         out = train.run(dataclasses.replace(cfg, device=device, n_workers=1))
         models, side = pd.read_csv(out/'models.csv'), max(map(max, size_table(train.listed(cfg.sizes)[-1])[1]))
         load = lambda name: load_model(out/name, pick_device(device))
         rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders), 5)) for r in models.itertuples(index=False)]
-    result = dict(trial=cfg.name, seed=cfg.seed, run=str(out), n_index=n_index, device=device, seconds=round(time.time()-t, 1), models=rows)
+    result = dict(trial=cfg.name, seed=cfg.seed, run=str(out), n_index=n_index, device=device, seconds=read_json(out/'manifest.json')['seconds'], models=rows)
     write_json(score_path, result)
     return result
 
@@ -189,7 +189,7 @@ def table(
     for s in steps:
         if not s.stamp.exists(): continue
         result = read_json(s.score_path)
-        rows += [dict(trial=s.name, **{k: str(v) if isinstance(v, list) else v for k, v in found[s.name].items()}, model=m['model'], score=m['score'], loss=m['loss'],
+        rows += [dict(trial=s.name, **{k: ', then '.join(map(str, v)) if isinstance(v, list) else v for k, v in found[s.name].items()}, model=m['model'], score=m['score'], loss=m['loss'],
                       accuracy=m['accuracy'], seconds=result['seconds'], seeds=1) for m in result['models']]
     names = ['trial', *dict.fromkeys(k for c in found.values() for k in c), 'model']
     df = pd.DataFrame(rows, columns=[*names, 'score', 'loss', 'accuracy', 'seconds', 'seeds'])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import nbformat
+import pandas as pd
 import pytest
 
 matplotlib.use('Agg')
@@ -49,3 +50,14 @@ def test_a_report_of_unfinished_runs_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path))
     with pytest.raises(report.ParameterError, match='have not run with this code'): report.report('mini')
     with pytest.raises(report.ParameterError, match='there is no profile'): report.report('nothing')
+
+
+def test_a_search_is_shown_once_all_its_trials_are_there(monkeypatch, tmp_path, capsys):
+    from landmark import search
+    rows = pd.DataFrame(dict(trial=['a', 'b'], epochs=[14, 28], model='arcface_v1', score=[.08126, .1], loss=1., accuracy=.9, seconds=[10.4, 20.], seeds=1))
+    monkeypatch.setattr(search, 'trials', lambda profile, name: dict(a={}, b={}))
+    monkeypatch.setattr(search, 'table', lambda profile, name, seeds: rows.iloc[:1]); report.write_searches('mini', 1, tmp_path)
+    assert not list(tmp_path.iterdir()) and '1 of 2 trials of the search recipe' in capsys.readouterr().err
+    monkeypatch.setattr(search, 'table', lambda profile, name, seeds: rows); report.write_searches('mini', 1, tmp_path)
+    made = pd.read_csv(tmp_path/'search-recipe.csv')
+    assert list(made) == ['epochs', 'model', 'mAP@100 Public', 'loss', 'accuracy', 'seconds'] and made['mAP@100 Public'].tolist() == [8.13, 10.] and '| 8.13 |' in (tmp_path/'search-recipe.md').read_text()
