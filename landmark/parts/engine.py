@@ -159,6 +159,7 @@ def make_plan(self:Trainer)->list:
     if self.acc.num_processes > 1: torch.distributed.broadcast_object_list(plan)
     return plan[0]
 
+# %% ../../nbs/parts/engine.ipynb #90b4326c
 @patch
 def leave_unused(self:Trainer):
     "Weights that no photo passes (ConvNeXt's norm in front of the classifier) get no gradient, for which several devices would wait."
@@ -238,6 +239,7 @@ def share_bad(self:Trainer):
         from accelerate.utils import gather_object
         self.see_bad(gather_object(self.bad))
 
+# %% ../../nbs/parts/engine.ipynb #7959dc30
 @patch
 def evaluate(self:Trainer):
     "Metrics after an epoch; the best model so far is kept."
@@ -256,6 +258,7 @@ def best_state(self:Trainer)->dict: # model's state_dict, epoch, metrics; empty 
     state = torch.load(path, map_location='cpu', weights_only=True)
     return dict(model={k.removeprefix('model.'): v for k, v in state['net'].items() if k.startswith('model.')}, epoch=state['epoch'], metrics=state['metrics'])
 
+# %% ../../nbs/parts/engine.ipynb #dd380df1
 @patch
 def save(self:Trainer):
     "Write the checkpoint; one of a training that has gone wrong would keep the next run from going right."
