@@ -5,13 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from landmark import benchmark, rerank, tables
+from landmark import benchmark, recognize, rerank, tables
 from landmark.parts import bench_rerank
 from landmark.parts.core import ParameterError
-from landmark.parts.dataset import open_world, read_ids, read_retrieval_solution
+from landmark.parts.dataset import open_world, read_ids, read_recognition_solution, read_retrieval_solution
 from landmark.parts.metrics import map_of_submission
 from landmark.parts.rerank import METHODS, Problem, method, rank
-from landmark.parts.submission import read_retrieval
+from landmark.parts.submission import read_recognition, read_retrieval
 
 
 @pytest.fixture
@@ -71,3 +71,13 @@ def test_a_submitted_list_scores_what_the_table_says(tmp_path, monkeypatch):
         truth = solution[solution.usage == u].set_index('image_id').images
         want = m[(m.method == 'sort+insert') & (m.benchmark == f'gld_{u.lower()}')].value.item()
         assert map_of_submission(sent.to_dict(), truth.to_dict()) == pytest.approx(want, abs=1e-12) and 0 < want < 1
+
+
+def test_submitted_predictions_score_what_the_table_says(tmp_path, monkeypatch):
+    monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path)); monkeypatch.setenv('LANDMARK_WORLD', 'tiny')
+    out, world = recognize.run(recognize.Config(world='tiny')), open_world('tiny')
+    sent, solution = read_recognition(out/'predictions.csv', read_ids(world, 'test')), read_recognition_solution(world)
+    assert sent.image_id.tolist() == solution.image_id.tolist()
+    m = pd.read_csv(out/'metrics.csv'); want = m[m.method == '+ distractor rule'].set_index('usage').value
+    got = {u: v for u, (v, _) in recognize.judge(solution, sent.landmark_id, sent.score).items()}
+    assert got == pytest.approx(want.to_dict(), abs=1e-6) and max(got.values()) > 0
