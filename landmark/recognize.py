@@ -14,12 +14,13 @@ import pandas as pd
 from .parts.artifacts import artifact, open_stage
 from .parts.core import ParameterError, is_tiny, log, stage_config, stage_main, write_csv
 from .parts.dataset import landmark_names, open_world, read_images, read_recognition_solution, read_truth, train_set
+from .parts.ensemble import choose_models, join_models
 from .parts.knn import search
 from .parts.local_features import extract_many, open_local
 from .parts.matching import rule_for
 from .parts.metrics import gap
 from .parts.recognition import choose_limit, distractor_rule, minus_non_landmarks, recognise
-from .parts.store import Rows, concat_stores, l2n, open_store, rows_of, write_store
+from .parts.store import Rows, l2n, rows_of, write_store
 from .parts.submission import write_recognition
 from .parts.verification import verify_pairs
 
@@ -34,6 +35,7 @@ class Config:
     descriptors: str = ""    # artifact of 04_extract with the splits test and v2_train
     models: list[str] = field(default_factory=list)    # models in it; the last if none is named
     weights: list[float] = field(default_factory=list) # join the models into one ensemble with these weights; none: the last of them alone
+    pca_dims: int = 0        # whiten with PCA learned on training descriptors, and keep so many dimensions; 0: do not
     clean: str = ""          # artifact of 02_clean: only its images and labels vote; empty: all training images
     verified: str = ""       # artifact of 01_verify whose local features of training images are used again; empty: extract those of the voters
     voting_k: int = 3        # training images that vote, and are verified
@@ -69,21 +71,15 @@ def inputs_of(
     world:Path,      # the images' world
     extracted:Path,  # artifact of 04_extract
     clean:Path,      # artifact of 02_clean, or None
-    out_dir:Path,    # for an ensemble's stores
 )->tuple: # test descriptors, training descriptors, training table (image_id, landmark_id, path), model
     "What takes part."
-    there = sorted(p.parent.parent.name for p in Path(extracted).glob("*/test/card.json") if (p.parent.parent/"v2_train"/"card.json").exists())
-    unknown = [m for m in cfg.models if m not in there]
-    if unknown or not there: raise ParameterError(f"recognize: {extracted} has no descriptors of test and v2_train by {', '.join(unknown) or 'any model'}; it has those by {', '.join(there) or 'none'}")
-    models, splits = list(cfg.models or there), ("test", "v2_train")
-    if cfg.weights:
-        if len(cfg.weights) != len(models): raise ParameterError(f"recognize: {len(cfg.weights)} weights for {len(models)} models ({', '.join(models)}); each has one")
-        test, store = (concat_stores([open_store(Path(extracted)/m/s) for m in models], out_dir/"ensemble"/s, list(cfg.weights)) for s in splits)
-    else: test, store = (open_store(Path(extracted)/models[-1]/s) for s in splits)
+    models = choose_models(cfg, extracted, ("test", "v2_train"))
+    (model, stores), = join_models(cfg, extracted, models if cfg.weights else models[-1:]).items()
+    test, store = stores["test"], stores["v2_train"]
     table = train_set(world, "v2-clean" if clean else "v2", clean/"train_clean.csv" if clean else None)
     table = table[table.image_id.isin(set(store.ids))].reset_index(drop=True)
     if not len(table): raise ParameterError("recognize: none of the training images has a descriptor in the store; were they extracted from another world?")
-    return test, Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table, "ensemble" if cfg.weights else models[-1]
+    return test, Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table, model
 
 # %% ../nbs/06_recognize.ipynb #9206b1e4
 def verify_voters(
@@ -154,7 +150,7 @@ def judge(
 
 def predictions_of(cfg, world, extracted, clean, verified, out_dir, metrics)->tuple: # solution table, method → (labels, scores), what the pictures need
     "All steps, each with its predictions."
-    test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean, out_dir)
+    test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean)
     solution = read_recognition_solution(world)
     unread = ~solution.image_id.isin(set(test.ids))
     if unread.any(): log(f"recognize: {int(unread.sum())} test images have no descriptor (they could not be read) and get no prediction")
