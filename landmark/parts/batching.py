@@ -11,7 +11,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from .core import atomic_path
+from .core import atomic_path, locked
 from .images import ImageError, image_size
 
 # %% ../../nbs/parts/batching.ipynb #de028dbc
@@ -91,15 +91,20 @@ def scan_sizes(
     cache_dir:Path=None,   # folder to remember sizes in
     n_threads:int=8,       # threads
 )->np.ndarray: # (width, height) of each, 0 where the header cannot be read [n, 2]
-    "Sizes of images from their headers, cached."
+    "Sizes of images from their headers, cached; of several processes that ask, one reads."
+    if not cache_dir: return _scan(paths, np.zeros((len(paths), 2), np.int32), n_threads)
     key = hashlib.sha256('\n'.join(map(str, paths)).encode()).hexdigest()[:16]
-    cache = Path(cache_dir)/f'sizes-{key}.npy' if cache_dir else None
-    wh = np.load(cache) if cache and cache.exists() else np.zeros((len(paths), 2), np.int32)
+    cache = Path(cache_dir)/f'sizes-{key}.npy'
+    with locked(cache): return _scan(paths, np.load(cache) if cache.exists() else np.zeros((len(paths), 2), np.int32), n_threads, cache)
+
+def _scan(paths, wh, n_threads, cache=None, at_once=2**18):
+    "Read the headers that are not known; those of millions of images take a while, and are kept as they come."
     new = np.flatnonzero(wh.min(1) == 0)                              # what could not be read may have been mended since
-    with ThreadPoolExecutor(n_threads) as pool: wh[new] = np.array(list(pool.map(_size, [paths[i] for i in new])), np.int32).reshape(-1, 2)
-    if cache and len(new):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(cache) as tmp, open(tmp, 'wb') as f: np.save(f, wh)
+    with ThreadPoolExecutor(n_threads) as pool:
+        for some in [new[a:a+at_once] for a in range(0, len(new), at_once)]:
+            wh[some] = np.array(list(pool.map(_size, [paths[i] for i in some])), np.int32).reshape(-1, 2)
+            if cache:
+                with atomic_path(cache) as tmp, open(tmp, 'wb') as f: np.save(f, wh)
     return wh
 
 # %% ../../nbs/parts/batching.ipynb #fd053346

@@ -88,7 +88,7 @@ class EncodedPhotos(Photos):
     def __getitem__(self, key):
         "File or image, network input size and draws of (epoch, position), or the reason why there is none."
         epoch, i = key
-        w, h = self.wh[i]; size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
+        w, h = self.wh[i].tolist(); size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
         try:
             data = Path(self.paths[i]).read_bytes()
             if is_plain_jpeg(data): x = torch.frombuffer(bytearray(data), dtype=torch.uint8)

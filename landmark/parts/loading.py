@@ -74,6 +74,12 @@ def collate(items):
     images = torch.stack([x for _, x in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     return images, torch.tensor([i for i, _ in good], dtype=torch.long), [(i, x) for i, x in items if isinstance(x, str)]
 
+class _Keys:
+    "What a loader asks for, made when it asks: millions of pairs are not kept."
+    def __init__(self, epoch, batches): self.epoch, self.batches = epoch, batches
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return ([(self.epoch, int(i)) for i in batch] for batch in self.batches)
+
 def make_loader(
     photos:Dataset,      # gives (position, image or reason) of (epoch, position)
     batches:list,        # positions of each batch
@@ -82,9 +88,8 @@ def make_loader(
     pin:bool=False,      # keep batches in page-locked memory, for a GPU
 )->Iterable: # batches as `collate` makes them
     "Load batches in order."
-    plan = [[(epoch, int(i)) for i in batch] for batch in batches]
     more = dict(multiprocessing_context='spawn', prefetch_factor=4) if n_loaders else {}
-    loader = DataLoader(photos, batch_sampler=plan, collate_fn=getattr(photos, 'collate', collate), num_workers=n_loaders, pin_memory=pin, generator=torch.Generator().manual_seed(0), **more)
+    loader = DataLoader(photos, batch_sampler=_Keys(epoch, batches), collate_fn=getattr(photos, 'collate', collate), num_workers=n_loaders, pin_memory=pin, generator=torch.Generator().manual_seed(0), **more)
     return photos.finish(loader) if hasattr(photos, 'finish') else loader            # what is left to do in this process
 
 # %% ../../nbs/parts/loading.ipynb #8ee19789
