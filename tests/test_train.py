@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from landmark import train
 from landmark.parts.core import ParameterError
-from landmark.parts.engine import TrainingError
+from landmark.parts.engine import Trainer, TrainingError, Training
 from landmark.parts.images import image_path
 
 SMALL = dict(backbone='test_resnet', dim=8, sizes='64', epochs=2, batch_size=4, log_every=1, checkpoint_every=2, device='cpu', n_workers=1, n_negatives=1)
@@ -189,7 +189,6 @@ def stripes(n=24):
 def train_stripes(state_dir, stop_at=None, dropout=0.3, **kw):
     "A training of a few steps, with dropout, that may die after a step."
     from landmark.parts.backbones import make_model
-    from landmark.parts.engine import Trainer, Training
     from landmark.parts.planning import Recipe
     from landmark.parts.loading import Photos
     from landmark.parts.losses import make_head
@@ -238,8 +237,17 @@ def test_out_of_memory_names_batch_and_size(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match='Out of memory with 6 images a batch at size 64. Lower `batch_size`.*smaller `sizes`, or set `precision` to bf16'): train_stripes(tmp_path, scale_up='64')
 
 def test_a_size_the_network_cannot_take(world):
-    with pytest.raises(TrainingError, match="cannot take images of size 64: Input height .* Take other `sizes`"):
+    with pytest.raises(TrainingError, match="cannot take images of 64 × 48 pixels .Input height .* Take other `sizes`"):
         train.run(train.Config(world=str(world), **{**SMALL, 'backbone': 'beit_base_patch16_224'}))
+
+def test_a_size_that_only_the_last_epoch_has_is_refused_before_the_first(tmp_path, monkeypatch):
+    from landmark.parts.backbones import RetrievalModel
+    usual = RetrievalModel.forward
+    def fixed(self, images):
+        assert images.shape[3] <= 64, 'too wide'
+        return usual(self, images)
+    monkeypatch.setattr(RetrievalModel, 'forward', fixed); monkeypatch.setattr(Trainer, 'train_step', lambda *_: pytest.fail('it began to train'))
+    with pytest.raises(TrainingError, match='cannot take images of 96 × 64 pixels .too wide.'): train_stripes(tmp_path, scale_up='96')
 
 def test_two_runs_in_one_folder_wait_for_each_other(world, capfd):
     import threading

@@ -23,13 +23,12 @@ class Backbone(nn.Module):
         std:tuple,           # the same
     ):
         super().__init__()
-        self.net, self.channels, self.mean, self.std = net, channels, tuple(mean), tuple(std)
+        self.net, self.channels, self.mean, self.std, self.tokens = net, channels, tuple(mean), tuple(std), False
     def forward(self, x):
         if not isinstance(self.channels, int): return self.net(x)
+        if self.tokens: return self.net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[-1]    # the image's own, as a map
         y = self.net.forward_features(x)
-        if y.ndim == 3:                                                           # tokens: the image's own, as a map
-            n = getattr(self.net, 'num_prefix_tokens', 0); h, w = self.net.patch_embed.dynamic_feat_size(x.shape[2:])
-            return y[:, n:].transpose(1, 2).reshape(len(y), -1, h, w)
+        if y.ndim == 3: self.tokens = True; return self.forward(x)                # known from the first image on
         return y if y.shape[1] == self.channels else y.permute(0, 3, 1, 2)
 
 # %% ../../nbs/parts/backbones.ipynb #b6526895

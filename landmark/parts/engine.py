@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm import tqdm
 from .backbones import freeze_batch_norm, make_model, train_mode
+from .batching import size_table
 from .checkpoints import load_checkpoint, save_checkpoint
 from .loading import make_loader
 from .losses import MetricHead, make_head
@@ -43,20 +44,19 @@ def make_optimizer(net:nn.Module, recipe:Recipe):
 class TrainingError(RuntimeError):
     "Training cannot go on; the message says why and what to change."
 
+def _of_memory(e): return isinstance(e, torch.OutOfMemoryError) or any(w in str(e) for w in ('allocate memory', 'ALLOC_FAILED'))
+
 @contextlib.contextmanager
 def explain_memory(
     batch_size:int, # images in a batch, over all devices
     sizes,          # size group, or a function that tells the present one
     n_devices:int=1, # devices that share a batch
 ):
-    "Turn *out of memory*, and an image size that the network cannot take, into a sentence."
+    "Turn *out of memory* into a sentence."
     now = lambda: sizes() if callable(sizes) else sizes
     try: yield
-    except AssertionError as e:
-        if not any(w in str(e) for w in ('Input', 'divisible')): raise
-        raise TrainingError(f"The backbone cannot take images of size {now()}: {str(e).rstrip('.')}. Take other `sizes`, or a backbone for images of any size.") from None
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and not any(w in str(e) for w in ('allocate memory', 'ALLOC_FAILED')): raise
+        if not _of_memory(e): raise
         each = f' ({batch_size//n_devices} on each of {n_devices} devices)' if n_devices > 1 else ''
         raise TrainingError(f"Out of memory with {batch_size} images a batch{each} at size {now()}. Lower `batch_size` (and raise `accumulate` by as much), take smaller `sizes`, or set `precision` to bf16.") from None
 
@@ -133,6 +133,7 @@ def run(self:Trainer)->pd.DataFrame: # the table
     self.acc = _accelerator(r, self.device); self.photos.device = self.acc.device
     with torch.random.fork_rng(), explain_memory(r.batch_size, lambda: self.photos.sizes, self.acc.num_processes), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         self.net.to(self.acc.device).to(memory_format=torch.channels_last)
+        self.check_sizes()
         self.opt, self.total, wrapped = make_optimizer(self.net, r), self.n_batches(), None
         if not self.tuples and r.batch_size < 2*self.acc.num_processes: raise ValueError(f"`batch_size` {r.batch_size} leaves fewer than 2 photos to each of {self.acc.num_processes} processes; batch norm needs 2.")
         self.restore(); self.see_bad([(int(i), 'header not readable') for i in np.flatnonzero(~self.photos.readable)])
@@ -160,6 +161,18 @@ def make_plan(self:Trainer)->list:
     return plan[0]
 
 # %% ../../nbs/parts/engine.ipynb #90b4326c
+@patch
+def check_sizes(self:Trainer):
+    "Refuse sizes that the network cannot take."
+    self.net.model.eval()
+    for sizes, w, h in dict.fromkeys((sizes, w, h) for sizes in map(self.sizes_of, range(self.n_epochs)) for w, h in size_table(sizes)[1]):
+        self.photos.use_sizes(sizes)
+        try:
+            with torch.no_grad(), self.acc.autocast(): self.net.model(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device))
+        except Exception as e:
+            if _of_memory(e): raise
+            raise TrainingError(f"The backbone cannot take images of {w} × {h} pixels ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}). Take other `sizes`, or a backbone for images of any size.") from e
+
 @patch
 def leave_unused(self:Trainer):
     "Weights that no photo passes (ConvNeXt's norm in front of the classifier) get no gradient, for which several devices would wait."
