@@ -210,7 +210,7 @@ def search(
     jobs = jobs or torch.cuda.device_count() or cores
     cmd = [sys.executable, '-m', 'snakemake', '--cores', str(jobs), '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--keep-going',
            '--config', f'profile={profile}', f'search={name}', f'seeds={",".join(map(str, seeds))}']
-    threads = {} if torch.cuda.device_count() else dict(OMP_NUM_THREADS=str(max(1, cores//jobs)))
+    threads = {} if torch.cuda.device_count() else dict.fromkeys(('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'), str(max(1, cores//jobs)))
     return subprocess.run(cmd, cwd=project_root(), env={**threads, **os.environ}, stdout=sys.stderr).returncode
 
 def main():

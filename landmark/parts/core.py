@@ -191,7 +191,7 @@ def _watch_parent(parent:int):
     def watch():
         while os.getppid() == parent: time.sleep(0.5)
         os._exit(1)
-    for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[k] = '1'
+    for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ[k] = '1'     # numba would give PyTorch all cores back
     with contextlib.suppress(ImportError): import cv2; cv2.setNumThreads(1)
     threading.Thread(target=watch, daemon=True).start()
 
