@@ -116,6 +116,17 @@ def test_second_call_has_nothing_to_do(runs):
     assert time.time() - t < 60 # seconds; a promise of 20 is measured elsewhere, this catches a stage that runs again
 
 
+def test_a_stamp_older_than_its_artifact_does_not_count(runs, monkeypatch):
+    "The code was changed, everything ran, and the change was taken back: the old stamp is there, but not its artifact."
+    monkeypatch.setenv('LANDMARK_RUNS', str(runs))
+    from landmark import graph
+    step = next(s for s in graph.plan('tiny') if s.stage == 'clean'); manifest = step.dir/'manifest.json'
+    graph.prepare([step]); assert step.stamp.exists()
+    before = manifest.stat(); os.utime(manifest, ns=(before.st_atime_ns, step.stamp.stat().st_mtime_ns + 10**9))
+    graph.prepare([step]); assert not step.stamp.exists()
+    os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns)); step.stamp.touch()
+
+
 def test_only_what_stands_behind_a_change_runs_again(runs, monkeypatch):
     "Touching re-ranking's parameters leaves training and cleaning alone."
     monkeypatch.setenv('LANDMARK_RUNS', str(runs))
