@@ -84,6 +84,27 @@ def test_an_artifact_without_manifest_is_no_artifact(tmp_path, monkeypatch):
     with pytest.raises(core.ParameterError, match='is not there'): artifacts.artifact(Config(), str(tmp_path/'y'))
 
 
+def test_work_that_no_longer_fits_is_set_aside_and_comes_back(tmp_path, monkeypatch, capsys):
+    "Other inputs under an unfinished artifact: it is named, kept, and taken up again when the inputs are as they were."
+    monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path))
+    from landmark.tables import Config
+    given = tmp_path/'given.csv'
+    def work(text, finish=False):
+        given.write_text(text)
+        with artifacts.open_stage('tables', Config(), inputs=[given]) as st:
+            found = sorted(p.name for p in st.dir.glob('*.bin')); (st.dir/f'{text}.bin').write_text(text)
+            if not finish: raise KeyboardInterrupt
+        return found
+    def killed(text):
+        with pytest.raises(KeyboardInterrupt): work(text)
+    killed('one'); killed('two'); said = capsys.readouterr().err
+    assert 'was made with other inputs (given.csv); it is set aside' in said
+    d = artifacts.stage_dir('tables', Config()); assert [p.name for p in d.glob('*.bin')] == ['two.bin'] and [p.name for p in d.parent.glob('.*.aside/*.bin')] == ['one.bin']
+    assert work('one', finish=True) == ['one.bin'] and 'is wanted again' in capsys.readouterr().err, 'it goes on where it was'
+    assert [p.name for p in d.parent.glob('.*.aside/*.bin')] == ['two.bin'] and (d/'manifest.json').exists()
+    killed('three'); assert [p.name for p in d.parent.glob('.*.aside/*')] and sorted(p.name for p in d.parent.glob('.*.aside/*.bin')) == ['one.bin'], 'only the last is kept'
+
+
 def test_a_gpu_that_is_not_there():
     with pytest.raises(core.ParameterError, match='was asked for, but this machine shows'): core.pick_device('cuda:63')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNHASHED', 'code_files', 'code_hash', 'changed', 'identity', 'stage_dir', 'artifact', 'digest_of', 'environment',
-           'git_commit', 'Stage', 'open_stage']
+           'git_commit', 'make_room', 'Stage', 'open_stage']
 
 # %% ../../nbs/parts/artifacts.ipynb #dbdfe2cf
 import ast, contextlib, dataclasses, functools, importlib.metadata, importlib.util, io, os, platform, shutil, subprocess, sys, time, tokenize
@@ -133,6 +133,29 @@ def git_commit()->str: # commit, with a plus sign when the tree had changes; emp
     try: return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
     except OSError: return ''
 
+# %% ../../nbs/parts/artifacts.ipynb #a99c4fc9
+def _state(d): return read_json(d/'state.json') if (d/'state.json').exists() else {}
+
+def make_room(
+    d:Path,    # an artifact's directory, whose lock is held
+    want:dict, # seed, config, inputs and code of what shall be made there
+):
+    "Set aside what other inputs or code made; bring it back if it is what is wanted."
+    old, aside, back = _state(d), d.with_name(f'.{d.name}.aside'), d.with_name(f'.{d.name}.back')
+    if old.get('fingerprint') == hash8(want): return
+    if old: log(f"{d.parent.name}/{d.name} was made with {_difference(old.get('want', {}), want)}; it is set aside in {aside.name}")
+    if back.exists() and not aside.exists(): back.rename(aside)             # a kill came between
+    if _state(aside).get('fingerprint') == hash8(want): aside.rename(back); log(f'{d.parent.name}/{d.name}: what was set aside before is wanted again')
+    elif aside.exists(): shutil.rmtree(aside)
+    if any(d.iterdir()): d.rename(aside)
+    if back.exists(): shutil.rmtree(d, ignore_errors=True); back.rename(d)
+    d.mkdir(exist_ok=True); write_json(d/'state.json', dict(fingerprint=hash8(want), want=want))
+
+def _difference(was, want):
+    "What of the inputs or the code is another."
+    inputs = [k for k in {**was.get('inputs', {}), **want['inputs']} if was.get('inputs', {}).get(k) != want['inputs'].get(k)]
+    return ' and '.join([f"other inputs ({', '.join(inputs)})"]*bool(inputs and was) + ['other code']*(was.get('code', want['code']) != want['code'])) or 'other inputs or code'
+
 # %% ../../nbs/parts/artifacts.ipynb #8c5bba1d
 class Stage:
     "An artifact in the making: its directory, whether it is done already, and the metrics for its manifest."
@@ -150,21 +173,17 @@ def open_stage(
     inputs=(),      # upstream artifacts, world, files that the result depends on
     code:str='',    # the stage's module: pass `__name__`
 ): # a `Stage`
-    "Frame of a stage: lock, skip what is done, clear what is stale, write the manifest last."
+    "Frame of a stage: lock, set aside what other code or inputs made, skip what is done, write the manifest last."
     d = stage_dir(stage, cfg)
     with locked(d):
         d.mkdir(exist_ok=True)
         want = dict(seed=cfg.seed, config=identity(cfg), inputs={Path(p).name: digest_of(p) for p in inputs if p}, code=code_hash(code) if code else '')
-        fingerprint = hash8(want)
+        fingerprint = hash8(want); make_room(d, want)
         man = read_json(d/'manifest.json') if (d/'manifest.json').exists() else {}
         done = man.get('fingerprint') == fingerprint and all((d/p).exists() for p in man['outputs'])
         st = Stage(d, done)
         if not done:
             (d/'manifest.json').unlink(missing_ok=True)
-            old = read_json(d/'state.json').get('fingerprint') if (d/'state.json').exists() else None
-            if old != fingerprint:
-                for p in d.iterdir(): shutil.rmtree(p) if p.is_dir() else p.unlink()
-                write_json(d/'state.json', dict(fingerprint=fingerprint))
         else: log(f'{stage}/{d.name}: nothing to do')
         t = time.time()
         yield st
