@@ -54,7 +54,7 @@ def _table(cfg)->str:
 def stage_config(cls):
     "Class decorator: a frozen pydantic dataclass that refuses unknown names and shows itself as a table."
     cls._repr_markdown_ = _table
-    return pydantic.dataclasses.dataclass(cls, frozen=True, config=pydantic.ConfigDict(extra='forbid', arbitrary_types_allowed=True))
+    return pydantic.dataclasses.dataclass(cls, frozen=True, config=pydantic.ConfigDict(extra='forbid', arbitrary_types_allowed=True, coerce_numbers_to_str=True))
 
 # %% ../../nbs/parts/core.ipynb #ca7fb544
 def make_config(
