@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_bench', 'MANY', 'Config', 'find_models', 'made_up_model', 'read_split', 'inputs_of', 'settings_of', 'device_of',
-           'card_of', 'too_many_bad', 'extract_shard', 'plan', 'jobs_of', 'run', 'main']
+           'card_of', 'too_many_bad', 'extract_shard', 'plan', 'jobs_of', 'run', 'left_over', 'answer', 'main']
 
 # %% ../nbs/04_extract.ipynb #9fef656a
 import contextlib, functools, multiprocessing
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .parts.backbones import make_model
 from .parts.artifacts import artifact, open_stage, stage_dir
-from .parts.core import ParameterError, is_tiny, log, parallel_map, pick_device, stage_config, stage_main, write_csv
+from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, stage_config, stage_main, write_csv
 from .parts.dataset import image_paths, open_world, read_boxes, read_ids, read_images, splits as world_splits
 from .parts.checkpoints import load_model, save_model
 from .parts.extraction import extract, group_sizes, side_sizes
@@ -58,6 +58,7 @@ def find_models(
     cfg:Config, # a config
 )->dict: # name → folder
     "The wanted models among the artifacts of 03_train."
+    if not cfg.models and is_tiny(cfg): return made_up_model(stage_dir('extract', cfg).parent/'.made_up')
     refs = [cfg.models] if isinstance(cfg.models, str) else list(cfg.models)
     cards = [card for ref in refs for card in sorted(artifact(cfg, ref).glob('*/card.json'))]
     same = pd.Series([c.parent.name for c in cards], dtype=object).duplicated(keep=False).to_numpy()
@@ -208,8 +209,7 @@ def run(
     for remembered in (read_split, _photos, _model): remembered.cache_clear()       # a kernel may be older than a model or world
     if not 0 <= cfg.shard < cfg.n_shards: raise ParameterError(f"extract: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
     if device.type == 'cuda' and not 1 <= cfg.devices <= torch.cuda.device_count(): raise ParameterError(f"extract: `devices` is {cfg.devices}; this machine shows {torch.cuda.device_count()} CUDA GPUs, so 1 to {torch.cuda.device_count()} can share the work")
-    made_up = not cfg.models and is_tiny(cfg)
-    models = made_up_model(stage_dir('extract', cfg).parent/'.made_up') if made_up else find_models(cfg)
+    models = find_models(cfg)
     frame = functools.partial(open_stage, 'extract', cfg, inputs=[world, *models.values()], code=__name__)
     def work(out):
         stores, n = plan(cfg, world, models, out), cfg.devices if device.type == 'cuda' else cfg.n_workers
@@ -225,14 +225,15 @@ def run(
     with contextlib.suppress(_Others), frame() as st:
         if st.done: return st.dir
         stores = plan(cfg, world, models, st.dir) if cfg.n_shards > 1 else work(st.dir)
-        if left := sum(len(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores):
-            log(f'extract: {left} shards are left to other machines'); raise _Others
-        _finish(cfg, st, stores, made_up)
+        if _count_missing(stores): raise _Others
+        _finish(cfg, st, stores)
     return stage_dir('extract', cfg)
 
 class _Others(Exception): "Other machines have work left."
 
-def _finish(cfg, st, stores, made_up):
+def _count_missing(stores): return sum(len(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores)
+
+def _finish(cfg, st, stores):
     "Close the stores, list what could not be read, and count."
     rows, bad = [], []
     for store_dir, folder, split, n_parts, card in stores:
@@ -243,6 +244,21 @@ def _finish(cfg, st, stores, made_up):
     write_csv(pd.DataFrame(rows), st.dir/'stores.csv')
     write_csv(pd.concat(bad).drop_duplicates(), st.dir/'unreadable.csv')
     st.metrics.update(images=int(sum(r['images'] for r in rows)), unreadable=int(sum(r['unreadable'] for r in rows)))
-    if made_up: st.metrics['made_up'] = True
+    if not cfg.models: st.metrics['made_up'] = True
 
-def main(): stage_main(Config, run)
+# %% ../nbs/04_extract.ipynb #82452954
+def left_over(
+    cfg:Config, # a config
+)->str: # empty once the run is finished
+    "What other machines still have to do, in a sentence."
+    out = stage_dir('extract', cfg)
+    if (out/'manifest.json').exists(): return ''
+    n = _count_missing(plan(cfg, open_world(cfg.world, cfg.seed), find_models(cfg), out))
+    return f"unfinished: {n} shard{'s'*(n != 1)} left; the last machine to come finishes {out}"
+
+def answer(cfg:Config): # the artifact's directory, or what is left
+    "Describe every wanted split with every wanted model; prints the directory, or with several machines what the others have left."
+    out = run(cfg)
+    return left_over(cfg) or out
+
+def main(): stage_main(Config, answer)

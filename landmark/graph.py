@@ -138,11 +138,11 @@ def on_gpus(
 def command(
     step:Step, # a step
 )->str: # a shell command
-    "How a step runs: its notebook, headless, with its parameters; the stamp is set last."
+    "How a step runs: its notebook, headless, with its parameters; the stamp is set last, and not while other machines have work left."
     q = lambda p: shlex.quote(str(p))
     nb = project_root()/'nbs'/f'{STAGES[step.stage]}.ipynb'
     run = on_gpus(step.cfg, f'{q(sys.executable)} -m papermill {q(nb)} {q(step.notebook)} -f {q(step.params_path)} -k python3 --log-output --no-progress-bar')
-    return f'mkdir -p {q(step.notebook.parent)} {q(step.stamp.parent)} && {run} && touch {q(step.stamp)}'
+    return f'mkdir -p {q(step.notebook.parent)} {q(step.stamp.parent)} && {run} && test -e {q(step.dir/"manifest.json")} && touch {q(step.stamp)}'
 
 # %% ../nbs/graph.ipynb #0255ac39
 def list_runs()->pd.DataFrame: # run, state, age, size, time, metrics

@@ -1,8 +1,11 @@
 """Extraction: shards, machines, kills, unreadable images."""
+import json
 import os
+import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,6 +119,28 @@ def test_several_machines_make_the_same_store(setting):
     both = extract.run(extract.Config(**args, name='two', shard=0, n_shards=2)); assert (both/'manifest.json').exists()
     for name in ('a_v1', 'b_v1'):
         a, b = (open_store(d/name/'v1_train') for d in (one, both)); assert list(a.ids) == list(b.ids); np.testing.assert_array_equal(a[:], b[:])
+
+@pytest.mark.parametrize('stage,args', [('04_extract', dict(shard_size=16)), ('01_verify', dict())])
+def test_a_notebook_ends_well_on_every_machine(stage, args, tmp_path, monkeypatch):
+    "The cells below the seam, on the first machine (which leaves work, or has no pair to verify) and on the last."
+    monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs')); monkeypatch.setenv('MPLBACKEND', 'agg')
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/f'{stage}.ipynb').read_text())['cells']; code = [(''.join(c['source']), c['metadata'].get('tags')) for c in cells if c['cell_type'] == 'code']
+    seam = next(i for i, (_, tags) in enumerate(code) if tags)
+    for shard in (0, 1):
+        ns = {'__name__': 'notebook'}
+        for text, _ in [*[c for c in code[:seam-1] if 'import' in c[0] and 'def ' not in c[0]], *code[seam-1:seam+1]]: exec(text, ns)
+        ns.update(args, world='tiny', n_shards=2, shard=shard)
+        for text, _ in code[seam+1:]: exec(text, ns)
+        assert stage == '01_verify' or bool(ns['left']) == (shard == 0)
+        matplotlib.pyplot.close('all')
+
+def test_the_command_says_what_other_machines_have_left(setting, monkeypatch, capsys):
+    _, args = setting; args |= dict(n_shards=2)
+    def command(shard):
+        monkeypatch.setattr(sys, 'argv', ['landmark_extract', *(x for k, v in (args | dict(shard=shard)).items() for x in ('-p', k, json.dumps(v)))])
+        extract.main(); return capsys.readouterr().out.strip()
+    first = command(0); assert first.startswith('unfinished: 3 shards left; ') and not Path(first).exists()
+    last = Path(command(1)); assert (last/'manifest.json').exists() and first.endswith(str(last)) and command(0) == str(last)
 
 def test_two_processes_make_the_same_bytes(setting, monkeypatch):
     "The pool is real: this process may not describe anything, and its changes do not reach the others."
