@@ -7,7 +7,7 @@ __all__ = ['is_bench', 'MANY', 'Config', 'find_models', 'made_up_model', 'read_s
            'card_of', 'too_many_bad', 'extract_shard', 'plan', 'jobs_of', 'run', 'left_over', 'answer', 'main']
 
 # %% ../nbs/04_extract.ipynb #9fef656a
-import contextlib, functools, multiprocessing
+import contextlib, functools, multiprocessing, threading
 from dataclasses import field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, stag
 from .parts.dataset import image_paths, open_world, read_boxes, read_ids, read_images, splits as world_splits
 from .parts.checkpoints import load_model, save_model
 from .parts.extraction import extract, group_sizes, side_sizes
-from .parts.loading import Crops
+from .parts.loading import Crops, make_loader
 from .parts.batching import scan_sizes
 from .parts.store import fingerprint, finish_store, missing_shards, open_store, write_shard
 
@@ -94,12 +94,13 @@ def inputs_of(
     split:str,        # name of the split
     sizes:str,        # size group of the Google Landmarks splits
     bench_side:int,   # longest side on a benchmark
-    rows:slice=slice(None), # which of its images
+    a:int=0, b:int=None, # first of its images, and the one after the last
+    cache_dir:Path=None, # folder to remember sizes in
 )->tuple: # paths, width and height of each network input at scale 1 [n, 2], boxes or None
     "Images of a split and the size at which the network sees them."
     ids, boxes = read_split(world, split)
-    paths, boxes = image_paths(world, split, ids[rows]), None if boxes is None else boxes[rows]
-    wh = scan_sizes(paths) if boxes is None else np.maximum(boxes[:, 2:] - boxes[:, :2], 1)
+    paths, boxes = image_paths(world, split, ids[a:b]), None if boxes is None else boxes[a:b]
+    wh = scan_sizes(paths, cache_dir) if boxes is None else np.maximum(boxes[:, 2:] - boxes[:, :2], 1)
     return paths, side_sizes(wh, bench_side) if is_bench(split) else group_sizes(wh, sizes), None if boxes is None else boxes.tolist()
 
 def settings_of(cfg:Config, split:str)->dict: # scales, multiple, min_side
@@ -115,13 +116,22 @@ class _Remember:
         if key[1] not in self.kept: self.kept[key[1]] = self.photos[key]
         return self.kept[key[1]]
 
+def _seen_in(cfg, world, split, number): # what `inputs_of` wants to know of a shard
+    return world, split, cfg.sizes, cfg.bench_side, number*cfg.shard_size, (number+1)*cfg.shard_size, None if cfg.in_memory else stage_dir('extract', cfg).parent/'sizes'
+
 @functools.lru_cache(maxsize=2)
-def _photos(world, split, sizes, bench_side, a, b, in_memory):
-    paths, wh, boxes = inputs_of(world, split, sizes, bench_side, slice(a, b))
+def _photos(world, split, sizes, bench_side, a, b, cache_dir, in_memory):
+    paths, wh, boxes = inputs_of(world, split, sizes, bench_side, a, b, cache_dir)
     photos = Crops(paths, [tuple(map(int, s)) for s in wh], boxes)
     return (_Remember(photos) if in_memory else photos), paths, wh
 
-@functools.lru_cache(maxsize=8)
+_kept = {}      # what loads the batches of the shard in hand, for the models that follow
+
+def _batches(photos, left, n_loaders, pin):
+    if (photos, len(left)) not in _kept: _kept.clear(); _kept[photos, len(left)] = make_loader(photos, left, n_loaders=n_loaders, pin=pin, stay=True)
+    return _kept[photos, len(left)]
+
+@functools.lru_cache(maxsize=16)
 def _model(folder, device): return load_model(folder, device)
 
 def device_of(
@@ -155,18 +165,18 @@ def _unreadable(store_dir, but=None):
     return pd.concat([pd.DataFrame(columns=['image_id', 'reason'], dtype=object), *(pd.read_csv(p, dtype=str) for p in sorted(Path(store_dir).glob('unreadable-*.csv')) if p != but)])
 
 def extract_shard(
-    job:tuple, # config, world, model folder, store folder, split, shard number, card, device, one thread
+    job:tuple, # config, world, model folder, store folder, split, shard number, card, device, one thread, the shard that follows
 )->list: # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
-    cfg, world, folder, store_dir, split, number, card, device, one_thread = job
-    a, b = number*cfg.shard_size, (number+1)*cfg.shard_size
-    all_ids, _ = read_split(world, split); ids = all_ids[a:b]
+    cfg, world, folder, store_dir, split, number, card, device, one_thread, following = job
+    all_ids, _ = read_split(world, split); ids = all_ids[number*cfg.shard_size:(number+1)*cfg.shard_size]
     threads, notes = torch.get_num_threads(), Path(store_dir)/f'unfinished-{number:05d}.npz'
     try:
         if one_thread: torch.set_num_threads(1)
-        photos, paths, sizes = _photos(world, split, cfg.sizes, cfg.bench_side, a, b, cfg.in_memory and not cfg.n_loaders)
-        x, ok, bad = extract(_model(folder, device_of(device, cfg.devices)), paths, sizes, precision=cfg.precision, batch_size=cfg.batch_size, n_loaders=cfg.n_loaders, photos=photos,
-                             notes=notes, made_by=fingerprint(card), every=cfg.save_every, **settings_of(cfg, split))
+        photos, paths, sizes = _photos(*_seen_in(cfg, world, split, number), cfg.in_memory and not cfg.n_loaders)
+        if following and not cfg.in_memory: threading.Thread(target=inputs_of, args=_seen_in(cfg, world, *following), daemon=True).start()
+        x, ok, bad = extract(_model(folder, device_of(device, cfg.devices)), paths, sizes, precision=cfg.precision, batch_size=cfg.batch_size, photos=photos,
+                             load=lambda left: _batches(photos, left, cfg.n_loaders, device != 'cpu'), notes=notes, made_by=fingerprint(card), every=cfg.save_every, **settings_of(cfg, split))
     finally: torch.set_num_threads(threads)
     rows, note = pd.DataFrame([(ids[i], why) for i, why in bad], columns=['image_id', 'reason']), Path(store_dir)/f'unreadable-{number:05d}.csv'
     if len(rows): too_many_bad(cfg, split, pd.concat([rows, _unreadable(store_dir, but=note)]), len(all_ids))   # not after days, when all shards are there
@@ -192,11 +202,10 @@ def jobs_of(
     world:Path,   # the world's folder
     stores:list,  # what `plan` returned
 )->list: # config, world, model folder, store folder, split, shard number, card
-    "Shards that this machine is to make; with images kept in memory, those of the same images side by side."
+    "Shards that this machine is to make, those of the same images side by side."
     jobs = [(cfg, world, folder, str(store), split, k, card) for store, folder, split, n_parts, card in stores for k in range(n_parts)][cfg.shard::cfg.n_shards]
     missing = {store: set(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores}
-    todo = [j for j in jobs if j[5] in missing[Path(j[3])]]
-    return sorted(todo, key=lambda j: (cfg.splits.index(j[4]), j[5])) if cfg.in_memory else todo
+    return sorted([j for j in jobs if j[5] in missing[Path(j[3])]], key=lambda j: (cfg.splits.index(j[4]), j[5]))
 
 # %% ../nbs/04_extract.ipynb #a1c0def1
 MANY = 1000     # images for which it pays to start processes, which takes seconds
@@ -215,7 +224,9 @@ def run(
         stores, n = plan(cfg, world, models, out), cfg.devices if device.type == 'cuda' else cfg.n_workers
         todo = jobs_of(cfg, world, stores)
         many = len(todo) > 1 and n != 1 and (device.type == 'cuda' or sum(min(cfg.shard_size, len(read_split(world, j[4])[0]) - j[5]*cfg.shard_size) for j in todo) > MANY)
-        parallel_map(extract_shard, [(*job, str(device), many) for job in todo], n if many else 1, 'shards')
+        shards = list(dict.fromkeys((split, k) for _, _, _, _, split, k, _ in todo)); following = dict(zip(shards, shards[1:]))
+        try: parallel_map(extract_shard, [(*job, str(device), many, following.get(job[4:6])) for job in todo], n if many else 1, 'shards')
+        finally: _kept.clear()                      # the loaders end here
         return stores
     if cfg.n_shards > 1:                            # several machines: the lock is held only to begin and to finish
         with contextlib.suppress(_Others), frame() as st:

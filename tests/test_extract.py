@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from landmark import extract
+from landmark.parts import batching
 from landmark.parts.augment import change
 from landmark.parts.backbones import make_model
 from landmark.parts.checkpoints import load_model, save_model
@@ -84,8 +85,35 @@ def test_models_of_the_same_name_are_called_by_their_run(setting, tmp_path):
 
 def test_no_header_is_read_before_its_shard(setting, monkeypatch):
     _, args = setting; asked, original = [], extract.scan_sizes
-    monkeypatch.setattr(extract, 'scan_sizes', lambda paths: asked.append(len(paths)) or original(paths))
+    monkeypatch.setattr(extract, 'scan_sizes', lambda paths, cache_dir: asked.append(len(paths)) or original(paths, cache_dir))
     extract.run(extract.Config(**args, name='lazy')); assert max(asked) == 5 and sum(asked) == 12
+
+def test_a_header_is_read_once_for_all_models_and_processes(setting, monkeypatch):
+    _, args = setting; read, original = [], batching.image_size; args |= dict(in_memory=False, save_every=0)
+    monkeypatch.setattr(batching, 'image_size', lambda path: read.append(path) or original(path))
+    one = extract.run(extract.Config(**args, name='one')); assert len(read) == len(set(read)) == 12, 'two models'
+    other = extract.run(extract.Config(**args, name='other')); assert len(read) == 12, 'another process would find them, too'
+    np.testing.assert_array_equal(*(open_store(d/'b_v1'/'v1_train')[:] for d in (one, other)))
+
+def test_the_next_headers_are_read_while_the_network_is_at_work(setting, monkeypatch):
+    _, args = setting; read, original, describe = [], batching.image_size, extract.extract
+    monkeypatch.setattr(batching, 'image_size', lambda path: read.append(path) or original(path))
+    def waits(*a, **k):
+        until = time.time() + 20
+        while len(read) < 10 and time.time() < until: time.sleep(.01)
+        assert len(read) >= 10, 'the second shard is not looked at'
+        return describe(*a, **k)
+    monkeypatch.setattr(extract, 'extract', waits)
+    extract.run(extract.Config(**{**args, 'in_memory': False}, name='ahead')); assert len(read) == len(set(read)) == 12
+
+def test_loaders_stay_for_the_next_model(setting, monkeypatch):
+    "Two models on two shards: loaders start twice, and end with the run."
+    _, args = setting; args |= dict(in_memory=False, shard_size=6, batch_size=2); made, original = [], extract.make_loader
+    alone = extract.run(extract.Config(**args, name='alone'))
+    monkeypatch.setattr(extract, 'make_loader', lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    out = extract.run(extract.Config(**args, n_loaders=1, name='loaders'))
+    assert len(made) == 2 and all(m.persistent_workers for m in made) and not extract._kept
+    for name in ('a_v1', 'b_v1'): np.testing.assert_array_equal(*(open_store(d/name/'v1_train')[:] for d in (alone, out)))
 
 @pytest.mark.parametrize('split', ['index', 'rnorth_index', 'rnorth_query'])
 def test_the_protocol_written_out_plainly_describes_alike(setting, split):

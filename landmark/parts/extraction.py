@@ -102,6 +102,7 @@ def extract(
     batch_size:int=32,    # photos at a time
     n_loaders:int=0,      # worker processes that load images
     photos=None,          # instead of `Crops`: gives (position, image or reason) of (epoch, position)
+    load=None,            # instead of `make_loader`: gives the loaded batches, of the batches that are left
     done=lambda n: None,  # told how many photos have just been dealt with
     notes=None,           # file in which a killed run finds what it had
     made_by:str='',       # what makes the descriptors; notes of something else are not read
@@ -111,9 +112,10 @@ def extract(
     device, n, batches = next(model.parameters()).device, len(sizes), plan_batches(sizes, batch_size)
     photos = photos if photos is not None else Crops(paths, [tuple(map(int, s)) for s in sizes], boxes)
     unfinished = Unfinished(notes, batches, made_by, every)
+    load = load or (lambda left: make_loader(photos, left, n_loaders=n_loaders, pin=device.type == 'cuda'))
     start, x, ok, bad = unfinished.read() or (0, np.zeros((n, model.d), np.float32), np.zeros(n, bool), [])
     done(int(ok.sum()) + len(bad))
-    for i, (images, at, wrong) in enumerate(make_loader(photos, batches[start:], n_loaders=n_loaders, pin=device.type == 'cuda'), start+1):
+    for i, (images, at, wrong) in enumerate(load(batches[start:]), start+1):
         if len(at):
             x[at] = describe_scales(model, images.to(device, non_blocking=True), scales, multiple, min_side, precision).cpu().numpy(); ok[at] = True
         bad += wrong; done(len(at)+len(wrong))

@@ -86,9 +86,10 @@ def make_loader(
     epoch:int=-1,        # number of the epoch, for the augmentation; −1: no augmentation
     n_loaders:int=0,     # worker processes; 0 loads in this one
     pin:bool=False,      # keep batches in page-locked memory, for a GPU
+    stay:bool=False,     # the processes wait for another round of the same batches, as the next model wants them
 )->Iterable: # batches as `collate` makes them
     "Load batches in order."
-    more = dict(multiprocessing_context='spawn', prefetch_factor=4) if n_loaders else {}
+    more = dict(multiprocessing_context='spawn', prefetch_factor=4, persistent_workers=stay) if n_loaders else {}
     loader = DataLoader(photos, batch_sampler=_Keys(epoch, batches), collate_fn=getattr(photos, 'collate', collate), num_workers=n_loaders, pin_memory=pin, generator=torch.Generator().manual_seed(0), **more)
     return photos.finish(loader) if hasattr(photos, 'finish') else loader            # what is left to do in this process
 
