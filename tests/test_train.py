@@ -140,6 +140,16 @@ def test_too_many_corrupt_photos(world):
     damage(world, 5)
     with pytest.raises(TrainingError, match='5 of 24 photos cannot be read, more than `max_bad` = 0.01'): train.run(train.Config(world=str(world), **SMALL))
 
+def test_a_training_that_met_too_many_corrupt_photos_goes_on_when_more_are_allowed(world, monkeypatch):
+    for i in (0, 1): path = image_path(world/'v1'/'train', pd.read_csv(world/'v1'/'train.csv', dtype=str).id[i]); path.write_bytes(path.read_bytes()[:len(path.read_bytes())//2])
+    steps, original = [], Trainer.train_step; monkeypatch.setattr(Trainer, 'train_step', lambda self, *a: steps.append(self.step) or original(self, *a))
+    args = dict(world=str(world), **{**SMALL, 'checkpoint_every': 1, 'in_memory': False})
+    with pytest.raises(TrainingError, match='2 of 24 photos cannot be read'): train.run(train.Config(**args))
+    before = len(steps); assert before > 1
+    out = train.run(train.Config(**args, max_bad=.5)); assert steps[before] > 0 and steps[-1] == 11, 'from the last checkpoint on'
+    whole = train.run(train.Config(**args, max_bad=.5, name='whole')); assert out.name.split('-')[1] == whole.name.split('-')[1]
+    assert (out/'arcface_v1'/'weights.safetensors').read_bytes() == (whole/'arcface_v1'/'weights.safetensors').read_bytes()
+
 def test_a_loss_that_explodes_names_its_batch(world):
     with pytest.raises(TrainingError, match=r'The loss of batch \d+ in epoch \d+ is (nan|inf).*Its images: .*\.jpg'):
         train.run(train.Config(world=str(world), loss='softmax', **{**SMALL, 'optimizer': 'sgd', 'lr': 1e30, 'clip': 0., 'warmup': 0.}))

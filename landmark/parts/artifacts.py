@@ -48,7 +48,7 @@ def code_hash(
     return hash8({k: _code(v)[0] for k, v in code_files(module).items()})
 
 # %% ../../nbs/parts/artifacts.ipynb #ce798d15
-UNHASHED = {'profile', 'name', 'seed'} | {'device', 'devices', 'n_workers', 'n_loaders', 'shard', 'n_shards', 'save_every', 'checkpoint_every'} # where it lies; how it is made
+UNHASHED = {'profile', 'name', 'seed'} | {'device', 'devices', 'n_workers', 'n_loaders', 'shard', 'n_shards', 'memory_mib', 'save_every', 'checkpoint_every', 'tensorboard', 'max_bad'} # where it lies; how it is made
 
 def changed(
     cfg, # a config
