@@ -100,6 +100,7 @@ def check_local(
     if delf and digest_of(delf) not in (digest_of(verified), *read_json(verified/"manifest.json")["inputs"].values()):
         raise ParameterError(f"recognize: the local features in {verified} come from another DELF than the one in {delf}; give the one that made them, or leave `verified` empty")
 
+# %% ../nbs/06_recognize.ipynb #2beadfae
 def rule_of(
     cfg:Config,
     verified:Path=None, # artifact of 01_verify
@@ -109,6 +110,7 @@ def rule_of(
     said = {k: theirs[k] for k in ("n_trials", "reject", "max_dist", "ratio", "residual") if theirs.get(k) is not None} | {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
     return rule_for(cfg.kind, **said)
 
+# %% ../nbs/06_recognize.ipynb #6367d1fe
 def describer(
     cfg:Config,
     delf:Path=None, # artifact of 01_verify
