@@ -350,3 +350,21 @@ def test_bf16_follows_fp32(tmp_path):
     (_, a, _), (net, b, trainer) = train_stripes(tmp_path/'a', **still), train_stripes(tmp_path/'b', precision='bf16', **still)
     assert trainer.acc.mixed_precision == 'bf16' and all(v.dtype == torch.float32 for k, v in net.items() if v.is_floating_point()), 'weights stay in float32'
     np.testing.assert_allclose(a.loss, b.loss, rtol=0.05); assert (a.loss != b.loss).any()
+
+def test_every_training_of_a_process_has_its_own_device(monkeypatch):
+    "Accelerate keeps the first one unless told; a GPU that is only said to be there is enough to see it."
+    from accelerate.state import AcceleratorState
+    from landmark.parts.engine import _accelerator
+    from landmark.parts.planning import Recipe
+    set_to = []; monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'set_device', lambda d: set_to.append(str(d)))
+    assert [_accelerator(Recipe(), d).device.type for d in ('cpu', 'cuda:1', 'cpu', 'cuda:0')] == ['cpu', 'cuda', 'cpu', 'cuda'] and set_to == ['cuda:1', 'cuda:0']
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    with pytest.raises(TrainingError, match='`device` is cuda, but Accelerate works on cpu: its settings'): _accelerator(Recipe(), 'cuda')
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+def test_several_models_one_after_another_on_two_processes(world):
+    "The second training finds the group of processes that the first one made."
+    args = {**SMALL, 'frozen_bn': True, 'drop_uneven': True, 'lr': 1e-3, 'optimizer': 'sgd', 'epochs': 1, 'loss': ['cosface', 'arcface']}
+    one = train.run(train.Config(world=str(world), name='one', **args)); two = train.run(train.Config(world=str(world), name='two', **{**args, 'devices': 2}))
+    for loss in args['loss']:
+        for k, v in weights(one, f'{loss}_v1').items(): torch.testing.assert_close(v, weights(two, f'{loss}_v1')[k], rtol=1e-3, atol=1e-5)

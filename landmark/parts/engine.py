@@ -6,7 +6,7 @@
 __all__ = ['Training', 'make_optimizer', 'TrainingError', 'explain_memory', 'check_losses', 'Trainer']
 
 # %% ../../nbs/parts/engine.ipynb #3bd9b757
-import contextlib, math, time
+import contextlib, math, os, time
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
@@ -69,13 +69,17 @@ def check_losses(recent:list, names:list):
 
 # %% ../../nbs/parts/engine.ipynb #fb4704a3
 def _accelerator(recipe:Recipe, device):
-    "An Accelerator of the wanted precision, also if an earlier training of this process had another."
+    "An Accelerator of the wanted device and precision, also if an earlier training of this process had others."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()
-    if recipe.precision == 'fp16' and torch.device(device).type == 'cpu': raise ValueError("`precision` is fp16, which needs a GPU; on the CPU take fp32 or bf16.")
-    if torch.device(device).type == 'cuda' and torch.device(device).index: torch.cuda.set_device(device)
-    return Accelerator(mixed_precision={'fp32': 'no'}.get(recipe.precision, recipe.precision), cpu=torch.device(device).type == 'cpu')
+    device, alone = torch.device(device), int(os.environ.get('WORLD_SIZE', 1)) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)               # of several processes each keeps the device it joined with
+    if recipe.precision == 'fp16' and device.type == 'cpu': raise ValueError("`precision` is fp16, which needs a GPU; on the CPU take fp32 or bf16.")
+    if device.type == 'cuda' and device.index is not None and alone: torch.cuda.set_device(device)
+    acc = Accelerator(mixed_precision={'fp32': 'no'}.get(recipe.precision, recipe.precision), cpu=device.type == 'cpu')
+    if acc.device.type != device.type or alone and None not in (device.index, acc.device.index) and acc.device.index != device.index:
+        raise TrainingError(f"`device` is {device}, but Accelerate works on {acc.device}: its settings (`ACCELERATE_USE_CPU`, `ACCELERATE_TORCH_DEVICE`) or the launcher say so. Change them, or `device`.")
+    return acc
 
 def _slice(batch, tuple_size, rank, world):
     "This process's share of a batch; tuples stay whole."
