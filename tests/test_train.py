@@ -368,3 +368,25 @@ def test_several_models_one_after_another_on_two_processes(world):
     one = train.run(train.Config(world=str(world), name='one', **args)); two = train.run(train.Config(world=str(world), name='two', **{**args, 'devices': 2}))
     for loss in args['loss']:
         for k, v in weights(one, f'{loss}_v1').items(): torch.testing.assert_close(v, weights(two, f'{loss}_v1')[k], rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize('evaluated', [False, True])
+def test_weights_that_are_no_numbers_reach_no_checkpoint(tmp_path, evaluated):
+    "A gradient overflows while its loss is finite; a second run goes on from the last good step."
+    from landmark.parts.engine import DivergenceError
+    class Overflows(Trainer):
+        def train_step(self, *args):
+            hooks = [p.register_hook(lambda g: g*float('inf')) for p in self.net.model.fc.parameters() if self.step == 3]
+            super().train_step(*args); [h.remove() for h in hooks]
+    seen = []
+    def train_once(cls):
+        from landmark.parts.planning import Recipe
+        from landmark.parts.loading import Photos
+        from landmark.parts.losses import make_head
+        from landmark.parts.backbones import make_model
+        images, labels = stripes(); torch.manual_seed(0); net = Training(make_model('test_resnet', d=8), make_head('arcface', 8, torch.bincount(labels)))
+        recipe = Recipe(epochs=2, batch_size=6, lr=5e-3, optimizer='sgd', log_every=1, checkpoint_every=1)
+        cls(net, Photos([f'{i}.jpg' for i in range(len(images))], '48', 'soft', images=images), labels, recipe, tmp_path, on_epoch=(lambda *a: seen.append(a) or {'x M': 0.5}) if evaluated else None).run()
+        return net.state_dict()
+    with pytest.raises(DivergenceError, match='After step 4 a weight is no number .* the batch before may be the cause'): train_once(Overflows)
+    state = torch.load(tmp_path/'last.pt', weights_only=True); assert state['step'] == 3 and all(v.isfinite().all() for v in state['net'].values()) and not seen
+    assert all(v.isfinite().all() for v in train_once(Trainer).values())
