@@ -390,3 +390,19 @@ def test_weights_that_are_no_numbers_reach_no_checkpoint(tmp_path, evaluated):
     with pytest.raises(DivergenceError, match='After step 4 a weight is no number .* the batch before may be the cause'): train_once(Overflows)
     state = torch.load(tmp_path/'last.pt', weights_only=True); assert state['step'] == 3 and all(v.isfinite().all() for v in state['net'].values()) and not seen
     assert all(v.isfinite().all() for v in train_once(Trainer).values())
+
+def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(world):
+    "The parameter that the error names does not throw away what was trained."
+    path = [image_path(world/'v1'/'train', i) for i in pd.read_csv(world/'v1'/'train.csv', dtype=str).id]
+    cfg = lambda **kw: dict(world=str(world), in_memory=False, **{**SMALL, **kw})
+    from landmark.parts.loading import Photos
+    from landmark.parts.losses import make_head
+    from landmark.parts.backbones import make_model
+    photos, classes, _ = train.load_photos(train.Config(**cfg()), 'v1')
+    for p in path[:3]: p.write_bytes(p.read_bytes()[:len(p.read_bytes())//2])        # found out in the middle of an epoch
+    def go(state_dir, **kw):
+        torch.manual_seed(0); net = Training(make_model('test_resnet', d=8), make_head('arcface', 8, torch.bincount(classes)))
+        Trainer(net, photos, classes, train.recipe_of(train.Config(**cfg(**kw))), world/state_dir).run(); return net.state_dict()
+    with pytest.raises(TrainingError, match='more than `max_bad` = 0.01'): go('a', checkpoint_every=1)
+    assert torch.load(world/'a'/'last.pt', weights_only=True)['step'] > 0
+    assert same(go('a', max_bad=0.5, log_every=3, checkpoint_every=1), go('b', max_bad=0.5))

@@ -37,7 +37,7 @@ def load_checkpoint(
         classes = [s.get('head.weight', s.get('head.fc.weight', (0,)))[0] for s in (theirs, own)]
         why = f"{classes[0]} classes instead of {classes[1]}" if all(k.startswith('head.') for k in other) else f"another architecture: {len(other)} entries differ, such as {other[0]}"
         raise ValueError(f"{path} belongs to {why}.")
-    if recipe is not None and (diff := [k for k, v in asdict(recipe).items() if state['recipe'].get(k) != v and k not in ('n_loaders', 'checkpoint_every', 'max_bad')]):
+    if recipe is not None and (diff := [k for k, v in asdict(recipe).items() if state['recipe'].get(k) != v and k not in ('n_loaders', 'checkpoint_every', 'max_bad', 'log_every')]):
         raise ValueError(f"{path} was made with another recipe: {', '.join(diff)} differ.")
     return state
 
