@@ -1,4 +1,5 @@
 """Training: killed and continued, bad input, one process against two."""
+import contextlib
 import json
 import os
 import signal
@@ -406,3 +407,22 @@ def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(worl
     with pytest.raises(TrainingError, match='more than `max_bad` = 0.01'): go('a', checkpoint_every=1)
     assert torch.load(world/'a'/'last.pt', weights_only=True)['step'] > 0
     assert same(go('a', max_bad=0.5, log_every=3, checkpoint_every=1), go('b', max_bad=0.5))
+
+@pytest.mark.parametrize('loss', ['arcface', 'triplet', 'contrastive'])
+def test_a_step_asks_no_device_for_a_number(tmp_path, monkeypatch, loss):
+    "On the device `meta` there are no numbers: whoever asks for one fails. So runs a step of one of two processes, but for the steps of the optimizer."
+    from landmark.parts.backbones import make_model
+    from landmark.parts.loading import Photos
+    from landmark.parts.losses import make_head
+    from landmark.parts.planning import Recipe
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kw: contextlib.nullcontext())                 # it does not know this device
+    class Two:                                                                      # what a step asks of Accelerate
+        num_processes, device = 2, torch.device('meta')
+        def reduce(self, x, how): assert x.device.type == 'meta'; return x
+        def backward(self, loss): assert loss.ndim == 0; loss.backward()
+        def clip_grad_norm_(self, *args): pass
+    images, labels = stripes(); net = Training(make_model('test_resnet', d=8), make_head(loss, 8, torch.bincount(labels))).to('meta')
+    t = Trainer(net, Photos([f'{i}.jpg' for i in range(24)], '48', images=images), labels, Recipe(batch_size=6, n_negatives=1), tmp_path)
+    t.acc, t.ddp, t.opt, t.prepared, t.total, t.plan = Two(), net, torch.optim.SGD(net.parameters(), 1e-3), type('No', (), dict(step=lambda s: None, zero_grad=lambda s: None))(), 10, [np.arange(12)]
+    t.train_step(torch.zeros(6, 3, 32, 48, dtype=torch.uint8), torch.arange(6))
+    assert t.recent[0][2].device.type == 'meta' and net.model.fc.weight.grad is not None

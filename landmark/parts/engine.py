@@ -215,12 +215,12 @@ def train_step(self:Trainer, images, at):
     for g in self.opt.param_groups: g['lr'] = cosine_rate(self.step, self.total, r)
     first = self.at//r.accumulate*r.accumulate; group = self.plan[first:first+r.accumulate]          # batches of this step of the optimizer
     complete, weight = self.at+1 == first+len(group), len(self.plan[self.at])/max(1, sum(map(len, group)))
-    if world > 1: weight *= len(images)*world/max(1, self.acc.reduce(torch.tensor([len(images)], device=dev), 'sum').item())
+    if world > 1: weight = weight*len(images)*world/self.acc.reduce(torch.full((), float(len(images)), device=dev), 'sum').clamp_min(1)      # a number that stays on its device: nobody waits
     if len(images) < 2 and world > 1:                                      # too few for batch norm, but the other devices wait
         (w, h), weight = self.photos.table[0], 0.
         images, at = torch.zeros(2*self.size, 3, h, w, dtype=torch.uint8), torch.zeros(2*self.size, dtype=torch.long)
     if len(images) > 1:
-        labels = torch.tensor([-1, 1] + [0]*(self.size-2)).repeat(len(at)//self.size) if self.tuples else self.labels[at]
+        labels = torch.tensor([-1, 1] + [0]*(self.size-2)).expand(len(at)//self.size, -1) if self.tuples else self.labels[at]
         with contextlib.nullcontext() if complete else self.acc.no_sync(self.ddp):
             loss, n_right = self.ddp(images.to(dev, non_blocking=True), labels.to(dev, non_blocking=True))
             self.acc.backward(loss*weight)

@@ -275,13 +275,13 @@ class MetricHead(nn.Module):
         super().__init__()
         self.kind, self.margin = kind, margin
     def loss(self, x, labels):
-        "Loss per tuple or batch (tuples: labels are −1, 1, 0… repeated), and how many queries have their positive nearest."
+        "Loss per tuple or batch (tuples: labels are −1, 1, 0… of each, in rows or one after another), and how many queries have their positive nearest."
         x = F.normalize(x.float())
         if self.kind in ('batch_hard', 'batch_all'):
             dists = pairwise_dists(x.detach()).fill_diagonal_(math.inf)
             fn = batch_hard_triplet if self.kind == 'batch_hard' else batch_all_triplet
             return fn(x, labels, self.margin), (labels[dists.argmin(1)] == labels).sum()
-        n = int((labels == -1).sum())
+        n = len(labels) if labels.ndim == 2 else int((labels == -1).sum())               # rows are counted without waiting for a GPU
         if not n or len(x) % n: raise ValueError(f"{len(x)} rows and {n} queries (label −1) are no tuples of one length; a tuple is a query, its positive and its negatives.")
         x = x.view(n, -1, x.shape[1])
         fn = contrastive_loss if self.kind == 'contrastive' else tuple_triplet_loss
