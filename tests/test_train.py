@@ -197,7 +197,7 @@ def stripes(n=24):
     kinds = [x//4 % 2, (x//4+y//4) % 2, y//4 % 2]
     return [np.clip(kinds[i % 3][..., None]*120 + rng.integers(0, 60, (36, 48, 3)) + 40, 0, 255).astype(np.uint8) for i in range(n)], torch.arange(n) % 3
 
-def train_stripes(state_dir, stop_at=None, dropout=0.3, **kw):
+def train_stripes(state_dir, stop_at=None, dropout=0.3, loss='arcface', **kw):
     "A training of a few steps, with dropout, that may die after a step."
     from landmark.parts.backbones import make_model
     from landmark.parts.planning import Recipe
@@ -209,7 +209,7 @@ def train_stripes(state_dir, stop_at=None, dropout=0.3, **kw):
             super().train_step(*args)
             if self.step+1 == stop_at: raise Killed
     images, labels = stripes(); torch.manual_seed(0)
-    net = Training(make_model('test_resnet', d=8), make_head('arcface', 8, torch.bincount(labels))); net.model.fc = torch.nn.Sequential(torch.nn.Dropout(dropout), net.model.fc)
+    net = Training(make_model('test_resnet', d=8), make_head(loss, 8, torch.bincount(labels))); net.model.fc = torch.nn.Sequential(torch.nn.Dropout(dropout), net.model.fc)
     recipe = Recipe(**{**dict(epochs=2, batch_size=6, lr=5e-3, optimizer='adamw', drop_uneven=False, min_batch=2, log_every=1, checkpoint_every=1), **kw})
     trainer = Dies(net, Photos([f'{i}.jpg' for i in range(len(images))], '48', 'soft', images=images), labels, recipe, state_dir)
     try: table = trainer.run()
@@ -426,3 +426,8 @@ def test_a_step_asks_no_device_for_a_number(tmp_path, monkeypatch, loss):
     t.acc, t.ddp, t.opt, t.prepared, t.total, t.plan = Two(), net, torch.optim.SGD(net.parameters(), 1e-3), type('No', (), dict(step=lambda s: None, zero_grad=lambda s: None))(), 10, [np.arange(12)]
     t.train_step(torch.zeros(6, 3, 32, 48, dtype=torch.uint8), torch.arange(6))
     assert t.recent[0][2].device.type == 'meta' and net.model.fc.weight.grad is not None
+
+def test_mining_leaves_batch_norm_frozen(tmp_path):
+    "To describe photos for tuples is no reason to let statistics move again."
+    net, _, _ = train_stripes(tmp_path, loss='contrastive', frozen_bn=True, n_negatives=1)
+    assert all((v == (k.endswith('var'))).all() for k, v in net.items() if 'running_' in k), 'they are those of the start'

@@ -80,11 +80,11 @@ def describe(
     device,                # where the model is
 )->torch.Tensor: # unit descriptors on the CPU, zeros where a photo could not be read [n, d]
     "Descriptors of photos at training size, unchanged."
-    was = model.training; model.eval()
+    learning = [m for m in model.modules() if m.training]; model.eval()          # without those that are frozen
     out, row = torch.zeros(len(positions), model.d), {int(p): i for i, p in enumerate(positions)}
     for images, at, _ in make_loader(photos, np.array_split(positions, math.ceil(len(positions)/64)), n_loaders=recipe.n_loaders):
         if len(at): out[[row[int(p)] for p in at]] = nn.functional.normalize(model(images.to(device)).float()).cpu()
-    model.train(was)
+    for m in learning: m.training = True
     return out
 
 def plan_tuples(
