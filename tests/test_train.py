@@ -75,13 +75,14 @@ def test_sigkill(world):
     assert same(weights(whole, 'arcface_v1'), weights(again, 'arcface_v1'))
 
 
-def test_two_processes_follow_the_curve_of_one(world):
+@pytest.mark.parametrize('loss', ['arcface', 'contrastive'])
+def test_two_processes_follow_the_curve_of_one(world, loss):
     "With batch norm frozen, a batch on two processes is the batch of one."
-    args = {**SMALL, 'frozen_bn': True, 'drop_uneven': True, 'lr': 1e-3, 'optimizer': 'sgd'}
+    args = {**SMALL, 'frozen_bn': True, 'drop_uneven': True, 'lr': 1e-3, 'optimizer': 'sgd', 'loss': loss, 'batch_size': 4 if loss == 'arcface' else 12}
     one = train.run(train.Config(world=str(world), name='one', **args)); two = train.run(train.Config(world=str(world), name='two', **{**args, 'devices': 2}))
-    a, b = (pd.read_csv(d/'arcface_v1'/'metrics.csv') for d in (one, two))
+    a, b = (pd.read_csv(d/f'{loss}_v1'/'metrics.csv') for d in (one, two))
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4); np.testing.assert_allclose(a.accuracy, b.accuracy)
-    for k, v in weights(one, 'arcface_v1').items(): torch.testing.assert_close(v, weights(two, 'arcface_v1')[k], rtol=1e-3, atol=1e-5)
+    for k, v in weights(one, f'{loss}_v1').items(): torch.testing.assert_close(v, weights(two, f'{loss}_v1')[k], rtol=1e-3, atol=1e-5)
 
 def test_two_processes_with_all_that_is_uneven(world):
     "Layers that no photo passes, accumulated batches of other lengths, a last epoch at another size, photos that only one process finds unreadable."
@@ -431,3 +432,20 @@ def test_mining_leaves_batch_norm_frozen(tmp_path):
     "To describe photos for tuples is no reason to let statistics move again."
     net, _, _ = train_stripes(tmp_path, loss='contrastive', frozen_bn=True, n_negatives=1)
     assert all((v == (k.endswith('var'))).all() for k, v in net.items() if 'running_' in k), 'they are those of the start'
+
+@pytest.mark.parametrize('main', [True, False])
+def test_one_process_mines_and_the_others_are_told(tmp_path, monkeypatch, main):
+    from landmark.parts import engine
+    mined, sent = [], []; monkeypatch.setattr(engine, 'plan_tuples', lambda *args: mined.append(1) or ['mined'])
+    def broadcast(plan): sent.append(list(plan)); plan[0] = ['mined']
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', broadcast)
+    _, _, trainer = train_stripes(tmp_path, stop_at=1)
+    trainer.tuples, trainer.acc = True, type('Two', (), dict(num_processes=2, is_main_process=main, device='cpu'))()
+    assert trainer.make_plan() == ['mined'] and len(mined) == main and sent == [[['mined'] if main else False]]
+
+def test_tuples_are_mined_in_the_precision_of_the_training(tmp_path):
+    from landmark.parts.planning import describe
+    _, _, trainer = train_stripes(tmp_path, stop_at=1); seen = []
+    trainer.net.model.fc.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    for precision in ('fp32', 'bf16'): describe(trainer.net.model, trainer.photos, np.arange(4), trainer.recipe.__class__(precision=precision), 'cpu')
+    assert seen == [torch.float32, torch.bfloat16]

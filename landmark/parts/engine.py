@@ -163,7 +163,7 @@ def run(self:Trainer)->pd.DataFrame: # the table
 def make_plan(self:Trainer)->list:
     "This epoch's batches, the same on every process."
     if not self.tuples: return plan_batches(self.photos, self.recipe, self.epoch)
-    plan = [plan_tuples(self.net.model, self.photos, self.labels, self.recipe, self.epoch, self.acc.device)]
+    plan = [self.acc.is_main_process and plan_tuples(self.net.model, self.photos, self.labels, self.recipe, self.epoch, self.acc.device)]
     if self.acc.num_processes > 1: torch.distributed.broadcast_object_list(plan)
     return plan[0]
 

@@ -233,20 +233,21 @@ def mine_tuples(
     x_pool:torch.Tensor,        # unit descriptors of the pool [p, d]
     labels:torch.Tensor,        # class id of every photo of the training set [n]
     n_negatives:int=5,          # negatives per query, all of different classes
-    block:int=512,              # queries at a time; bounds the memory
-)->torch.Tensor: # positions: query, positive, negatives [q, 2+n_negatives]
+    block:int=512,              # queries at a time; bounds the memory, of a GPU by the size of the pool, too
+)->torch.Tensor: # positions: query, positive, negatives, on the CPU [q, 2+n_negatives]
     "Hardest negatives of different classes, with the current descriptors."
-    n_classes = len(torch.unique(labels[pool]))
-    if n_classes <= n_negatives: raise ValueError(f"The pool shows {n_classes} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives.")
-    classes, of = labels[pool].unique(return_inverse=True)
-    rows = []
+    dev, least, rows = x_pool.device, torch.iinfo(torch.int64).min, []
+    classes, of = (t.to(dev) for t in labels[pool].unique(return_inverse=True))
+    if len(classes) <= n_negatives: raise ValueError(f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives.")
+    if dev.type != 'cpu': block = max(1, min(block, 2**26//len(pool)))
+    place = torch.arange(len(pool)-1, -1, -1, device=dev)                                            # the first is the largest
     for q, p, x in zip(*(v.split(block) for v in (queries, positives, x_queries))):
-        order = (x @ x_pool.T).argsort(dim=1, descending=True, stable=True)                          # [b, p]
-        place = torch.arange(len(pool), device=order.device).expand_as(order)
-        first = torch.full((len(q), len(classes)), len(pool), device=order.device).scatter_reduce_(1, of[order], place, 'amin')
-        first[classes[None] == labels[q][:, None]] = len(pool)                                       # not the query's own
-        hardest = order.gather(1, first.topk(n_negatives, largest=False).values)
-        rows.append(torch.cat([q[:, None], p[:, None], pool[hardest]], 1))
+        bits = ((x @ x_pool.T).float() + 0.).view(torch.int32)                                       # [b, p]; + 0 makes −0 the same as 0
+        key = (bits ^ (bits >> 31 & 0x7fffffff)).long() << 32 | place                                # in the order of the similarities, negative ones too
+        best = torch.full((len(q), len(classes)), least, device=dev).scatter_reduce_(1, of.expand_as(key), key, 'amax')
+        best[classes == labels[q].to(dev)[:, None]] = least                                          # not the query's own
+        hardest = len(pool)-1 - (best.topk(n_negatives).values & 0xffffffff)
+        rows.append(torch.cat([q[:, None], p[:, None], pool[hardest.cpu()]], 1))
     return torch.cat(rows) if rows else torch.zeros(0, 2+n_negatives, dtype=torch.long)
 
 # %% ../../nbs/parts/losses.ipynb #7b6045a0

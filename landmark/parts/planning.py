@@ -6,12 +6,13 @@
 __all__ = ['Recipe', 'cosine_rate', 'plan_batches', 'describe', 'plan_tuples']
 
 # %% ../../nbs/parts/planning.ipynb #a8d184d2
-import math
+import contextlib, math
 from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
 from .batching import GroupedBatchSampler
+from .extraction import PRECISIONS
 from .loading import make_loader
 from .losses import draw_pairs, mine_tuples
 
@@ -76,14 +77,16 @@ def describe(
     model:nn.Module,       # images to descriptors
     photos,                # Photos
     positions,             # which, all of one aspect group
-    recipe:Recipe,         # batch size and loaders
+    recipe:Recipe,         # precision and loaders
     device,                # where the model is
-)->torch.Tensor: # unit descriptors on the CPU, zeros where a photo could not be read [n, d]
+)->torch.Tensor: # unit descriptors on that device, zeros where a photo could not be read [n, d]
     "Descriptors of photos at training size, unchanged."
-    learning = [m for m in model.modules() if m.training]; model.eval()          # without those that are frozen
-    out, row = torch.zeros(len(positions), model.d), {int(p): i for i, p in enumerate(positions)}
-    for images, at, _ in make_loader(photos, np.array_split(positions, math.ceil(len(positions)/64)), n_loaders=recipe.n_loaders):
-        if len(at): out[[row[int(p)] for p in at]] = nn.functional.normalize(model(images.to(device)).float()).cpu()
+    learning, device, dtype = [m for m in model.modules() if m.training], torch.device(device), PRECISIONS[recipe.precision]; model.eval()     # without those that are frozen
+    out, row = torch.zeros(len(positions), model.d, device=device), {int(p): i for i, p in enumerate(positions)}
+    for images, at, _ in make_loader(photos, np.array_split(positions, math.ceil(len(positions)/64)), n_loaders=recipe.n_loaders, pin=device.type == 'cuda'):
+        if not len(at): continue
+        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext(): x = model(images.to(device, non_blocking=True)).float()
+        out[[row[int(p)] for p in at]] = nn.functional.normalize(x)
     for m in learning: m.training = True
     return out
 
@@ -103,7 +106,8 @@ def plan_tuples(
         pool = torch.randperm(len(here), generator=gen)[:max(16*recipe.n_negatives, int(recipe.pool_share*len(here)))]
         if not len(queries) or len(labels[here[pool]].unique()) <= recipe.n_negatives: continue       # too few photos of this shape
         both = torch.unique(torch.cat([here[queries], here[pool]])); x = describe(model, photos, both.numpy(), recipe, device)
-        tuples = mine_tuples(here[queries], here[positives], here[pool], x[torch.searchsorted(both, here[queries])], x[torch.searchsorted(both, here[pool])], labels, recipe.n_negatives)
+        of = lambda positions: x[torch.searchsorted(both, positions).to(x.device)]
+        tuples = mine_tuples(here[queries], here[positives], here[pool], of(here[queries]), of(here[pool]), labels, recipe.n_negatives)
         out += [t.reshape(-1).numpy() for t in tuples[torch.randperm(len(tuples), generator=gen)].split(max(1, recipe.batch_size//size))]
     if not out: raise ValueError(f"No tuples can be mined: no aspect group has pairs of photos and more than {recipe.n_negatives} classes; lower `n_negatives`.")
     return [out[i] for i in torch.randperm(len(out), generator=gen)]
