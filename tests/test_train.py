@@ -449,3 +449,22 @@ def test_tuples_are_mined_in_the_precision_of_the_training(tmp_path):
     trainer.net.model.fc.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     for precision in ('fp32', 'bf16'): describe(trainer.net.model, trainer.photos, np.arange(4), trainer.recipe.__class__(precision=precision), 'cpu')
     assert seen == [torch.float32, torch.bfloat16]
+
+def test_the_triplet_loss_meets_positives_on_one_process_and_on_two(world, monkeypatch):
+    "Every photo of a step has a partner, also in each process's share; killed and continued it ends with the same weights."
+    from landmark.parts.planning import plan_landmarks, share_of
+    args = {**SMALL, 'loss': 'triplet', 'batch_size': 16, 'epochs': 3, 'checkpoint_every': 1}
+    photos, classes, _ = train.load_photos(train.Config(world=str(world), **args), 'v1')
+    for b in plan_landmarks(photos, classes, train.recipe_of(train.Config(**args)), 0):
+        for share in (share_of(b, r, 2, labels=classes[b].numpy()) for r in (0, 1)): assert (np.unique(classes[share], return_counts=True)[1] > 1).all()
+    one = train.run(train.Config(world=str(world), name='one', **args)); two = train.run(train.Config(world=str(world), name='two', devices=2, **args))
+    a, b = (pd.read_csv(d/'triplet_v1'/'metrics.csv') for d in (one, two)); assert a.step.tolist() == b.step.tolist() and a.lr.tolist() == b.lr.tolist() and a.lr.iloc[-1] == pytest.approx(1e-5)
+    class Killed(BaseException): pass
+    class Dies(train.Watch):
+        def __call__(self, rows, rate):
+            if rows[-1]['step'] == 4: raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(train, 'Watch', Dies)
+        with pytest.raises(Killed): train.run(train.Config(world=str(world), name='killed', **args))
+    assert same(weights(one, 'triplet_v1'), weights(train.run(train.Config(world=str(world), name='killed', **args)), 'triplet_v1'))
+    with pytest.raises(RuntimeError, match='`batch_size` 12 leaves fewer than 2 landmarks of 4 photos to each of 2 processes'): train.run(train.Config(world=str(world), **{**args, 'batch_size': 12, 'devices': 2}))

@@ -20,7 +20,7 @@ from .batching import size_table
 from .checkpoints import load_checkpoint, save_checkpoint
 from .loading import make_loader
 from .losses import MetricHead, make_head
-from .planning import Recipe, cosine_rate, plan_batches, plan_tuples
+from .planning import Recipe, cosine_rate, plan_batches, plan_landmarks, plan_tuples, share_of
 
 # %% ../../nbs/parts/engine.ipynb #ec90c283
 class Training(nn.Module):
@@ -84,10 +84,6 @@ def _accelerator(recipe:Recipe, device):
         raise TrainingError(f"`device` is {device}, but Accelerate works on {acc.device}: its settings (`ACCELERATE_USE_CPU`, `ACCELERATE_TORCH_DEVICE`) or the launcher say so. Change them, or `device`.")
     return acc
 
-def _slice(batch, tuple_size, rank, world):
-    "This process's share of a batch; tuples stay whole."
-    return batch.reshape(-1, tuple_size)[rank::world].reshape(-1)
-
 # %% ../../nbs/parts/engine.ipynb #06f830df
 class Trainer:
     "Trains one model; `run` continues from the checkpoint if there is one."
@@ -105,6 +101,7 @@ class Trainer:
         self.net, self.photos, self.labels, self.recipe, self.state_dir = net, photos, torch.as_tensor(labels), recipe, Path(state_dir)
         self.device, self.on_epoch, self.on_log, self.desc = device, on_epoch, on_log, desc
         self.tuples = isinstance(net.head, MetricHead) and net.head.kind in ('contrastive', 'tuple_triplet')
+        self.together = isinstance(net.head, MetricHead) and not self.tuples        # positives are found inside a batch
         self.size, self.sizes = 2+recipe.n_negatives if self.tuples else 1, photos.sizes
         self.rows, self.bad, self.recent, self.step, self.epoch, self.at, self.plan, self.best = [], [], [], 0, 0, 0, None, -math.inf
 
@@ -127,10 +124,13 @@ class Trainer:
     def n_batches(self):
         "Steps of the whole run; for tuples, as many photos as the other losses pass."
         if self.tuples: return self.n_epochs*math.ceil(len(self.photos)/self.size/max(1, self.recipe.batch_size//self.size))
+        if self.together: return sum(len(self.plan_together(e)) for e in range(self.n_epochs))
         epochs, steps = [self.sizes_of(e) for e in range(self.n_epochs)], {}
         for sizes in set(epochs): self.photos.use_sizes(sizes); steps[sizes] = len(plan_batches(self.photos, self.recipe, 0))
         if not min(steps.values()): raise ValueError(f"No batch of {self.recipe.batch_size} photos can be filled from {len(self.photos)}: lower `batch_size` or set `drop_uneven: false`.")
         return sum(steps[s] for s in epochs)
+
+    def plan_together(self, epoch): self.photos.use_sizes(self.sizes_of(epoch)); return plan_landmarks(self.photos, self.labels, self.recipe, epoch)
 
 # %% ../../nbs/parts/engine.ipynb #ba3681f9
 @patch
@@ -143,6 +143,7 @@ def run(self:Trainer)->pd.DataFrame: # the table
         self.check_sizes()
         self.opt, self.total, wrapped = make_optimizer(self.net, r), self.n_batches(), None
         if not self.tuples and r.batch_size < 2*self.acc.num_processes: raise ValueError(f"`batch_size` {r.batch_size} leaves fewer than 2 photos to each of {self.acc.num_processes} processes; batch norm needs 2.")
+        if self.together and 1 < self.acc.num_processes > r.batch_size//8: raise ValueError(f"`batch_size` {r.batch_size} leaves fewer than 2 landmarks of 4 photos to each of {self.acc.num_processes} processes, and the triplet loss looks for negatives there; {8*self.acc.num_processes} is the least.")
         self.restore(); self.see_bad([(int(i), 'header not readable') for i in np.flatnonzero(~self.photos.readable)])
         if self.acc.num_processes > 1: self.leave_unused()
         if r.compile: self.net.model.compile()
@@ -162,6 +163,7 @@ def run(self:Trainer)->pd.DataFrame: # the table
 @patch
 def make_plan(self:Trainer)->list:
     "This epoch's batches, the same on every process."
+    if self.together: return self.plan_together(self.epoch)
     if not self.tuples: return plan_batches(self.photos, self.recipe, self.epoch)
     plan = [self.acc.is_main_process and plan_tuples(self.net.model, self.photos, self.labels, self.recipe, self.epoch, self.acc.device)]
     if self.acc.num_processes > 1: torch.distributed.broadcast_object_list(plan)
@@ -193,7 +195,7 @@ def leave_unused(self:Trainer):
 def run_epoch(self:Trainer):
     "The batches of this epoch that are left."
     r, world = self.recipe, self.acc.num_processes
-    mine = [_slice(b, self.size, self.acc.process_index, world) for b in self.plan[self.at:]]
+    mine = [share_of(b, self.acc.process_index, world, self.size, self.labels[b].numpy() if self.together and world > 1 else None) for b in self.plan[self.at:]]
     loader = make_loader(self.photos, mine, self.epoch, r.n_loaders, pin=self.acc.device.type == 'cuda')
     self.recent, self.since, saved = [], time.perf_counter(), self.step
     for batch, (images, at, bad) in zip(mine, loader):
