@@ -18,6 +18,7 @@ from .parts.core import ParameterError, hash8, make_config, pick_device, project
 from .parts.batching import size_table
 from .parts.dataset import open_world, read_images, read_retrieval_solution
 from .parts.checkpoints import load_model
+from .parts.evaluation import describe_images
 from .parts.knn import search as nearest
 from .parts.metrics import map_at_k
 
@@ -116,6 +117,7 @@ def public_map(
     n_index:int=0,     # index images: right answers first, then a sample; 0: all
     batch_size:int=32, # images at a time
     n_loaders:int=0,   # worker processes that load images
+    max_bad:float=0.01, # largest share of unreadable images among queries, and in the index
 )->float: # mAP@100
     "mAP@100 of plain search over the Public queries."
     truth, tests, index = read_retrieval_solution(world), read_images(world, 'test'), read_images(world, 'index')
@@ -123,7 +125,7 @@ def public_map(
     if not len(truth): raise ParameterError(f'search: {world} has no Public query with an answer')
     if n_index: index = _sample(index, {i for images in truth.images for i in images}, n_index)
     queries = tests.set_index('image_id').loc[truth.image_id].reset_index()
-    of = lambda df: train.describe_images(model, df, max_side, batch_size, n_loaders)
+    of = lambda df: describe_images(model, df, max_side, batch_size, n_loaders, max_bad)
     _, ranks = nearest(of(queries), of(index), min(100, len(index)))
     at = {i: k for k, i in enumerate(index.image_id)}
     return float(map_at_k(ranks, [[at[i] for i in images if i in at] for images in truth.images]))
@@ -145,7 +147,7 @@ def run_trial(
     out = train.run(dataclasses.replace(cfg, n_workers=1))
     models, side = pd.read_csv(out/'models.csv'), max(map(max, size_table(train.listed(cfg.sizes)[-1])[1]))
     load = lambda name: load_model(out/name, pick_device(cfg.device))
-    rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders), 5)) for r in models.itertuples(index=False)]
+    rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
     result = dict(trial=cfg.name, seed=cfg.seed, run=str(out), n_index=n_index, seconds=read_json(out/'manifest.json')['seconds'], models=rows)
     write_json(score_path, result)
     return result

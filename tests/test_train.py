@@ -189,8 +189,24 @@ def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
     args = {**SMALL, 'world': str(tiny), 'evaluate': True, 'tensorboard': True, 'batch_size': 8}
     out = train.run(train.Config(name='whole', **args)); table = pd.read_csv(out/'arcface_v1'/'metrics.csv')
     assert table['rnorth M'].notna().sum() == 2 and (out/'.state'/'arcface_v1'/'best.pt').exists() and list((out/'.logs').rglob('events*'))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    shown = EventAccumulator(str(out/'.logs'/'arcface_v1')).Reload().Scalars('rnorth M'); seen = table[table['rnorth M'].notna()]
+    assert [(v.step, round(v.value, 4)) for v in shown] == list(zip(seen.step, seen['rnorth M'])), 'the last epoch, too'
     early = train.run(train.Config(name='early', stop_after=1, **args)); half = pd.read_csv(early/'arcface_v1'/'metrics.csv')
     pd.testing.assert_frame_equal(half, table.iloc[:len(half)]); assert half.epoch.max() == 0
+
+def test_benchmarks_without_images_give_no_figures(tmp_path, monkeypatch, capfd):
+    "It is said before the first step; a world without benchmarks is trained all the same."
+    import shutil
+    from landmark.parts.dataset import open_world
+    tiny = Path(shutil.copytree(open_world('tiny', 1), tmp_path/'world')); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    args = {**SMALL, 'world': str(tiny), 'evaluate': True, 'batch_size': 8, 'epochs': 1}
+    shutil.rmtree(tiny/'revisited'/'rnorth'/'jpg')
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, 'train_step', lambda *_: pytest.fail('it began to train'))
+        with pytest.raises(ParameterError, match=r'(\d+) of \1 images to be described cannot be read, more than `max_bad` = 0.01: .*/rnorth/jpg/'): train.run(train.Config(**args))
+    shutil.rmtree(tiny/'revisited'); out = train.run(train.Config(**args))
+    assert f'nothing to evaluate in {tiny}' in capfd.readouterr().err and not (out/'arcface_v1'/'best').exists() and 'rnorth M' not in pd.read_csv(out/'arcface_v1'/'metrics.csv')
 
 def stripes(n=24):
     "Three kinds of stripes, and their classes."

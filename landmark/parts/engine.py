@@ -103,7 +103,7 @@ class Trainer:
         self.tuples = isinstance(net.head, MetricHead) and net.head.kind in ('contrastive', 'tuple_triplet')
         self.together = isinstance(net.head, MetricHead) and not self.tuples        # positives are found inside a batch
         self.size, self.sizes = 2+recipe.n_negatives if self.tuples else 1, photos.sizes
-        self.rows, self.bad, self.recent, self.step, self.epoch, self.at, self.plan, self.best = [], [], [], 0, 0, 0, None, -math.inf
+        self.rows, self.bad, self.recent, self.step, self.epoch, self.at, self.plan, self.best, self.rate = [], [], [], 0, 0, 0, None, -math.inf, math.nan
 
     @property
     def n_epochs(self): return self.recipe.epochs + (self.recipe.scale_up_epochs if self.recipe.scale_up else 0)
@@ -241,10 +241,10 @@ def log(self:Trainer):
     n = sum(x[5] for x in self.recent)
     sums = torch.tensor([float(losses.mean()), float(sum(x[4] for x in self.recent)), n], device=self.acc.device)
     if self.acc.num_processes > 1: sums = self.acc.reduce(sums, 'sum')
-    rate = n*self.size*self.acc.num_processes/(time.perf_counter()-self.since)
+    self.rate = n*self.size*self.acc.num_processes/(time.perf_counter()-self.since)
     self.rows.append(dict(epoch=self.epoch, step=self.step, loss=round(sums[0].item()/self.acc.num_processes, 5), accuracy=round((sums[1]/sums[2]).item(), 4), lr=self.opt.param_groups[0]['lr']))
-    self.bar.set_postfix(loss=f'{self.rows[-1]["loss"]:.3f}', accuracy=f'{self.rows[-1]["accuracy"]:.2f}', images_s=f'{rate:.0f}')
-    if self.on_log and self.acc.is_main_process: self.on_log(self.rows, rate)
+    self.bar.set_postfix(loss=f'{self.rows[-1]["loss"]:.3f}', accuracy=f'{self.rows[-1]["accuracy"]:.2f}', images_s=f'{self.rate:.0f}')
+    if self.on_log and self.acc.is_main_process: self.on_log(self.rows, self.rate)
     self.recent, self.since = [], time.perf_counter()
 
 @patch
@@ -271,6 +271,7 @@ def evaluate(self:Trainer):
         if found:
             self.rows.append(dict(epoch=self.epoch-1, step=self.step, **found)); score = float(np.mean(list(found.values())))
             if score > self.best: self.best = score; save_checkpoint(self.state_dir/'best.pt', dict(net=self.net.state_dict(), epoch=self.epoch-1, metrics=found))
+            if self.on_log: self.on_log(self.rows, self.rate)
     self.acc.wait_for_everyone()
 
 @patch
