@@ -7,17 +7,18 @@ __all__ = ['KNOWN', 'draw', 'expand', 'read_search', 'trials', 'Trial', 'plan', 
            'search', 'main']
 
 # %% ../nbs/search.ipynb #8ea7d6d1
-import dataclasses, itertools, math, os, shlex, subprocess, sys
+import dataclasses, itertools, math, os, shlex, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from . import graph, train
 from .parts.artifacts import code_hash
-from .parts.core import ParameterError, hash8, make_config, pick_device, project_root, read_json, read_yaml, write_csv, write_json
+from .parts.core import ParameterError, hash8, log, make_config, pick_device, project_root, read_json, read_yaml, write_csv, write_json
 from .parts.batching import size_table
 from .parts.dataset import open_world, read_images, read_retrieval_solution
 from .parts.checkpoints import load_model
+from .parts.engine import DivergenceError
 from .parts.evaluation import describe_images
 from .parts.knn import search as nearest
 from .parts.metrics import map_at_k
@@ -143,12 +144,16 @@ def run_trial(
     n_index:int=0,    # index images it is judged on
 )->dict: # what is written
     "Train and judge one trial."
-    cfg = make_config(train.Config, read_yaml(params_path))
-    out = train.run(dataclasses.replace(cfg, n_workers=1))
-    models, side = pd.read_csv(out/'models.csv'), max(map(max, size_table(train.listed(cfg.sizes)[-1])[1]))
-    load = lambda name: load_model(out/name, pick_device(cfg.device))
-    rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
-    result = dict(trial=cfg.name, seed=cfg.seed, run=str(out), n_index=n_index, seconds=read_json(out/'manifest.json')['seconds'], models=rows)
+    cfg, start = make_config(train.Config, read_yaml(params_path)), time.time()
+    try:
+        out = train.run(dataclasses.replace(cfg, n_workers=1)); seconds = read_json(out/'manifest.json')['seconds']
+        models, side = pd.read_csv(out/'models.csv'), max(map(max, size_table(train.listed(cfg.sizes)[-1])[1]))
+        load = lambda name: load_model(out/name, pick_device(cfg.device))
+        rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
+    except DivergenceError as e:                               # that is an answer, too
+        log(f'search: {cfg.name} has no score. {e}'); seconds = round(time.time()-start, 2)
+        rows = [dict(model=m, score=None, loss=None, accuracy=None, diverged=str(e)) for m in train.model_names(cfg)]
+    result = dict(trial=cfg.name, seed=cfg.seed, run=str(train.stage_dir('train', cfg)), n_index=n_index, seconds=seconds, models=rows)
     write_json(score_path, result)
     return result
 
@@ -157,7 +162,7 @@ def table(
     profile:str, # folder under `params`
     name:str,    # name of the search
     seeds=(1,),  # seeds
-)->pd.DataFrame: # trial, its changes, model, score (mAP@100 Public), loss, accuracy, seconds, seeds
+)->pd.DataFrame: # trial, its changes, model, score (mAP@100 Public), loss, accuracy, seconds, seeds; diverged: why some have no score
     "Where a search stands; also written to search/<name>.csv beside the runs."
     found, rows = trials(profile, name), []
     steps = [s for s in plan(profile, name, seeds) if isinstance(s, Trial)]
@@ -165,10 +170,12 @@ def table(
         if not s.stamp.exists(): continue
         result = read_json(s.score_path)
         rows += [dict(trial=s.name, **{k: ', then '.join(map(str, v)) if isinstance(v, list) else v for k, v in found[s.name].items()}, model=m['model'], score=m['score'], loss=m['loss'],
-                      accuracy=m['accuracy'], seconds=result['seconds'], seeds=1) for m in result['models']]
+                      accuracy=m['accuracy'], seconds=result['seconds'], seeds=1, diverged=m.get('diverged', '').partition('. ')[0]) for m in result['models']]
     names = ['trial', *dict.fromkeys(k for c in found.values() for k in c), 'model']
-    df = pd.DataFrame(rows, columns=[*names, 'score', 'loss', 'accuracy', 'seconds', 'seeds'])
-    df = df.groupby(names, dropna=False, sort=False).agg(dict(score='mean', loss='mean', accuracy='mean', seconds='sum', seeds='sum')).reset_index().sort_values('score', ascending=False, kind='stable')
+    df = pd.DataFrame(rows, columns=[*names, 'score', 'loss', 'accuracy', 'seconds', 'seeds', 'diverged']).astype(dict.fromkeys(('score', 'loss', 'accuracy'), float))
+    mean = lambda v: v.mean(skipna=False)
+    df = df.groupby(names, dropna=False, sort=False).agg(dict(score=mean, loss=mean, accuracy=mean, seconds='sum', seeds='sum', diverged='max')).reset_index().sort_values('score', ascending=False, kind='stable')
+    if not df.diverged.any(): df = df.drop(columns='diverged')
     write_csv(df, steps[0].home/'search'/f'{name}.csv')
     return df
 

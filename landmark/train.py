@@ -19,7 +19,7 @@ from .parts.core import ParameterError, log, parallel_map, pick_device, read_jso
 from .parts.dataset import open_world, train_set as read_train_set
 from .parts.decoding import EncodedPhotos, why_not
 from .parts.checkpoints import load_model, save_model
-from .parts.engine import Recipe, Trainer, Training
+from .parts.engine import DivergenceError, Recipe, Trainer, Training
 from .parts.evaluation import benchmark_maps, check_benchmarks
 from .parts.batching import size_table
 from .parts.loading import Photos, read_all
@@ -265,7 +265,7 @@ def launch(
         with watching(stage_dir('train', cfg), model_names(cfg)):
             code, said = _loud([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={cfg.devices}', '--no-python',
                                 sys.executable, '-c', _JOIN, f'{d}/params.json'])
-    if code: raise RuntimeError(f"train: one of {cfg.devices} processes failed: {_said_first(said)}")
+    if code: raise (DivergenceError if 'engine.DivergenceError: ' in said else RuntimeError)(f"train: one of {cfg.devices} processes failed: {_said_first(said)}")
     return stage_dir('train', cfg)
 
 def _loud(command):

@@ -57,3 +57,20 @@ def test_a_wrong_file_stops_before_anything_is_trained(tmp_path, monkeypatch, te
 
 
 def test_searches_are_no_stage(): assert all(stage in graph.STAGES for stage, _ in graph.read_profile('tiny'))
+
+
+def test_a_trial_that_diverges_is_finished_and_stands_last(tmp_path, monkeypatch):
+    "No score, the reason, a stamp; asked again, nobody trains."
+    runs = tmp_path/'runs'; runs.mkdir(); (runs/'worlds').symlink_to(open_world('tiny', 1).parent)
+    monkeypatch.setenv('LANDMARK_RUNS', str(runs))
+    monkeypatch.setattr(search, 'read_search', lambda profile, name: dict(base='v1', change=dict(world='tiny', loss='softmax', epochs=3, optimizer='sgd', clip=0., warmup=0.), grid=dict(lr=[1e30, 0.001])))
+    assert not len(search.table('tiny', 'lr')), 'nothing is finished'
+    steps = graph.prepare(search.plan('tiny', 'lr'))
+    assert subprocess.run(search.command(steps[0]), shell=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, stderr=subprocess.DEVNULL).returncode == 0 and steps[0].stamp.exists()
+    search.run_trial(steps[1].params_path, steps[1].score_path); steps[1].stamp.touch()
+    table = search.table('tiny', 'lr').reset_index(drop=True); assert table.lr.tolist() == [0.001, 1e30] and table.score.notna().tolist() == [True, False] and table.seeds.tolist() == [1, 1]
+    assert table.diverged[0] == '' and table.diverged[1].endswith('training stops') and '.jpg' not in table.diverged[1]
+    said = json.loads(next(s for s in steps if s.name == table.trial[1]).score_path.read_text())['models'][0]
+    assert said['score'] is None and '.jpg' in said['diverged'] and 'Lower `lr`' in said['diverged']
+    monkeypatch.setattr(train, 'run', lambda cfg: (_ for _ in ()).throw(RuntimeError('something else')))
+    with pytest.raises(RuntimeError, match='something else'): search.run_trial(steps[0].params_path, tmp_path/'score.json')

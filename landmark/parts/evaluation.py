@@ -11,6 +11,7 @@ import numpy as np, pandas as pd
 from .batching import scan_sizes
 from .core import ParameterError, log
 from .dataset import benchmarks, read_images, read_revisited
+from .engine import DivergenceError
 from .extraction import extract, side_sizes
 from .metrics import revisited
 
@@ -33,6 +34,7 @@ def describe_images(
     x, at, bad = extract(model, paths, side_sizes(wh, max_side), boxes, scales=(1,), multiple=16, min_side=16, batch_size=batch_size, n_loaders=n_loaders)
     bad = [(paths[i], why) for i, why in bad]; _refuse(bad, len(df), max_bad)
     for p, why in bad: log(f'{p} cannot be read ({why}): it is found by nobody')
+    if not np.isfinite(x).all(): raise DivergenceError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} descriptors are no numbers: the training has gone wrong, though its loss was one. Lower `lr`, or set `clip`.")
     out = np.zeros((len(df), x.shape[1]), np.float32); out[at] = x
     return out
 
