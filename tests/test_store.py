@@ -45,6 +45,27 @@ def test_nothing_is_copied_on_opening(tmp_path):
     assert isinstance(write_store(tmp_path/'one', IDS, X, CARD, dtype='float32').array(), np.memmap)
 
 
+def test_few_files_are_open_however_many_shards(tmp_path):
+    "Three stores of forty shards, in another order each, under a limit of 64 open files beside those that are open already."
+    resource = pytest.importorskip('resource')
+    stores = []
+    for m in range(3):
+        perm = rng.permutation(103); write_store(tmp_path/str(m), np.array(IDS)[perm], X[perm], dict(m=m), 3)
+        stores.append(open_store(tmp_path/str(m))); stores[-1].keep_open = 8
+    n_open, limits = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 60, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 64, limits[1]))
+    try:
+        joined = concat_stores(stores, tmp_path/'out', shard_size=20, dtype='float32')
+        assert joined.ids.tolist() == stores[0].ids.tolist() and max(len(s._maps) for s in stores) == 8
+        stores[0].keep_open = 99
+        held = [open(os.devnull) for _ in range(40)]
+        try:
+            with pytest.raises(StoreError, match=r'too many files are open \(.+\); nothing is wrong with it'): stores[0][:]
+        finally: [f.close() for f in held]
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_allclose(joined[:][:, :7]*np.sqrt(3, dtype='f4'), stores[0][:], atol=1e-3)
+
+
 BREAK = dict(
     missing=(lambda d: (d/'00001.npy').unlink(), '00001.npy missing'),
     ids_missing=(lambda d: (d/'00000.ids.npy').unlink(), '00000.ids.npy missing'),

@@ -7,7 +7,7 @@ __all__ = ['STORE_VERSION', 'fingerprint', 'write_shard', 'missing_shards', 'fin
            'Rows', 'check_store', 'concat_stores', 'read_h5', 'write_h5']
 
 # %% ../../nbs/parts/store.ipynb #5d3511bc
-import hashlib, json
+import errno, hashlib, json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,9 @@ def _load(path, **how):
     "One array of a store."
     if not path.is_file(): raise StoreError(f"{path.parent}: {path.name} is missing")
     try: return np.load(path, **how)
-    except (ValueError, EOFError, OSError) as e: raise StoreError(f"{path} cannot be read, it was cut or overwritten: {e}") from None
+    except (ValueError, EOFError, OSError) as e:
+        if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE): raise StoreError(f"{path} is not read because too many files are open ({e.strerror}); nothing is wrong with it: close other stores or allow more open files (ulimit -n)") from None
+        raise StoreError(f"{path} cannot be read, it was cut or overwritten: {e}") from None
 
 # %% ../../nbs/parts/store.ipynb #cc646936
 def finish_store(
@@ -106,8 +108,12 @@ def _unique(ids, where):
 # %% ../../nbs/parts/store.ipynb #c7c0e3eb
 class Store:
     "Descriptors on disk; rows are read when asked for."
-    def __init__(self, store_dir:Path, card:dict):
-        self.dir, self.card, self.dim, self.dtype = Path(store_dir), card, card["dim"], np.dtype(card["dtype"])
+    def __init__(self,
+        store_dir:Path,   # its folder
+        card:dict,        # what `finish_store` wrote
+        keep_open:int=64, # shards mapped at a time
+    ):
+        self.dir, self.card, self.dim, self.dtype, self.keep_open = Path(store_dir), card, card["dim"], np.dtype(card["dtype"]), keep_open
         self.starts = np.concatenate([[0], np.cumsum([s["n"] for s in card["shards"]], dtype=np.int64)]).astype(np.int64)
         self._maps = {}
     def __len__(self): return int(self.starts[-1])
@@ -122,13 +128,15 @@ class Store:
         return np.char.decode(ids, "utf-8")
     def shard(self, number:int)->np.ndarray:
         "The memory map of one shard, in its stored type."
-        if number not in self._maps:
+        x = self._maps.get(number)      # threads share a store: what another one closes meanwhile stays alive here
+        if x is None:
             path = _names(self.dir, number)[0]
             x, expected = _load(path, mmap_mode="r"), (self.card["shards"][number]["n"], self.dim)
             if (len(x) or expected[0]) and x.shape != expected: raise StoreError(f"{path} holds {x.shape}, its card says {expected}")
             if len(x) and x.dtype != self.dtype: raise StoreError(f"{path} holds {x.dtype}, its card says {self.dtype}")
             self._maps[number] = x
-        return self._maps[number]
+            for old in list(self._maps)[:-self.keep_open]: self._maps.pop(old, None)
+        return x
     def __getitem__(self, rows)->np.ndarray: return self._rows(rows)
     def __array__(self, dtype=None, copy=None): return self.array().astype(dtype or np.float32, copy=False)
 
