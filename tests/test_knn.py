@@ -9,7 +9,7 @@ from landmark.parts import knn, knn_torch
 from landmark.parts.core import ParameterError
 from landmark.parts.knn import Seen, error_bound, faiss_candidates, has_faiss, search, settle, slow_search, without_self
 from landmark.parts.knn_torch import SearchError, plain_products, top_of_rows
-from landmark.parts.store import l2n, write_store
+from landmark.parts.store import Rows, l2n, write_store
 
 METHODS = ['numpy', 'torch', 'torch32'] + (['faiss'] if has_faiss() else [])
 rng = np.random.default_rng(0)
@@ -71,6 +71,19 @@ def test_every_kind_of_base(method, tmp_path):
                  t4=torch.from_numpy(base.copy()), t2=torch.from_numpy(base.astype('f2')))
     for name in ('f4', 'f2'): np.save(tmp_path/f'{name}.npy', kinds[name]); kinds['map '+name] = np.load(tmp_path/f'{name}.npy', mmap_mode='r')
     for name, x in kinds.items(): np.testing.assert_array_equal(search(queries, x, 30, 'cpu', method)[1], want, err_msg=name)
+
+
+def test_rows_travel_to_a_device_as_they_are_stored(tmp_path, monkeypatch):
+    "Float16 from a store, a view of it and a memory map is widened on the device; nothing else changes."
+    torch, moved, original = pytest.importorskip('torch'), [], knn_torch.np.ascontiguousarray
+    base, queries = l2n(rng.normal(size=(3000, 48))).astype('f2'), l2n(rng.normal(size=(40, 48)))
+    store = write_store(tmp_path/'s', [str(i) for i in range(3000)], base, {}, 700); np.save(tmp_path/'x.npy', base)
+    want = search(queries, base.astype('f4'), 20, 'cpu', 'numpy')
+    monkeypatch.setattr(torch, 'from_numpy', lambda x, f=torch.from_numpy: moved.append((x.dtype.name, len(x))) or f(x))
+    for x in (store, Rows(store, np.arange(3000)), np.load(tmp_path/'x.npy', mmap_mode='r'), Rows(base, np.arange(3000))):
+        moved.clear(); np.testing.assert_array_equal(search(queries, x, 20, 'cpu', 'torch', memory_mib=1)[1], want[1])
+        assert [m for m in moved if m[1] > 40] == [('float16', 1365)]*2 + [('float16', 270)]
+    np.testing.assert_array_equal(search(queries, base.astype('>f2'), 20, 'cpu', 'torch')[1], want[1])
 
 
 @pytest.mark.parametrize('method', METHODS)

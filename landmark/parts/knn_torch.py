@@ -84,10 +84,11 @@ def plain_products():
 def _block(base, a, b, device, seen, half):
     "Rows a … b on a device, as they are multiplied."
     import torch
-    if torch.is_tensor(base): x = base[a:b].to(device).float()
-    else:
-        x = np.ascontiguousarray(base[a:b], np.float32)
-        x = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
+    x = base.stored(slice(a, b)) if hasattr(base, "stored") else base[a:b]
+    if not torch.is_tensor(x):
+        x = np.ascontiguousarray(x, x.dtype if x.dtype in (np.float16, np.float32) else np.float32)
+        x = torch.from_numpy(x if x.flags.writeable else x.copy())
+    x = x.to(device).float()
     y = x.bfloat16() if half else x
     seen.look_tensor(a, x, y if half else None)
     return y

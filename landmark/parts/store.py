@@ -141,13 +141,13 @@ class Store:
     def __array__(self, dtype=None, copy=None): return self.array().astype(dtype or np.float32, copy=False)
 
 # %% ../../nbs/parts/store.ipynb #d8c7040e
-def _rows(self, rows):
-    "Rows by slice, integer, integer array or mask: float32 [m, d] (or [d])."
-    if isinstance(rows, (int, np.integer)): return self._rows(np.array([rows]))[0]
+def _rows(self, rows, dtype=np.float32):
+    "Rows by slice, integer, integer array or mask: [m, d] (or [d]), float32 unless another type is asked for."
+    if isinstance(rows, (int, np.integer)): return self._rows(np.array([rows]), dtype)[0]
     if isinstance(rows, slice):
         a, b, step = rows.indices(len(self))
-        if step != 1: return self._rows(np.arange(a, b, step))
-        out = np.empty((max(b-a, 0), self.dim), np.float32)
+        if step != 1: return self._rows(np.arange(a, b, step), dtype)
+        out = np.empty((max(b-a, 0), self.dim), dtype)
         for s in range(len(self.starts)-1):
             lo, hi = max(a, self.starts[s]), min(b, self.starts[s+1])
             if lo < hi: out[lo-a:hi-a] = self.shard(s)[lo-self.starts[s]:hi-self.starts[s]]
@@ -155,12 +155,15 @@ def _rows(self, rows):
     rows = _positions(rows)
     if (beyond := rows[(rows < -len(self)) | (rows >= len(self))]).size: raise IndexError(f"row {beyond[0]} asked of {self!r}")
     flat = rows.reshape(-1) % max(len(self), 1)
-    out, where = np.empty((flat.size, self.dim), np.float32), np.searchsorted(self.starts, flat, "right") - 1
+    out, where = np.empty((flat.size, self.dim), dtype), np.searchsorted(self.starts, flat, "right") - 1
     for s in np.unique(where):
         m = where == s
         out[m] = self.shard(s)[flat[m] - self.starts[s]]
     return out.reshape(*rows.shape, self.dim)
-Store._rows = _rows
+def _stored(self, rows):
+    "Rows in the type in which they are stored: half the bytes, for a device that widens them itself."
+    return self._rows(rows, self.dtype)
+Store._rows, Store.stored = _rows, _stored
 
 def _positions(rows):
     "Row numbers, of a mask too."
@@ -217,6 +220,7 @@ class Rows:
     def __init__(self, base, rows): self.base, self.rows, self.ndim = base, _positions(rows), 2
     def __len__(self): return len(self.rows)
     def __getitem__(self, rows): return np.asarray(self.base[self.rows[rows]], np.float32)
+    def stored(self, rows): return getattr(self.base, "stored", self.base.__getitem__)(self.rows[rows])
     shape = property(lambda self: (len(self), self.base.shape[1]))
     ids = property(lambda self: self.base.ids[self.rows])
     def blocks(self, n:int=65536)->Iterator:
