@@ -83,12 +83,12 @@ def device_rows(
     d:int,        # dimensions
     device:str,   # where
 ): # yields rows
-    "Search with the base on the device, held against float32."
+    "Search with queries and base on the device, held against float32."
     import torch
     for q, n, k, what in sizes:
         make = torch.Generator(device=device).manual_seed(1)
         base = torch.nn.functional.normalize(torch.randn(n, d, generator=make, device=device))
-        queries = random_descriptors(q, d, 1); few = queries[:min(q, 1000)]
+        queries = torch.from_numpy(random_descriptors(q, d, 1)).to(device); few = queries[:min(q, 1000)]
         yield compare(what, f"{q:,} × {n:,} × {d}", lambda: search(queries, base, k, device), lambda: search(few, base, k, device, "torch32"), scale=q/len(few),
                       agree=lambda a, b: (b[1].size, int((a[1][:len(b[1])] != b[1]).sum())), repeat=3, device=device, note=f"plain: float32, {len(few):,} queries, extrapolated; agrees: the same images at every place")
 

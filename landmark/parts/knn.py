@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numba import njit, prange
 from .core import log, progress
-from .knn_torch import SearchError, Seen, best_of, blocks_of, devices_of, spread_candidates
+from .knn_torch import SearchError, Seen, TooManyQueries, best_of, blocks_of, devices_of, settle_on_device, spread_candidates
 
 # %% ../../nbs/parts/knn.ipynb #7ffaaae0
 def slow_search(
@@ -67,7 +67,7 @@ def numpy_candidates(
         for j in range(0, len(x), 4096):
             for i in range(0, len(queries), 1024):
                 keep_best(queries[i:i+1024] @ x[j:j+4096].T, a+j, sims[i:i+1024], idxs[i:i+1024])
-    return best_of(sims, idxs, k)
+    return best_of([sims], [idxs], k)
 
 # %% ../../nbs/parts/knn.ipynb #09621e7d
 def has_faiss()->bool:
@@ -99,7 +99,7 @@ def _faiss_on_gpus(queries, x, k, gpus):
         half = len(x)//2; log(f"search: a GPU is too small for this block; going on with {half:,} rows")
         found = [_faiss_on_gpus(queries, x[:half], k, gpus), _faiss_on_gpus(queries, x[half:], k, gpus)]
         found[1] = found[1][0], found[1][1]+half
-    return best_of(*(np.concatenate(y, 1) for y in zip(*found)), k)
+    return best_of(*zip(*found), k)
 
 def faiss_candidates(
     queries:np.ndarray,  # float32 [q, d]
@@ -116,22 +116,23 @@ def faiss_candidates(
     rows, best = (len(base) if in_place else rows), None
     for a, x in bar(blocks_of(base, rows, seen), -(-len(base)//rows)):
         sims, idxs = _faiss_on_gpus(queries, x, k, gpus) if gpus else faiss.knn(queries, x, min(k, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
-        best = (sims, idxs+a) if best is None else best_of(np.concatenate([best[0], sims], 1), np.concatenate([best[1], idxs+a], 1), k)
+        idxs += a; best = (sims, idxs) if best is None else best_of([best[0], sims], [best[1], idxs], k)
     return best
 
 # %% ../../nbs/parts/knn.ipynb #afed906f
 def error_bound(
-    queries:np.ndarray, # float32 [q, d]
+    queries,            # float32 [q, d], array or tensor
     seen:Seen,          # of the base
     half:bool=False,    # candidates come from bfloat16
-)->np.ndarray: # how far a similarity may be off before it is rounded itself, per query [q]
+): # how far a similarity may be off before it is rounded itself, per query: float64 [q], array or tensor as the queries are
     "Bound on the error of the candidates' similarities."
-    if len(queries) > 4096: return np.concatenate([error_bound(queries[i:i+4096], seen, half) for i in range(0, len(queries), 4096)])   # never all in float64
-    lengths, sums = np.linalg.norm(queries.astype(np.float64), axis=1), (queries.shape[1]+2)*2.0**-24
-    if not half: return 1.01*sums*lengths*seen.longest
     import torch
-    moved = np.linalg.norm(queries.astype(np.float64) - torch.from_numpy(queries).bfloat16().double().numpy(), axis=1)
-    return 1.01*(moved*seen.longest + (lengths+moved)*(seen.moved + 4*sums*(seen.longest+seen.moved)))
+    bounds, sums = [], (queries.shape[1]+2)*2.0**-24
+    for q in torch.as_tensor(queries).split(1024):      # never all in float64
+        lengths = torch.linalg.vector_norm(x := q.double(), dim=1)
+        moved = torch.linalg.vector_norm(x - q.bfloat16(), dim=1) if half else 0
+        bounds.append(1.01*(moved*seen.longest + (lengths+moved)*(seen.moved + 4*sums*(seen.longest+seen.moved)) if half else sums*lengths*seen.longest))
+    return torch.cat(bounds) if torch.is_tensor(queries) else torch.cat(bounds).numpy()
 
 # %% ../../nbs/parts/knn.ipynb #99346d03
 @njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
@@ -150,35 +151,24 @@ def _dots(queries, base, of, idxs):
 
 def exact_dots(
     queries:np.ndarray, # float32 [q, d]
-    base,               # array, tensor or store [n, d]
+    base,               # array or store [n, d]
     of:np.ndarray,      # query of each pair [m]
     idxs:np.ndarray,    # base row of each pair [m]
 )->np.ndarray: # float64 [m]
     "Inner products of pairs, accumulated in float64."
     if type(base) is np.ndarray and base.dtype == np.float32 and base.flags.c_contiguous and base.flags.writeable: return _dots(queries, base, of, idxs)   # one kind, compiled once
     out, order = np.empty(len(idxs), np.float64), np.argsort(idxs, kind="stable")
-    on_device = hasattr(base, "is_cuda")            # a tensor; NumPy arrays have a `device` too
-    step, i = max(1, 2**(28 if on_device else 26) // (8*queries.shape[1])), 0       # 256 or 64 MiB of rows at a time
-    while i < len(order):
+    step = max(1, 2**26 // (8*queries.shape[1]))            # 64 MiB of rows at a time
+    for i in range(0, len(order), step):
         o = order[i:i+step]
-        if on_device:
-            import torch
-            try:
-                q, at, b = (torch.from_numpy(x).to(base.device) for x in (queries, idxs[o], of[o]))
-                out[o] = (base[at].double()*q[b].double()).sum(1).cpu().numpy()
-            except torch.cuda.OutOfMemoryError:
-                if step <= 1024: raise SearchError(f"{base.device} cannot hold 1,024 rows in float64 beside the base; take a smaller base, or search it from the host") from None
-                step //= 2; log(f"search: {base.device} is too small to settle that many neighbours at a time; going on with {step:,}"); continue
-        else:
-            rows, at = np.unique(idxs[o], return_inverse=True)
-            out[o] = _dots(queries, np.ascontiguousarray(base[rows], np.float32), of[o], at.reshape(-1))
-        i += len(o)
+        rows, at = np.unique(idxs[o], return_inverse=True)
+        out[o] = _dots(queries, np.ascontiguousarray(base[rows], np.float32), of[o], at.reshape(-1))
     return out
 
 # %% ../../nbs/parts/knn.ipynb #4095e536
 def settle(
     queries:np.ndarray, # float32 [q, d]
-    base,               # array, tensor or store [n, d]
+    base,               # array or store [n, d]
     sims:np.ndarray,    # candidates' similarities, descending [q, c]
     idxs:np.ndarray,    # candidates' positions [q, c]
     k:int,              # how many will be returned
@@ -211,6 +201,18 @@ class _Way:
     bar: object = lambda it, n: it
     seen: Seen = field(default_factory=Seen)
     undecided: int = 0      # queries that bfloat16 left to float32
+    def step(self, queries, width):
+        "Queries of a pass: two or three lists of candidates each, and its copies in float32 and bfloat16."
+        as_is = type(queries) is np.ndarray and queries.dtype == np.float32 and queries.flags.c_contiguous and queries.flags.writeable
+        lists, copies = (24, 6) if self.method.startswith("torch") else (36, 0 if as_is else 4)
+        return max(1, int(self.memory_mib*2**20/2/(lists*width + copies*queries.shape[1])))
+    def placed(self, x):
+        "Queries of a pass in float32: a tensor beside a base that is one, else an array that can be written to."
+        import torch
+        if torch.is_tensor(x) and torch.is_tensor(self.base): return x.to(self.base.device, torch.float32)
+        x = np.ascontiguousarray(x.float().cpu().numpy() if torch.is_tensor(x) else x, np.float32)
+        if not x.flags.writeable: x = x.copy()                 # a memory map
+        return torch.from_numpy(x).to(self.base.device) if torch.is_tensor(self.base) else x
     def candidates(self, q, width, half):
         rows = max(1024, int(self.memory_mib*2**20/4/(4*q.shape[1])))
         gpus = [d.index or 0 for d in self.devices if d.type == "cuda"] if faiss_gpus() and width <= FAISS_GPU_K else []
@@ -230,7 +232,7 @@ def _checked(queries, base, k, method):
 
 # %% ../../nbs/parts/knn.ipynb #fbd91b68
 def search(
-    queries,               # descriptors [q, d]: array or store
+    queries,               # descriptors [q, d]: array, store, or tensor
     base,                  # descriptors to search [n, d]: array, memory map, store, or tensor on the GPU
     k:int,                 # neighbours per query
     device="auto",         # auto, all, cpu, cuda, cuda:N, or several: "cuda:0,cuda:1"
@@ -239,12 +241,14 @@ def search(
     desc:str="",           # title of a progress bar; none without
 )->tuple: # sims float32 [q, k], idxs int64 [q, k], best first
     "Exact nearest neighbours by inner product; equal ones by lowest position."
-    queries = queries if isinstance(queries, np.ndarray) or hasattr(queries, "blocks") else np.asarray(queries, np.float32)
+    import torch
+    queries, base = (x.detach() if torch.is_tensor(x) else x for x in (queries, base))
+    if not (isinstance(queries, (np.ndarray, torch.Tensor)) or hasattr(queries, "blocks")): queries = np.asarray(queries, np.float32)
     if isinstance(base, (list, tuple)): base = np.asarray(base, np.float32)
     _checked(queries, base, k, method)
     devices = devices_of(device, base, float(len(queries))*len(base)*base.shape[1])
     if method == "auto": method = "torch" if devices[0].type == "cuda" or len(devices) > 1 else "faiss" if has_faiss() else "numpy"
-    if hasattr(base, "cpu") and method in ("faiss", "numpy"): base = base.cpu().numpy()
+    if torch.is_tensor(base) and method in ("faiss", "numpy"): base = base.cpu().numpy()
     way = _Way(base, k, method, devices, memory_mib)
     if desc: way.bar = lambda it, n: progress(it, desc, n) if n > 1 else it
     found = _search(queries, way, min(len(base), 2*k+32 if method == "torch" else k+16), method == "torch")
@@ -253,25 +257,42 @@ def search(
 
 # %% ../../nbs/parts/knn.ipynb #cd11079a
 def _search(queries, way, width, half):
-    "Passes over the queries: candidates, settling, and again with more candidates where that was not enough."
-    n, bar = len(queries), way.bar
+    "Passes over the queries, and again with more candidates where they were not enough."
+    n, bar, step, i = len(queries), way.bar, way.step(queries, width), 0
     sims, idxs = np.empty((n, way.k), np.float32), np.empty((n, way.k), np.int64)
-    as_is = type(queries) is np.ndarray and queries.dtype == np.float32 and queries.flags.c_contiguous and queries.flags.writeable
-    step = max(1, int(way.memory_mib*2**20/2/(24*width + (0 if as_is else 4*queries.shape[1]))))     # bytes of a query's candidates, and of a copy of it
+    passes = iter(bar(range(-(-n//step)), -(-n//step)))
     if step < n: way.bar = lambda it, m: it                    # one bar: over the passes
-    for i in bar(range(0, n, step), -(-n//step)):
-        q = np.ascontiguousarray(queries[i:i+step], np.float32)
-        if not q.flags.writeable: q = q.copy()                 # a memory map
-        for a in range(0, len(q), 4096):
-            if not (fine := np.isfinite(q[a:a+4096]).all(1)).all(): raise SearchError(f"query {i+a+int(np.argmin(fine))} is not finite")
-        found = way.candidates(q, width, half)
-        s, x, again = settle(q, way.base, *found, way.k, error_bound(q, way.seen, half), half)
+    while i < n:
+        r = slice(i, min(i+step, n))
+        again = _pass(queries[r], i, way, width, half, sims[r], idxs[r])
+        if again is None: step = (r.stop-i)//2; log(f"search: the device is too small for that many queries; going on with {step:,} at a time"); continue
         if len(again):
             way.undecided += half*len(again)
-            s[again], x[again] = _search(q[again], way, min(len(way.base), way.k+16 if half else 4*width), False)
-        sims[i:i+step], idxs[i:i+step] = s, x
-    way.bar = bar
+            sims[again], idxs[again] = _search(queries[again], way, min(len(way.base), way.k+16 if half else 4*width), False)
+        i = r.stop; next(passes, None)
+    next(passes, None); way.bar = bar
     return sims, idxs
+
+def _pass(queries, first, way, width, half, sims, idxs):
+    "Candidates and settling of some queries, into `sims` and `idxs`; which queries need more, or None where a device cannot hold so many."
+    import torch
+    try:
+        q, again = way.placed(queries), [np.zeros(0, int)]
+        for a in range(0, len(q), 4096):
+            if not (fine := torch.as_tensor(q[a:a+4096]).isfinite().all(1)).all(): raise SearchError(f"query {first+a+int(fine.int().argmin())} is not finite")
+        found = way.candidates(q, width, half)
+        if torch.is_tensor(q):
+            *found, more = settle_on_device(q, way.base, *found, way.k, error_bound(q, way.seen, half), half, way.memory_mib/2)
+            for into, x in zip((sims, idxs), found): torch.from_numpy(into).copy_(x)
+            return first + more.cpu().numpy()
+        step = max(1, int(way.memory_mib*2**20/2/(72*width)))  # bytes of a candidate that is settled
+        for a in range(0, len(q), step):
+            r = slice(a, a+step)
+            sims[r], idxs[r], more = settle(q[r], way.base, found[0][r], found[1][r], way.k, error_bound(q[r], way.seen, half), half)
+            again.append(first+a+more)
+        return np.concatenate(again)
+    except (TooManyQueries, torch.cuda.OutOfMemoryError):
+        if len(queries) == 1: raise
 
 # %% ../../nbs/parts/knn.ipynb #427ff002
 def without_self(
