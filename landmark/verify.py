@@ -56,7 +56,7 @@ class Config:
     shard: int = -1         # this shard only; −1: everything that no shard has done
     n_shards: int = 1       # machines that share the work
     device: str = "cpu"     # cpu: compiled loop; cuda: batched PyTorch
-    memory_mib: int = 1024  # what batched PyTorch may take for a batch of pairs, and again for their images
+    memory_mib: int = 1024  # what batched PyTorch may take for a batch of pairs, and again for their images; a search of partners likewise, and again for its neighbours
     n_workers: int = 0      # processes and threads, 0 is one per core
 
 # %% ../nbs/01_verify.ipynb #a9d3a3e8
@@ -105,11 +105,11 @@ class Partners:
         self.cfg, self.labels, self.x = cfg, labels, None
         if cfg.neighbors not in ('all', 'label'): raise ParameterError(f'verify: neighbors is {cfg.neighbors!r}; allowed: all, label')
         if path := descriptor_dir(cfg):
-            store = open_store(path); rows = rows_of(store.ids, image_ids); self.x = store[rows] # in the order of labels
+            store = open_store(path); rows = rows_of(store.ids, image_ids); self.x = store.stored(rows) # in the order of labels; 4 GB of Google Landmarks in float16
     def __call__(self, rows:np.ndarray)->np.ndarray:
         c, device = self.cfg, 'cpu' if self.cfg.device in ('cpu', 'torch') else self.cfg.device
         if self.x is None or c.neighbors == 'label': return partners_within(rows, self.labels, self.x, c.max_partners, device)
-        return partners_among_all(rows, self.x, self.labels, c.n_neighbors, c.max_partners, device=device)
+        return partners_among_all(rows, self.x, self.labels, c.n_neighbors, c.max_partners, device, c.memory_mib)
 
 # %% ../nbs/01_verify.ipynb #7fac39fd
 def cost_table(

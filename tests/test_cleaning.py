@@ -30,6 +30,30 @@ def test_a_label_of_fifty_thousand_images():
     np.testing.assert_array_equal(partners_among_all(np.arange(5), x, np.zeros(3000, int), 11, 10), near)   # with one label both ways are one
 
 
+def test_partners_need_few_passes_over_all_images(monkeypatch):
+    "As many images are searched at a time as the memory holds neighbours of; the rest of them changes nothing."
+    from landmark.parts import cleaning
+    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True); labels = np.arange(3000)//20
+    asked, original = [], cleaning.search
+    monkeypatch.setattr(cleaning, 'search', lambda q, base, k, **how: asked.append((len(q), how['memory_mib'])) or original(q, base, k, **how))
+    want = partners_among_all(np.arange(3000), x, labels, 1000, 10)
+    assert asked == [(3000, 1024)]
+    for half in (False, True):
+        asked.clear(); got = partners_among_all(np.arange(3000), x.astype('f2') if half else x, labels, 1000, 10, memory_mib=31)
+        assert asked == [(1013, 31)]*2 + [(974, 31)] and (half or (got == want).all())
+    assert 1013*1000*(4+8+17) < 31*2**20                                        # similarities, positions, labels and what is compared with them
+
+
+def test_partners_keep_to_the_memory():
+    from pathlib import Path
+    from landmark.parts.bench import PeakMemory
+    if not Path('/proc/self/status').exists(): pytest.skip('this system does not tell mapped files from memory')
+    x = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32); labels = np.arange(4000)//20
+    partners_among_all(np.arange(9), x, labels, 1000, 10)
+    with PeakMemory() as memory: partners_among_all(np.arange(4000), x, labels, 1000, 10, memory_mib=32)   # 4,000 times 1,000 neighbours are 46 MiB, and 65 more while they are compared
+    assert memory.mib < 80, f'{memory.mib:.0f} MiB'
+
+
 def test_copies_are_no_witnesses():
     labels = np.array([1, 1, 1, 1]); copy_of = first_copies(np.array([5, 5, 6, 0]), labels)
     assert copy_of.tolist() == [0, 0, 2, 3] and needed_pairs(labels, 3, True, copy_of).tolist() == [2]*4

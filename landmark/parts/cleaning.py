@@ -23,14 +23,15 @@ def partners_among_all(
     labels:np.ndarray, # their landmark_ids [n]
     n_neighbors:int=1000, # nearest images to look at, the image itself included
     max_partners:int=99,  # partners per image
-    block:int=2048,       # images searched at a time; bounds the memory
     device:str='cpu',     # where to search
+    memory_mib:int=1024,  # memory of the search, and again of the neighbours of a block of images
 )->np.ndarray: # pairs (image, partner), nearest first [m, 2] int64
     "Partners of the own label among the nearest of all images."
     rows, out = np.asarray(rows, np.int64), [np.zeros((0, 2), np.int64)]
+    n_neighbors = min(n_neighbors, len(labels)); block = max(1, int(memory_mib*2**20/(32*n_neighbors + 4*descriptors.shape[1]))) # bytes of a neighbour and its comparison, and of the query
     for a in range(0, len(rows), block):
         r = rows[a:a+block]
-        _, idxs = search(np.ascontiguousarray(descriptors[r], np.float32), descriptors, min(n_neighbors, len(labels)), device=device)
+        _, idxs = search(np.ascontiguousarray(descriptors[r], np.float32), descriptors, n_neighbors, device=device, memory_mib=memory_mib)
         own = (labels[idxs] == labels[r][:, None]) & (idxs != r[:, None])
         own &= own.cumsum(1) <= max_partners
         i, k = np.nonzero(own); out.append(np.stack([r[i], idxs[i, k]], 1))
