@@ -117,7 +117,7 @@ def diffuse(
     device:str="cpu",      # cpu: compiled loop; cuda: dense batches
 )->tuple: # offline values [m, truncation] beside `idxs`, and how many rows ended before the tolerance
     "Offline diffusion on truncated neighbourhoods."
-    idxs = np.ascontiguousarray(idxs, np.int64).copy()
+    idxs = np.array(idxs, np.int64, order="C")
     own = np.arange(len(idxs)) if own is None else np.asarray(own, np.int64)
     if idxs.size and idxs.max() >= L.shape[0]: raise ValueError(f"neighbour {idxs.max()} is outside the graph of {L.shape[0]} images")
     if (~(idxs == own[:, None]).any(1)).any(): raise ValueError(f"{int((~(idxs == own[:, None]).any(1)).sum())} images are missing from their own neighbourhoods; put each first in its row")
@@ -192,10 +192,11 @@ def diffusion_rank(
 )->tuple: # scores [q, k], gallery positions [q, k]; −1 where diffusion reached fewer images
     "Rank the gallery for each query by the offline diffusion of both."
     norms = np.linalg.norm(values, axis=1, keepdims=True)
-    v = (values/np.where(norms == 0, 1, norms)).astype(np.float32)
-    gallery = sp.csc_matrix((v[n_query:].reshape(-1), (np.repeat(np.arange(len(v)-n_query), v.shape[1]), np.maximum(idxs[n_query:], 0).reshape(-1))), shape=(len(v)-n_query, len(v)))
+    v = (values/np.where(norms == 0, 1, norms)).astype(np.float32, copy=False)
+    n, t = len(v)-n_query, v.shape[1]
+    gallery = sp.csr_matrix((v[n_query:].reshape(-1), np.maximum(idxs[n_query:], 0).reshape(-1), np.arange(n+1)*t), shape=(n, len(v))).tocsc()
     sims, out = np.zeros((n_query, k), np.float32), np.full((n_query, k), -1, np.int64)
-    _sparse_scores(idxs[:n_query].astype(np.int64), v[:n_query], gallery.indptr.astype(np.int64), gallery.indices.astype(np.int64), gallery.data, len(v)-n_query, k, get_num_threads(), sims, out)
+    _sparse_scores(idxs[:n_query].astype(np.int64), v[:n_query], gallery.indptr.astype(np.int64), gallery.indices.astype(np.int64), gallery.data, n, k, get_num_threads(), sims, out)
     return sims, out
 
 # %% ../../nbs/parts/graph_rerank.ipynb #6b776058
