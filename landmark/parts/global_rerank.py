@@ -9,7 +9,6 @@ __all__ = ['k_reciprocal_distances', 'k_reciprocal', 'superglobal_scores', 'supe
 import numpy as np
 import scipy.sparse as sp
 from numba import get_num_threads, njit, prange
-from .knn import search
 from .rerank import fill_up, first_self, method
 from .store import l2n
 
@@ -91,22 +90,13 @@ def k_reciprocal_distances(
     return (1-weight)*out + weight*plain
 
 # %% ../../nbs/parts/global_rerank.ipynb #2fe9aa7d
-def _everything(problem, k):
-    "Descriptors of queries and index together, and the nearest of all in all, searched once per problem."
-    x = l2n(np.concatenate([problem.queries[:], problem.index[:]]))
-    k = min(k, len(x))
-    if "all" not in problem.lists or problem.lists["all"][1].shape[1] < k:
-        sims, idxs = search(x, x, k, **problem.how)
-        problem.lists["all"] = sims, first_self(idxs)
-    return x, problem.lists["all"][1][:, :k]
-
-@method("k_reciprocal", "k-reciprocal encoding", beyond=True)
+@method("k_reciprocal", "k-reciprocal encoding", beyond=True, needs=lambda topk, k1, **_: [("everything", "everything", k1+1), ("queries", "index", topk)])
 def k_reciprocal(problem, topk, k1:int=20, k2:int=6, reciprocal_weight:float=0.3):
     "Order the retrieved images by k-reciprocal distance."
-    x, idxs = _everything(problem, k1+1)
+    idxs = first_self(problem.knn("everything", "everything", k1+1)[1])
     k1, n = min(k1, idxs.shape[1]-1), len(problem.queries)
     listed = problem.knn("queries", "index", topk)[1]
-    d = k_reciprocal_distances(x, idxs, np.arange(n), listed+n, k1, min(k2, k1+1), reciprocal_weight)
+    d = k_reciprocal_distances(problem.everything.array(), idxs, np.arange(n), listed+n, k1, min(k2, k1+1), reciprocal_weight)
     order = np.argsort(d, 1, kind="stable")
     return fill_up(np.take_along_axis(listed, order, 1), listed, topk, len(problem.index))
 
@@ -128,7 +118,7 @@ def superglobal_scores(
     expanded = np.maximum(q, x[:, :max(k, 1)].max(1)) if m else q
     return (refined + np.einsum("bd,bmd->bm", expanded, x))/2
 
-@method("superglobal", "SuperGlobal", beyond=True)
+@method("superglobal", "SuperGlobal", beyond=True, needs=lambda topk, m_superglobal, **_: [("queries", "index", max(topk, m_superglobal))])
 def superglobal(problem, topk, m_superglobal:int=400, k_superglobal:int=9, beta:float=0.15, batch:int=64):
     "Re-rank the retrieved images by refined and expanded global descriptors."
     listed = problem.knn("queries", "index", max(topk, m_superglobal))[1]
