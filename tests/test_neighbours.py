@@ -9,6 +9,7 @@ from landmark import rerank
 from landmark.parts import global_rerank, neighbours  # noqa: F401  the first registers its methods
 from landmark.parts.core import ParameterError
 from landmark.parts.dataset import open_world, read_truth
+from landmark.parts.expansion import augment_index
 from landmark.parts.knn import search
 from landmark.parts.rerank import METHODS, Problem, needs_of, rank
 from landmark.parts.store import Rows, l2n, write_store
@@ -93,6 +94,17 @@ def test_other_rows_are_other_lists(tmp_path):
     np.testing.assert_array_equal(others, search(QUERIES, store[40:], 5)[1]); assert (first != others).any()
     fresh = write_store(tmp_path/'store', store.ids, INDEX[::-1], dict(model='m'))                             # extracted again, in the same place
     np.testing.assert_array_equal(neighbours.find_neighbours(QUERIES, Rows(fresh, range(50)), 5, tmp_path/'lists')[1], search(QUERIES, fresh[:50], 5)[1])
+
+
+def test_augmenting_takes_one_copy_of_the_index(tmp_path):
+    "Beside the result only a block of neighbours is in memory."
+    import tracemalloc
+    n, d = 40_000, 256
+    store = write_store(tmp_path/'store', [f'i{i}' for i in range(n)], np.random.default_rng(0).standard_normal((n, d), dtype=np.float32), dict(model='m'))
+    near = (np.arange(n)[:, None] + np.arange(1, 6)) % n
+    augment_index(store[:100], neighbours=(np.full((100, 5), .5, np.float32), near[:100] % 100))               # compiled
+    tracemalloc.start(); augment_index(store, neighbours=(np.full((n, 5), .5, np.float32), near)); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < 1.6*4*n*d
 
 
 @pytest.fixture
