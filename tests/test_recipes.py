@@ -63,6 +63,15 @@ def test_the_sizes():
     assert BINS5 == (0.67, 0.77, 1.33, 1.5) and BINS3 == (0.77, 1.33)
 
 
+def test_every_method_ranks_once_and_the_hungry_ones_apart():
+    from landmark import rerank
+    small, large = (dict(FILES['rerank', n]) for n in ('ensemble', 'ensemble_memory'))
+    methods = small.pop('methods'), large.pop('methods')
+    assert sorted(sum(methods, [])) == sorted(rerank.METHODS) and {'dba', 'diffusion', 'k_reciprocal'} <= {*methods[1]}
+    assert {k: small[k] for k in large} == large and not {*small} - {*large} - {'clean', 'insert_thresh', 'submit'}, 'the same descriptors'
+    assert {f'@rerank/{n}' for n in ('ensemble', 'ensemble_memory')} == {*FILES['tables', 'main']['rerank']}
+
+
 @pytest.mark.parametrize('stage', ['rerank', 'recognize'])
 def test_the_weights_of_the_ensemble(stage):
     weights = dict(v19c=0.5, v20c=1, v21c=1, v22c=0.5, v23c=1, v24c=1)
