@@ -112,7 +112,8 @@ def landmark_queries(
     positives = [[position.get(i, -2-n) for n, i in enumerate(images)] for images in asked.images]     # an unread index image stays to be found
     return asked.rename(columns=dict(image_id="query_id"))[["query_id", "usage"]].reset_index(drop=True), rows_of(asked.image_id, test.ids), positives, solution[unread].usage
 
-def _searches(cfg)->dict:
+# %% ../nbs/05_rerank.ipynb #bbf054a0
+def _search_options(cfg)->dict:
     "Where and how a problem searches."
     return dict(how=dict(device=cfg.device, memory_mib=cfg.memory_mib), share=(cfg.shard, cfg.n_shards),
                 folder=stage_dir("rerank", cfg).parent.parent/"lists"/code_hash("landmark.parts.neighbours"))
@@ -126,18 +127,18 @@ def landmark_problem(
     "What is ranked on Google Landmarks, and what judges it; None without the splits."
     if not {"test", "index"} <= set(stores): return None
     table, rows, positives, unread = landmark_queries(cfg, world, stores["test"], stores["index"])
-    return Problem(Rows(stores["test"], rows), stores["index"], *voters(cfg, world, stores.get("v2_train"), clean), **_searches(cfg)), table, positives, unread
+    return Problem(Rows(stores["test"], rows), stores["index"], *voters(cfg, world, stores.get("v2_train"), clean), **_search_options(cfg)), table, positives, unread
 
 def revisited_problem(
     cfg:Config,    # the stage's
     world:Path,    # with the ground truth
     stores:dict,   # split → store, of one model
-    bench:str,     # roxford5k or rparis6k
+    bench:str,     # its name, such as roxford5k
 )->tuple: # problem; ground truth
     "The same for a revisited benchmark: no labels."
     if not {f"{bench}_query", f"{bench}_index"} <= set(stores): return None
     truth, queries, index = read_revisited(world, bench), stores[f"{bench}_query"], stores[f"{bench}_index"]
-    return Problem(Rows(queries, rows_of(truth["qimlist"], queries.ids, f"the queries of {bench}")), Rows(index, rows_of(truth["imlist"], index.ids, f"the index of {bench}")), **_searches(cfg)), truth
+    return Problem(Rows(queries, rows_of(truth["qimlist"], queries.ids, f"the queries of {bench}")), Rows(index, rows_of(truth["imlist"], index.ids, f"the index of {bench}")), **_search_options(cfg)), truth
 
 # %% ../nbs/05_rerank.ipynb #0e3c1dd7
 THRESHOLDS = np.round(np.arange(0.1, 2.0, 0.1), 2)
@@ -174,7 +175,7 @@ def runnable(cfg, problem)->list: # names
     "The methods asked for that the problem's labels allow."
     return [m for m in methods_of(cfg) if problem.train is not None or not METHODS[m].needs_labels]
 
-def _searched(paths, problem, topk, params, note):
+def _prepare(paths, problem, topk, params, note):
     "Search what the methods need whose lists are not there yet."
     problem.prepare([m for m, path in paths.items() if not path.exists()], topk, **params)
     for (a, b), seconds in problem.seconds.items(): note(f"search {a} in {b}", *problem.lists[a, b][1].shape, seconds)
@@ -196,7 +197,7 @@ def rank_landmarks(cfg, world, model, stores, clean, out, params, times):
     paths = {m: home/f"{m}.npy" for m in runnable(cfg, problem)}
     write_csv(table, home/"queries.csv")
     params, usage = dict(params), table.usage.to_numpy()
-    _searched(paths, problem, cfg.topk, params, note)
+    _prepare(paths, problem, cfg.topk, params, note)
     if "sort+insert" in paths:
         if not (home/"thresholds.csv").exists():
             start = time.perf_counter()
@@ -222,7 +223,7 @@ def rank_revisited(cfg, world, model, stores, bench, out, params, times):
     if not (made := revisited_problem(cfg, world, stores, bench)): return [], []
     (problem, truth), note = made, partial(times.note, model, bench)
     paths, topk = {m: out/"ranks"/model/f"{bench}-{m}.npy" for m in runnable(cfg, problem)}, len(problem.index)
-    _searched(paths, problem, topk, params, note)
+    _prepare(paths, problem, topk, params, note)
     metrics, per_query = [], []
     for name, path in paths.items():
         got = revisited(_ranked(path, problem, name, topk, params, note), truth["gnd"])
