@@ -1,5 +1,5 @@
 "Neighbour lists: known before the first method runs, searched once, kept piece by piece for other runs and machines."
-import json, os, subprocess, sys
+import json, os, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -149,13 +149,17 @@ def test_a_killed_run_keeps_its_times_and_its_searches(args, searches, monkeypat
 
 
 def test_machines_share_the_searches_of_a_run(args, searches, monkeypatch):
-    monkeypatch.setattr(neighbours, 'BLOCK', 16)
+    monkeypatch.setattr(neighbours, 'BLOCK', 2)
     with pytest.raises(ParameterError, match='`shard` is 2 of 2; it counts from 0'): rerank.run(rerank.Config(**args, shard=2, n_shards=2))
     cfg = rerank.Config(**args, methods=['baseline', 'sort+insert'])
-    alone = rerank.run(replace(cfg, name='alone')); n = len(searches); assert n > 4
+    alone = rerank.run(replace(cfg, name='alone')); n = len(searches); assert n > 10
     for p in alone.parents[1].glob('lists/*/*/*/*.npz'): p.unlink()
-    searches.clear()
+    counted, both, came = neighbours.search, threading.Barrier(2, timeout=60), set()
+    def meets(*a, **how):
+        if threading.get_ident() not in came: came.add(threading.get_ident()); both.wait()      # each has a piece of its own in hand
+        return counted(*a, **how)
+    searches.clear(); monkeypatch.setattr(neighbours, 'search', meets)
     with ThreadPoolExecutor(2) as pool: a, b = pool.map(lambda s: rerank.run(replace(cfg, shard=s, n_shards=2)), range(2))
-    assert a == b and len(searches) == n, 'each piece by one of them'
+    assert a == b and len(came) == 2 and len(searches) == n, 'each piece by one of them'
     for p in alone.rglob('*.npy'): assert p.read_bytes() == (a/p.relative_to(alone)).read_bytes()
     searches.clear(); rerank.run(replace(cfg, shard=1, n_shards=2)); assert not searches
