@@ -8,7 +8,7 @@ __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_
 
 # %% ../nbs/03_train.ipynb #2df261a3
 import json, os, re, subprocess, sys, tempfile
-from dataclasses import asdict
+from dataclasses import asdict, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .parts.engine import DivergenceError, Recipe, Trainer, Training
 from .parts.evaluation import benchmark_maps, check_benchmarks
 from .parts.batching import size_table
 from .parts.loading import Photos, read_all
-from .parts.losses import LOSSES, make_head
+from .parts.losses import LOSSES, check_head, make_head
 from .parts.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
@@ -49,6 +49,8 @@ class Config:
     sizes: str | list[str] = "96" # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
     augment: str = "soft"        # none, soft, middle
     margin: float | None = None  # margin of the loss; none: 0.3 for margins, by class frequency for sub-centres, 0.7 contrastive
+    n_centers: int = 0           # weights per class of ArcFace and CosFace; 0: 3 for sub-centres, else 1
+    class_margins: list[float] = field(default_factory=list) # margins by class frequency: of the largest class, of the smallest; empty: `margin`
     s: float = 30.0              # scale of the logits
     label_smoothing: float = 0.0 # share of the target spread over all classes
     epochs: int = 14             # passes over the training set
@@ -92,6 +94,9 @@ def model_names(
         if not values: raise ParameterError(f"train: `{field_}` is empty; allowed are {', '.join(allowed)}")
         for v in values:
             if v not in allowed: raise ParameterError(f"train: `{field_}` is {v!r}; allowed are {', '.join(allowed)}")
+    for l in listed(cfg.loss):
+        try: check_head(l, cfg.margin, cfg.n_centers, cfg.class_margins)
+        except ValueError as e: raise ParameterError(f'train: {e}') from None
     return [f'{l}_{t}' for t in listed(cfg.train_set) for l in listed(cfg.loss)]
 
 def recipe_of(
@@ -180,21 +185,21 @@ def train_model(
         photos, classes, landmarks = load_photos(cfg, set_name.removeprefix('v1+'))
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
-            net = Training(start_model(cfg, name), make_head(loss, cfg.dim, torch.bincount(classes), cfg.margin, cfg.s, cfg.label_smoothing))
+            net = Training(start_model(cfg, name), make_head(loss, cfg.dim, torch.bincount(classes), cfg.margin, cfg.s, cfg.label_smoothing, cfg.n_centers, cfg.class_margins))
         recipe = recipe_of(cfg); watch = Watch(out/'.logs'/name, cfg.tensorboard and not int(os.environ.get('RANK', 0)))
         look = lambda model, epoch: benchmark_maps(model, open_world(cfg.world, cfg.seed), _side(listed(cfg.sizes)[-1]), cfg.batch_size, cfg.n_loaders, cfg.max_bad)
         trainer = Trainer(net, photos, classes, recipe, out/'.state'/name, pick_device(cfg.device), on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
         table = trainer.run()
-        if trainer.acc.is_main_process: _finish(cfg, name, out, trainer, table, len(landmarks))
-        return dict(model=name, loss=float(table.loss.dropna().iloc[-1]), accuracy=float(table.accuracy.dropna().iloc[-1]), images=len(photos), classes=len(landmarks), unreadable=len(trainer.bad))
+        result = dict(model=name, loss=float(table.loss.dropna().iloc[-1]), accuracy=float(table.accuracy.dropna().iloc[-1]), images=len(photos), classes=len(landmarks), unreadable=len(trainer.bad))
+        if trainer.acc.is_main_process: _finish(cfg, name, out, trainer, table, result)
+        return result
     finally: torch.set_num_threads(threads)
 
-def _finish(cfg, name, out, trainer, table, n_classes):
+def _finish(cfg, name, out, trainer, table, result):
     "Write a model: table, list of unreadable photos, weights, the best ones if epochs were evaluated, and last the card."
     (out/name).mkdir(parents=True, exist_ok=True)
     write_csv(table, out/name/'metrics.csv')
     write_csv(pd.DataFrame([(trainer.photos.paths[i], why) for i, why in trainer.bad], columns=['path', 'reason']), out/name/'unreadable.csv')
-    result = dict(model=name, loss=float(table.loss.dropna().iloc[-1]), accuracy=float(table.accuracy.dropna().iloc[-1]), images=len(trainer.photos), classes=n_classes, unreadable=len(trainer.bad))
     card, maps = card_of(cfg, name, trainer.recipe), [c for c in table if c.endswith(' M')]
     last = {c: float(table[c].dropna().iloc[-1]) for c in maps}
     weights = {k: v.detach().cpu().clone() for k, v in trainer.net.model.state_dict().items()}

@@ -141,3 +141,17 @@ def test_subtracting_non_landmarks_by_loops():
         votes = {}
         for v, j in pairs[:3]: votes[labels[j]] = votes.get(labels[j], 0) + v
         assert votes[names[i]] == pytest.approx(max(votes.values()), abs=1e-5) and scores[i] == pytest.approx(max(votes.values()), abs=1e-5)
+
+
+def test_centres_and_class_margins_of_a_config_reach_the_head(tmp_path, monkeypatch):
+    from landmark import train
+    from landmark.parts.core import ParameterError
+    asked = []; monkeypatch.setattr(train, 'make_head', lambda *args: asked.append(make_head(*args)) or (_ for _ in ()).throw(InterruptedError)); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path))
+    def head(**kw):
+        with pytest.raises(InterruptedError): train.train_model((train.Config(world='tiny', **kw), f'{kw["loss"]}_v1', tmp_path, False))
+        return asked[-1]
+    plain, both = head(loss='arcface'), head(loss='cosface', n_centers=2, class_margins=[.1, .4])
+    assert plain.n_centers == 1 and plain.margins is None and plain.m == .3
+    assert both.kind == 'cosface' and len(both.weight) == 2*len(both.margins) == 2*len(plain.weight) and .1 <= float(both.margins.min()) <= float(both.margins.max()) <= .4 + 1e-6
+    for wrong in (dict(loss='triplet', n_centers=2), dict(class_margins=[.4, .1]), dict(margin=.3, class_margins=[.1, .4])):
+        with pytest.raises(ParameterError, match='^train: `(n_centers|class_margins|margin)` is'): train.run(train.Config(world='tiny', **wrong))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOSSES', 'cosine_logits', 'cosface_margin', 'arcface_margin', 'frequency_margins', 'MarginHead', 'SoftmaxHead',
            'AdaCos', 'pairwise_dists', 'batch_hard_triplet', 'batch_all_triplet', 'contrastive_loss',
-           'tuple_triplet_loss', 'mine_tuples', 'draw_pairs', 'MetricHead', 'make_head', 'smoothed_mask_logits']
+           'tuple_triplet_loss', 'mine_tuples', 'draw_pairs', 'MetricHead', 'check_head', 'make_head',
+           'smoothed_mask_logits']
 
 # %% ../../nbs/parts/losses.ipynb #c8efa8f3
 import math
@@ -292,6 +293,19 @@ class MetricHead(nn.Module):
 # %% ../../nbs/parts/losses.ipynb #3c7c4d63
 LOSSES = ('softmax', 'contrastive', 'cosface', 'arcface', 'adacos', 'triplet', 'tuple_triplet', 'subcenter_arcface')
 
+def check_head(
+    loss:str,          # one of LOSSES
+    m:float|None=None, # margin
+    n_centers:int=0,   # weights per class
+    class_margins=(),  # margins of the largest and of the smallest class
+):
+    "Refuse what a loss does not have."
+    if loss not in LOSSES: raise ValueError(f"`loss` is {loss!r}; allowed are {', '.join(LOSSES)}.")
+    if n_centers < 0: raise ValueError(f"`n_centers` is {n_centers}; it counts the weights of a class, 0 stands for the usual number.")
+    if (n_centers or class_margins) and loss not in ('arcface', 'cosface', 'subcenter_arcface'): raise ValueError(f"`{'n_centers' if n_centers else 'class_margins'}` is set, but {loss} has none; arcface, cosface and subcenter_arcface have.")
+    if class_margins and not (len(class_margins) == 2 and 0 <= class_margins[0] <= class_margins[1]): raise ValueError(f"`class_margins` is {list(class_margins)}; it holds two numbers, the margin of the largest class and that of the smallest, such as 0.05 and 0.5.")
+    if class_margins and m is not None: raise ValueError(f"`margin` is {m:g}, one for all classes, and `class_margins` gives each its own; set one of them.")
+
 def make_head(
     loss:str,                  # one of LOSSES
     d:int,                     # length of a descriptor
@@ -299,16 +313,19 @@ def make_head(
     m:float|None=None,         # margin; None: the usual one of the loss (for sub-centres, by class frequency)
     s:float=30.,               # scale of the logits
     label_smoothing:float=0.,  # share of the target spread over all classes
+    n_centers:int=0,           # weights per class of a margin loss; 0: 3 for sub-centres, else 1
+    class_margins=(),          # margins of the largest and of the smallest class; empty: `m`
 )->nn.Module: # has .loss(x, labels) -> (loss, number right)
     "The head of a loss, ready to train."
-    n, pick = len(counts), lambda usual: usual if m is None else m
+    check_head(loss, m, n_centers, class_margins)
+    n, pick, sub = len(counts), lambda usual: usual if m is None else m, loss == 'subcenter_arcface'
     if loss == 'softmax': return SoftmaxHead(d, n, label_smoothing)
-    if loss in ('arcface', 'cosface'): return MarginHead(d, n, loss, s, pick(0.3), label_smoothing=label_smoothing)
-    if loss == 'subcenter_arcface': return MarginHead(d, n, 'arcface', s, pick(0.3), n_centers=3, margins=frequency_margins(counts) if m is None else None, label_smoothing=label_smoothing)
+    if loss in ('arcface', 'cosface', 'subcenter_arcface'):
+        bounds = class_margins or ((0.05, 0.5) if sub and m is None else ())
+        return MarginHead(d, n, 'arcface' if sub else loss, s, pick(0.3), n_centers=n_centers or (3 if sub else 1), margins=frequency_margins(counts, *bounds) if bounds else None, label_smoothing=label_smoothing)
     if loss == 'adacos': return AdaCos(d, n, pick(0.), label_smoothing=label_smoothing)
     if loss in ('contrastive', 'tuple_triplet'): return MetricHead(loss, pick(0.7 if loss == 'contrastive' else 0.1))
-    if loss == 'triplet': return MetricHead('batch_hard', pick(0.3))
-    raise ValueError(f"`loss` is {loss!r}; allowed are {', '.join(LOSSES)}.")
+    return MetricHead('batch_hard', pick(0.3))
 
 # %% ../../nbs/parts/losses.ipynb #7317b09b
 def smoothed_mask_logits(
