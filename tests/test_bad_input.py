@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from landmark.parts import global_rerank, losses  # noqa: F401  the first registers its methods
+from landmark.parts import global_rerank, losses, planning  # noqa: F401  the first registers its methods
 from landmark.parts.expansion import expand
 from landmark.parts.graph_rerank import affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
 from landmark.parts.metrics import MetricError, accuracy, gap, map_at_k, revisited
@@ -152,4 +152,4 @@ def test_losses_of_zeros_and_of_one_label(loss):
 def test_a_loss_needs_its_classes():
     with pytest.raises(ValueError, match='at least 3'): losses.AdaCos(8, 2)
     with pytest.raises(ValueError, match='allowed are'): losses.make_head('archface', 8, torch.ones(5))
-    with pytest.raises(ValueError, match='too few for 5 negatives'): losses.mine_tuples(torch.tensor([0]), torch.tensor([1]), torch.arange(4), torch.randn(1, 4), torch.randn(4, 4), torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match='too few for 5 negatives'): planning.mine_tuples(torch.tensor([0]), torch.tensor([1]), torch.arange(4), torch.randn(1, 4), torch.randn(4, 4), torch.tensor([0, 0, 1, 1]))

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'cosine_logits', 'cosface_margin', 'arcface_margin', 'frequency_margins', 'MarginHead', 'SoftmaxHead',
            'AdaCos', 'pairwise_dists', 'batch_hard_triplet', 'batch_all_triplet', 'contrastive_loss',
-           'tuple_triplet_loss', 'mine_tuples', 'draw_pairs', 'MetricHead', 'check_head', 'make_head',
-           'smoothed_mask_logits']
+           'tuple_triplet_loss', 'MetricHead', 'check_head', 'make_head', 'smoothed_mask_logits']
 
 # %% ../../nbs/parts/losses.ipynb #c8efa8f3
 import math
@@ -224,48 +223,6 @@ def tuple_triplet_loss(
     "Triplet loss over mined tuples, on squared distances."
     d2 = (x[:, :1] - x[:, 1:]).square().sum(2)
     return F.relu(d2[:, :1] - d2[:, 1:] + margin).sum()
-
-# %% ../../nbs/parts/losses.ipynb #f69d87bb
-def mine_tuples(
-    queries:torch.Tensor,       # positions of the query photos [q]
-    positives:torch.Tensor,     # a photo of the same landmark each [q]
-    pool:torch.Tensor,          # positions the negatives are taken from [p]
-    x_queries:torch.Tensor,     # unit descriptors of the queries [q, d]
-    x_pool:torch.Tensor,        # unit descriptors of the pool [p, d]
-    labels:torch.Tensor,        # class id of every photo of the training set [n]
-    n_negatives:int=5,          # negatives per query, all of different classes
-    block:int=512,              # queries at a time; bounds the memory, of a GPU by the size of the pool, too
-)->torch.Tensor: # positions: query, positive, negatives, on the CPU [q, 2+n_negatives]
-    "Hardest negatives of different classes, with the current descriptors."
-    dev, least, rows = x_pool.device, torch.iinfo(torch.int64).min, []
-    classes, of = (t.to(dev) for t in labels[pool].unique(return_inverse=True))
-    if len(classes) <= n_negatives: raise ValueError(f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives.")
-    if dev.type != 'cpu': block = max(1, min(block, 2**26//len(pool)))
-    place = torch.arange(len(pool)-1, -1, -1, device=dev)                                            # the first is the largest
-    for q, p, x in zip(*(v.split(block) for v in (queries, positives, x_queries))):
-        bits = ((x @ x_pool.T).float() + 0.).view(torch.int32)                                       # [b, p]; + 0 makes −0 the same as 0
-        key = (bits ^ (bits >> 31 & 0x7fffffff)).long() << 32 | place                                # in the order of the similarities, negative ones too
-        best = torch.full((len(q), len(classes)), least, device=dev).scatter_reduce_(1, of.expand_as(key), key, 'amax')
-        best[classes == labels[q].to(dev)[:, None]] = least                                          # not the query's own
-        hardest = len(pool)-1 - (best.topk(n_negatives).values & 0xffffffff)
-        rows.append(torch.cat([q[:, None], p[:, None], pool[hardest.cpu()]], 1))
-    return torch.cat(rows) if rows else torch.zeros(0, 2+n_negatives, dtype=torch.long)
-
-# %% ../../nbs/parts/losses.ipynb #7b6045a0
-def draw_pairs(
-    labels:torch.Tensor,   # class id of every photo [n]
-    n_pairs:int,           # pairs wanted (fewer where the set is smaller)
-    gen:torch.Generator,   # source of chance
-)->tuple: # positions of queries [q] and of a positive each [q]
-    "Query–positive pairs: random photos of classes with at least two, each with another photo of its class."
-    order = torch.randperm(len(labels), generator=gen)
-    by_class = labels[order].argsort(stable=True)                        # photos in random order inside a class
-    photos = order[by_class]; c = labels[photos]
-    first = torch.searchsorted(c, c); size = torch.searchsorted(c, c, right=True) - first
-    partner = photos[first + (torch.arange(len(c)) - first + 1) % size]  # the next one of the class, round
-    keep = torch.nonzero(size > 1)[:, 0]
-    keep = keep[torch.randperm(len(keep), generator=gen)[:n_pairs]]
-    return photos[keep], partner[keep]
 
 # %% ../../nbs/parts/losses.ipynb #07dcd0e3
 class MetricHead(nn.Module):
