@@ -15,7 +15,6 @@ import numpy as np, pandas as pd, torch
 from . import graph, train
 from .parts.artifacts import code_hash
 from .parts.core import ParameterError, hash8, log, make_config, pick_device, project_root, read_json, read_yaml, write_csv, write_json
-from .parts.batching import size_table
 from .parts.dataset import open_world, read_images, read_retrieval_solution
 from .parts.checkpoints import load_model
 from .parts.engine import DivergenceError
@@ -147,7 +146,7 @@ def run_trial(
     cfg, start = make_config(train.Config, read_yaml(params_path)), time.time()
     try:
         out = train.run(dataclasses.replace(cfg, n_workers=1)); seconds = read_json(out/'manifest.json')['seconds']
-        models, side = pd.read_csv(out/'models.csv'), max(map(max, size_table(train.listed(cfg.sizes)[-1])[1]))
+        models, side = pd.read_csv(out/'models.csv'), train.longest_side(train.listed(cfg.sizes)[-1])
         load = lambda name: load_model(out/name, pick_device(cfg.device))
         rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
     except DivergenceError as e:                               # that is an answer, too
