@@ -422,7 +422,7 @@ def test_defect_15_every_parameter_is_read():
         module = importlib.import_module(f'landmark.{stage}')
         source = Path(module.__file__).read_text()
         cells = [c.source for c in nbformat.read(home.parent/'nbs'/f'{notebook}.ipynb', 4).cells if c.cell_type == 'code' and 'cfg.' in c.source and not c.source.startswith(('%', '#| export'))]
-        used = [source, *cells] + [t for f in code_files(module.__name__).values() if 'recipe.' in (t := f.read_text())]      # training hands its parameters on as a recipe
+        used = [source, *cells] + [t for f in code_files(module.__name__).values() if 'recipe.' in (t := f.read_text()) or f.stem == 'ensemble']      # training hands its parameters on as a recipe, ranking and recognition theirs to the ensemble
         assert not unread_fields([f.name for f in dataclasses.fields(module.Config)], *used), stage
     assert unread_fields(['freeze_bn', 'lr'], 'def run(cfg): return cfg.lr') == {'freeze_bn'}
 
