@@ -167,7 +167,10 @@ def main():
     try:
         if what == 'runs':
             df = list_runs()
-            print(df.to_string(index=False) if len(df) else f'no runs yet in {runs_dir()}'); return
+            aside = df.state.eq('set aside')
+            print(df[~aside].to_string(index=False) if len(df) else f'no runs yet in {runs_dir()}')
+            if aside.any(): print(f'artifacts set aside, made by other code or from other inputs: {aside.sum()} of them, {df.MiB[aside].sum():.0f} MiB; to delete them: rm -r {runs_dir()}/*/seed*/*/.*.aside')
+            return
         if what not in ('plan', 'done'): sys.exit(main.__doc__)
         profile, seeds = (rest or ['mini'])[0], [int(s) for s in rest[1:]] or [1]
         steps = prepare(plan(profile, seeds))

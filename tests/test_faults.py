@@ -103,6 +103,9 @@ def test_work_that_no_longer_fits_is_set_aside_and_comes_back(tmp_path, monkeypa
     assert work('one', finish=True) == ['one.bin'] and 'is wanted again' in capsys.readouterr().err, 'it goes on where it was'
     assert [p.name for p in d.parent.glob('.*.aside/*.bin')] == ['two.bin'] and (d/'manifest.json').exists()
     killed('three'); assert [p.name for p in d.parent.glob('.*.aside/*')] and sorted(p.name for p in d.parent.glob('.*.aside/*.bin')) == ['one.bin'], 'only the last is kept'
+    from landmark import graph
+    monkeypatch.setattr(sys, 'argv', ['landmark_graph', 'runs']); graph.main(); said = capsys.readouterr().out
+    assert 'made by other code or from other inputs: 1 of them, ' in said and 'unfinished' in said and '.aside ' not in said
 
 
 def test_a_gpu_that_is_not_there():
