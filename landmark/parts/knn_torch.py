@@ -110,6 +110,7 @@ def _join(q, x, first, best, k, memory_mib):
         joined[1][r] = idxs.gather(1, order)
     return joined
 
+# %% ../../nbs/parts/knn_torch.ipynb #3ae1c00f
 def _free(device):
     "Hand back what is no longer held, so that a smaller attempt finds it in one piece."
     import torch
