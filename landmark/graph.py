@@ -132,8 +132,9 @@ def on_gpus(
     command:str, # what to run
 )->str: # a shell command
     "The command with GPUs of its own, as many as the config asks for; as it is where the config uses none, or names one itself."
-    if getattr(cfg, 'device', 'cpu') not in ('auto', 'cuda'): return command
-    return f'{shlex.quote(sys.executable)} -c "from landmark.parts.gpus import main; main()" {max(1, getattr(cfg, "devices", 1))} {shlex.quote(str(runs_dir()/".gpus"))} {command}'
+    device, n = getattr(cfg, 'device', 'cpu'), getattr(cfg, 'devices', 1)
+    if device not in ('auto', 'cuda', 'all'): return command
+    return f'{shlex.quote(sys.executable)} -c "from landmark.parts.gpus import main; main()" {10**6 if device == "all" else max(1, n)} {shlex.quote(str(runs_dir()/".gpus"))} {command}'
 
 def command(
     step:Step, # a step
