@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import landmark.parts
-from .parts.bench import FAMILIES, REGISTRY, Row, device_name
+import landmark.parts.bench
+from .parts.bench.side_by_side import FAMILIES, REGISTRY, Row, device_name
 from .parts.artifacts import code_files, open_stage
 from .parts.core import ParameterError, log, pick_device, project_root, stage_config, write_text
 from .parts.plots import to_markdown
@@ -32,9 +32,9 @@ class Config:
 
 # %% ../nbs/08_benchmark.ipynb #c4307609
 def collect()->dict: # family → {name: function}
-    "Import every part called `bench_…`; each registers its benchmarks."
-    for m in pkgutil.iter_modules(landmark.parts.__path__):
-        if m.name.startswith('bench_'): importlib.import_module(f'landmark.parts.{m.name}')
+    "Import every part in the folder `bench`; each registers its benchmarks."
+    for m in pkgutil.iter_modules(landmark.parts.bench.__path__):
+        importlib.import_module(f'landmark.parts.bench.{m.name}')
     return REGISTRY
 
 def chosen(

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.cleaning import clean_images, clean_table, count_verified, first_copies, needed_pairs, partners_within, precision_recall, quality_table, read_pairs, reasons, threshold_grid, write_pairs
+from .parts.local.cleaning import clean_images, clean_table, count_verified, first_copies, needed_pairs, partners_within, precision_recall, quality_table, read_pairs, reasons, threshold_grid, write_pairs
 from .parts.artifacts import artifact, open_stage
 from .parts.core import ParameterError, is_tiny, read_json, stage_config, stage_main, write_csv
-from .parts.dataset import open_world, read_images, read_truth
-from .parts.local_features import extract_many, open_local
-from .parts.verification import verify_pairs
+from .parts.data.layout import read_images, read_truth
+from .parts.data.worlds import find_world, make_world
+from .parts.local.features import extract_many, open_local
+from .parts.local.verification import verify_pairs
 
 # %% ../nbs/02_clean.ipynb #82d804a1
 @stage_config
@@ -96,7 +97,7 @@ def run(cfg:Config)->Path:
     "Clean the v2 training set by the counts of 01_verify."
     if cfg.min_inliers < 1 or cfg.min_verified < 1: raise ParameterError(f'clean: min_inliers is {cfg.min_inliers} and min_verified {cfg.min_verified}; both are at least 1')
     made_up = not cfg.verified and is_tiny(cfg)
-    source, world = None if made_up else artifact(cfg, cfg.verified), open_world(cfg.world, cfg.seed)
+    source, world = None if made_up else artifact(cfg, cfg.verified), make_world(cfg.world, cfg.seed)
     with open_stage('clean', cfg, inputs=[source, world], code=__name__) as st:
         if st.done: return st.dir
         if made_up: source = _made_up(world, st.dir/'made_up')

@@ -17,12 +17,12 @@ import pandas as pd
 
 from .parts.artifacts import open_stage
 from .parts.core import ParameterError, default_world, log, parallel_map, project_root, stage_config, stage_main, write_csv
-from .parts.dataset import read_images, read_table, read_truth, splits
-from .parts.images import ImageError, image_size, read_image
-from .parts.local_features import extract
-from .parts.minigld import WORLDS, draw_world, shuffle_labels
-from .parts.minigld_plan import scaled
-from .parts.verification import verify
+from .parts.data.layout import read_images, read_table, read_truth, splits
+from .parts.images.reading import ImageError, image_size, read_image
+from .parts.local.features import extract
+from .parts.minigld.world import WORLDS, draw_world, shuffle_labels
+from .parts.minigld.plan import scaled
+from .parts.local.verification import verify
 
 # %% ../nbs/00_data.ipynb #9bcd6b56
 @stage_config

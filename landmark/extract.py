@@ -12,15 +12,16 @@ from dataclasses import field
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from .parts.backbones import make_model
+from .parts.nets.backbones import make_model
 from .parts.artifacts import artifact, open_stage, stage_dir
 from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, stage_config, stage_main, write_csv
-from .parts.dataset import image_paths, open_world, read_boxes, read_ids, read_images, splits as world_splits
-from .parts.checkpoints import load_model, save_model
-from .parts.extraction import extract, group_sizes, side_sizes
-from .parts.loading import Crops, make_loader
-from .parts.batching import scan_sizes
-from .parts.store import fingerprint, finish_store, missing_shards, open_store, write_shard
+from .parts.data.layout import image_paths, read_boxes, read_ids, read_images, splits as world_splits
+from .parts.data.worlds import find_world, make_world
+from .parts.nets.checkpoints import load_model, save_model
+from .parts.descriptors.extraction import extract, group_sizes, side_sizes
+from .parts.images.loading import Crops, make_loader
+from .parts.images.batching import scan_sizes
+from .parts.descriptors.store import fingerprint, finish_store, missing_shards, open_store, write_shard
 
 # %% ../nbs/04_extract.ipynb #4d778861
 @stage_config
@@ -214,7 +215,7 @@ def run(
     cfg:Config, # a config
 )->Path: # the artifact's directory
     "Describe every wanted split with every wanted model."
-    device, world = pick_device(cfg.device), open_world(cfg.world, cfg.seed)
+    device, world = pick_device(cfg.device), make_world(cfg.world, cfg.seed)
     for remembered in (read_split, _photos, _model): remembered.cache_clear()       # a kernel may be older than a model or world
     if not 0 <= cfg.shard < cfg.n_shards: raise ParameterError(f"extract: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
     if device.type == 'cuda' and not 1 <= cfg.devices <= torch.cuda.device_count(): raise ParameterError(f"extract: `devices` is {cfg.devices}; this machine shows {torch.cuda.device_count()} CUDA GPUs, so 1 to {torch.cuda.device_count()} can share the work")
@@ -264,7 +265,7 @@ def left_over(
     "What other machines still have to do, in a sentence."
     out = stage_dir('extract', cfg)
     if (out/'manifest.json').exists(): return ''
-    n = _count_missing(plan(cfg, open_world(cfg.world, cfg.seed), find_models(cfg), out))
+    n = _count_missing(plan(cfg, make_world(cfg.world, cfg.seed), find_models(cfg), out))
     return f"unfinished: {n} shard{'s'*(n != 1)} left; the last machine to come finishes {out}"
 
 def answer(cfg:Config): # the artifact's directory, or what is left

@@ -13,16 +13,17 @@ import numpy as np
 import pandas as pd
 from .parts.artifacts import artifact, digest_of, open_stage
 from .parts.core import ParameterError, is_tiny, log, pick_device, project_root, read_json, stage_config, stage_main, write_csv
-from .parts.dataset import landmark_names, open_world, read_images, read_recognition_solution, read_truth, train_set
-from .parts.ensemble import choose_models, join_models
-from .parts.knn import search
-from .parts.local_features import UNIT, extract_many, open_local
-from .parts.matching import rule_for
+from .parts.data.layout import landmark_names, read_images, read_recognition_solution, read_truth, train_set
+from .parts.data.worlds import find_world, make_world
+from .parts.descriptors.ensemble import choose_models, join_models
+from .parts.search.knn import search
+from .parts.local.features import UNIT, extract_many, open_local
+from .parts.local.matching import rule_for
 from .parts.metrics import gap
-from .parts.recognition import choose_limit, distractor_rule, minus_non_landmarks, recognise
-from .parts.store import Rows, l2n, rows_of, write_store
-from .parts.submission import write_recognition
-from .parts.verification import verify_pairs
+from .parts.rerank.voting import choose_limit, distractor_rule, minus_non_landmarks, recognise
+from .parts.descriptors.store import Rows, l2n, rows_of, write_store
+from .parts.data.submission import write_recognition
+from .parts.local.verification import verify_pairs
 
 # %% ../nbs/06_recognize.ipynb #91e633e5
 @stage_config
@@ -118,8 +119,8 @@ def describer(
     "What makes local features: RootSIFT, or the DELF of cleaning on its trunk's network."
     how = dict(max_keypoints=cfg.max_keypoints, max_side=cfg.max_side)
     if not delf: return lambda paths, ids, out_dir: open_local(extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers))
-    from landmark.parts.checkpoints import load_model
-    from landmark.parts.delf import extract_many_delf, load_delf
+    from landmark.parts.nets.checkpoints import load_model
+    from landmark.parts.local.delf import extract_many_delf, load_delf
     ref = read_json(delf/"delf"/"card.json")["trunk"]
     trunk = artifact(cfg, ref) if ref.startswith("@") else project_root()/ref
     if not (trunk/"card.json").exists(): raise ParameterError(f"recognize: the DELF in {delf} stands on {ref}, but {trunk} holds no trained model (card.json)")
@@ -224,7 +225,7 @@ def run(
     cfg:Config, # what to recognise, and how
 )->Path: # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
     "Predict a landmark for every test image and judge it."
-    world, made_up = open_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
+    world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in (cfg.clean, cfg.verified, cfg.delf))
     check_local(cfg, delf, verified); rule_of(cfg, verified)

@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
 from .parts.core import ParameterError, atomic_path, is_tiny, log, progress, stage_config, stage_main, write_csv
-from .parts.dataset import benchmarks, open_world, read_ids, read_images, read_retrieval_solution, read_revisited, read_truth, train_set
-from .parts.ensemble import choose_models, join_models
+from .parts.data.layout import benchmarks, read_ids, read_images, read_retrieval_solution, read_revisited, read_truth, train_set
+from .parts.data.worlds import find_world, make_world
+from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.metrics import map_at_k, mean_of, revisited
-from .parts.rerank import METHODS, Problem, rank
-from .parts import global_rerank                 # registers the methods beyond the paper
-from .parts.store import Rows, l2n, rows_of, write_store
-from .parts.submission import write_retrieval
+from .parts.rerank.methods import METHODS, Problem, rank
+from .parts.rerank import beyond                 # registers the methods beyond the paper
+from .parts.descriptors.store import Rows, l2n, rows_of, write_store
+from .parts.data.submission import write_retrieval
 
 # %% ../nbs/05_rerank.ipynb #687b78c7
 @stage_config
@@ -116,7 +117,7 @@ def landmark_queries(
 def _search_options(cfg)->dict:
     "Where and how a problem searches."
     return dict(how=dict(device=cfg.device, memory_mib=cfg.memory_mib), share=(cfg.shard, cfg.n_shards),
-                folder=stage_dir("rerank", cfg).parent.parent/"lists"/code_hash("landmark.parts.neighbours"))
+                folder=stage_dir("rerank", cfg).parent.parent/"lists"/code_hash("landmark.parts.search.kept_lists"))
 
 def landmark_problem(
     cfg:Config,    # the stage's
@@ -248,7 +249,7 @@ def run(
 )->Path: # the artifact: metrics.csv, per_query.csv, ranks/
     "Rank all queries with every model and method, and judge the lists."
     methods_of(cfg)
-    world, made_up = open_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
+    world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     clean = artifact(cfg, cfg.clean) if cfg.clean else None
     params = {k: getattr(cfg, k) for k in PARAMS}

@@ -15,11 +15,12 @@ import numpy as np, pandas as pd, torch
 from . import graph, train
 from .parts.artifacts import code_hash
 from .parts.core import ParameterError, hash8, log, make_config, pick_device, project_root, read_json, read_yaml, write_csv, write_json
-from .parts.dataset import open_world, read_images, read_retrieval_solution
-from .parts.checkpoints import load_model
-from .parts.engine import DivergenceError
-from .parts.evaluation import describe_images
-from .parts.knn import search as nearest
+from .parts.data.layout import read_images, read_retrieval_solution
+from .parts.data.worlds import find_world
+from .parts.nets.checkpoints import load_model
+from .parts.training.engine import DivergenceError
+from .parts.training.evaluation import describe_images
+from .parts.search.knn import search as nearest
 from .parts.metrics import map_at_k
 
 # %% ../nbs/search.ipynb #91a8144a
@@ -148,7 +149,7 @@ def run_trial(
         out = train.run(dataclasses.replace(cfg, n_workers=1)); seconds = read_json(out/'manifest.json')['seconds']
         models, side = pd.read_csv(out/'models.csv'), train.longest_side(train.listed(cfg.sizes)[-1])
         load = lambda name: load_model(out/name, pick_device(cfg.device))
-        rows = [dict(r._asdict(), score=round(public_map(load(r.model), open_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
+        rows = [dict(r._asdict(), score=round(public_map(load(r.model), find_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
     except DivergenceError as e:                               # that is an answer, too
         log(f'search: {cfg.name} has no score. {e}'); seconds = round(time.time()-start, 2)
         rows = [dict(model=m, score=None, loss=None, accuracy=None, diverged=str(e)) for m in train.model_names(cfg)]

@@ -13,18 +13,19 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from .parts.backbones import make_model
+from .parts.nets.backbones import make_model
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
 from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, stage_config, stage_main, write_csv
-from .parts.dataset import open_world, train_set as read_train_set
-from .parts.decoding import EncodedPhotos, why_not
-from .parts.checkpoints import load_model, save_model
-from .parts.engine import DivergenceError, Recipe, Trainer, Training
-from .parts.evaluation import benchmark_maps, check_benchmarks
-from .parts.batching import size_table
-from .parts.loading import Photos, read_all
-from .parts.losses import LOSSES, check_head, make_head
-from .parts.watching import Watch, watching
+from .parts.data.layout import train_set as read_train_set
+from .parts.data.worlds import make_world
+from .parts.images.decoding import EncodedPhotos, why_not
+from .parts.nets.checkpoints import load_model, save_model
+from .parts.training.engine import DivergenceError, Recipe, Trainer, Training
+from .parts.training.evaluation import benchmark_maps, check_benchmarks
+from .parts.images.batching import size_table
+from .parts.images.loading import Photos, read_all
+from .parts.nets.losses import LOSSES, check_head, make_head
+from .parts.training.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
 TRAIN_SETS = ('v1', 'v2', 'v1+v2', 'v2-clean', 'v1+v2-clean')
@@ -123,7 +124,7 @@ def load_photos(
     set_name:str,    # v1, v2 or v2-clean
 )->tuple: # Photos, class ids [n], landmark ids of the classes [c]
     "A training set, ready to be drawn from."
-    world = open_world(cfg.world, cfg.seed)
+    world = make_world(cfg.world, cfg.seed)
     clean = artifact(cfg, cfg.clean)/'train_clean.csv' if set_name == 'v2-clean' else None
     df = read_train_set(world, set_name, clean)
     if not len(df): raise ParameterError(f"train: the training set {set_name} of {world} has no images")
@@ -190,7 +191,7 @@ def train_model(
             torch.manual_seed(cfg.seed)
             net = Training(start_model(cfg, name), make_head(loss, cfg.dim, torch.bincount(classes), cfg.margin, cfg.s, cfg.label_smoothing, cfg.n_centers, cfg.class_margins))
         recipe = recipe_of(cfg); watch = Watch(out/'.logs'/name, cfg.tensorboard and not int(os.environ.get('RANK', 0)))
-        look = lambda model, epoch: benchmark_maps(model, open_world(cfg.world, cfg.seed), longest_side(listed(cfg.sizes)[-1]), cfg.batch_size, cfg.n_loaders, cfg.max_bad)
+        look = lambda model, epoch: benchmark_maps(model, make_world(cfg.world, cfg.seed), longest_side(listed(cfg.sizes)[-1]), cfg.batch_size, cfg.n_loaders, cfg.max_bad)
         trainer = Trainer(net, photos, classes, recipe, out/'.state'/name, pick_device(cfg.device), on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
         table = trainer.run()
         result = dict(model=name, loss=float(table.loss.dropna().iloc[-1]), accuracy=float(table.accuracy.dropna().iloc[-1]), images=len(photos), classes=len(landmarks), unreadable=len(trainer.bad))
@@ -219,7 +220,7 @@ def card_of(
 )->dict: # what a model remembers of its making
     "Parts, parameters and hashes of the data."
     loss, set_name = split_name(name)
-    used = dict(world=open_world(cfg.world, cfg.seed), parent=set_name.startswith('v1+') and artifact(cfg, cfg.parent), clean=set_name.endswith('-clean') and artifact(cfg, cfg.clean))
+    used = dict(world=make_world(cfg.world, cfg.seed), parent=set_name.startswith('v1+') and artifact(cfg, cfg.parent), clean=set_name.endswith('-clean') and artifact(cfg, cfg.clean))
     params = {k: v for k, v in asdict(cfg).items() if k not in UNHASHED | set(used) | {'loss', 'train_set'}}
     return dict(name=name, loss=loss, train_set=set_name, backbone=cfg.backbone, pooling=cfg.pooling, dim=cfg.dim, sizes=cfg.sizes, params=params, recipe=asdict(recipe),
                 data={k: digest_of(p) for k, p in used.items() if p})
@@ -234,7 +235,7 @@ def run(
     if rank:                                       # a follower: the first process keeps the artifact
         if _agree(cfg, None): [train_model((cfg, name, stage_dir('train', cfg), False)) for name in names]
         return stage_dir('train', cfg)
-    world = open_world(cfg.world, cfg.seed)
+    world = make_world(cfg.world, cfg.seed)
     upstream = [artifact(cfg, ref) for ref, used in ((cfg.parent, 'v1+'), (cfg.clean, '-clean')) if ref and any(used in n for n in names)]
     if cfg.weights and Path(cfg.weights).is_file(): upstream.append(Path(cfg.weights))          # other weights, another model
     for name in names:                             # complain before anything is trained

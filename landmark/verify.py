@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.cleaning import first_copies, partners_among_all, partners_within, read_pairs, write_pairs
+from .parts.local.cleaning import first_copies, partners_among_all, partners_within, read_pairs, write_pairs
 from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
 from .parts.core import ParameterError, atomic_path, log, pick_device, progress, project_root, read_json, stage_config, stage_main, write_csv
-from .parts.dataset import open_world, read_images, read_truth
-from .parts.images import read_image
-from .parts.local_features import extract, extract_many, open_local, open_meta, write_shard
-from .parts.matching import rule_for
-from .parts.separation import pairs_to_separate, partner_ranks, restriction_table, separation_row, spread_labels
-from .parts.store import open_store, rows_of
-from .parts.verification import verify_pairs
+from .parts.data.layout import read_images, read_truth
+from .parts.data.worlds import find_world, make_world
+from .parts.images.reading import read_image
+from .parts.local.features import extract, extract_many, open_local, open_meta, write_shard
+from .parts.local.matching import rule_for
+from .parts.local.separation import pairs_to_separate, partner_ranks, restriction_table, separation_row, spread_labels
+from .parts.descriptors.store import open_store, rows_of
+from .parts.local.verification import verify_pairs
 
 # %% ../nbs/01_verify.ipynb #43f65eff
 @stage_config
@@ -195,8 +196,8 @@ def extract_local(cfg:Config, out:Path, df:pd.DataFrame, shards:list, world:Path
     "Local features of the shards, of either kind; DELF's attention is learned first, once."
     paths, ids = df.path.tolist(), df.image_id.tolist()
     if cfg.kind == 'rootsift': return extract_many(paths, ids, out/'local', cfg.kind, cfg.max_keypoints, cfg.max_side, 256, shards, cfg.n_workers)
-    from landmark.parts import delf as d
-    from landmark.parts.checkpoints import load_model
+    from landmark.parts.local import delf as d
+    from landmark.parts.nets.checkpoints import load_model
     backbone, device = load_model(trunk_dir(cfg)).backbone, str(pick_device('auto' if cfg.device in ('cpu', 'torch') else cfg.device))
     ready = delf_dir(cfg, out)
     if not ready.exists():
@@ -268,7 +269,7 @@ def run(cfg:Config)->Path:
     "Local features of all v2 training images and the inlier counts of their pairs."
     rule = config_rule(cfg)
     if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards: raise ParameterError(f'verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: −1 (all) to n_shards − 1')
-    world, part, desc, trunk = open_world(cfg.world, cfg.seed), cfg.shard >= 0, descriptor_dir(cfg), trunk_dir(cfg)
+    world, part, desc, trunk = make_world(cfg.world, cfg.seed), cfg.shard >= 0, descriptor_dir(cfg), trunk_dir(cfg)
     mine, ready = shard_config(cfg, cfg.shard) if part else cfg, artifact(cfg, cfg.delf) if cfg.delf else None
     with open_stage('verify', mine, inputs=[world, desc and _upstream(desc), trunk and _upstream(trunk), ready], code=__name__) as st:
         if st.done: return st.dir

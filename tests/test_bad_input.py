@@ -3,14 +3,18 @@ import numpy as np
 import pytest
 import torch
 
-from landmark.parts import global_rerank, losses, planning  # noqa: F401  the first registers its methods
-from landmark.parts.expansion import expand
-from landmark.parts.graph_rerank import affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
+from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
+
+from landmark.parts.nets import losses  # noqa: F401  the first registers its methods
+
+from landmark.parts.training import recipe  # noqa: F401  the first registers its methods
+from landmark.parts.rerank.expansion import expand
+from landmark.parts.rerank.graph import affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
 from landmark.parts.metrics import MetricError, accuracy, gap, map_at_k, revisited
-from landmark.parts.recognition import RecognitionError, choose_limit, distractor_rule, inliers_of, minus_non_landmarks, recognise
-from landmark.parts.rerank import METHODS, Problem, RerankError, rank, soft_vote, sort_insert
-from landmark.parts.store import l2n, rows_of
-from landmark.parts.whitening import learn_pca, learn_whitening
+from landmark.parts.rerank.voting import RecognitionError, choose_limit, distractor_rule, inliers_of, minus_non_landmarks, recognise
+from landmark.parts.rerank.methods import METHODS, Problem, RerankError, rank, soft_vote, sort_insert
+from landmark.parts.descriptors.store import l2n, rows_of
+from landmark.parts.descriptors.whitening import learn_pca, learn_whitening
 
 rng = np.random.default_rng(0)
 SETS = dict(queries=l2n(rng.normal(size=(4, 8))), index=l2n(rng.normal(size=(30, 8))), train=l2n(rng.normal(size=(20, 8))))
@@ -152,4 +156,4 @@ def test_losses_of_zeros_and_of_one_label(loss):
 def test_a_loss_needs_its_classes():
     with pytest.raises(ValueError, match='at least 3'): losses.AdaCos(8, 2)
     with pytest.raises(ValueError, match='allowed are'): losses.make_head('archface', 8, torch.ones(5))
-    with pytest.raises(ValueError, match='too few for 5 negatives'): planning.mine_tuples(torch.tensor([0]), torch.tensor([1]), torch.arange(4), torch.randn(1, 4), torch.randn(4, 4), torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match='too few for 5 negatives'): recipe.mine_tuples(torch.tensor([0]), torch.tensor([1]), torch.arange(4), torch.randn(1, 4), torch.randn(4, 4), torch.tensor([0, 0, 1, 1]))

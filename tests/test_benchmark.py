@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from landmark import benchmark
-from landmark.parts.bench import FAMILIES
+from landmark.parts.bench.side_by_side import FAMILIES
 from landmark.parts.core import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def test_the_notebook_is_a_stage(tmp_path):
 def test_a_finished_run_has_nothing_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path)); made = []
     def fake(quick, device): made.append(quick); yield benchmark.Row('data/x', '1', 1., 2., 2., 0., 'cpu', 1, 1, 0, True)
-    fake.__module__ = 'landmark.parts.bench_data'; monkeypatch.setattr(benchmark, 'chosen', lambda only: [('data: x', fake)])
+    fake.__module__ = 'landmark.parts.bench.data'; monkeypatch.setattr(benchmark, 'chosen', lambda only: [('data: x', fake)])
     cfg = benchmark.Config(profile='test', only='data'); out = benchmark.run(cfg); first = (out/'manifest.json').stat().st_mtime_ns
     assert benchmark.run(cfg) == out and made == [True] and (out/'manifest.json').stat().st_mtime_ns == first
     benchmark.run(benchmark.Config(profile='test', only='data', quick=False)); assert made == [True, False]

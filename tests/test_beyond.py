@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from landmark.parts.global_rerank import k_reciprocal_distances, superglobal_scores
-from landmark.parts.losses import MarginHead, frequency_margins, make_head
-from landmark.parts.recognition import minus_non_landmarks, recognise
-from landmark.parts.rerank import METHODS, Problem, first_self, rank
-from landmark.parts.knn import search
-from landmark.parts.store import l2n
+from landmark.parts.rerank.beyond import k_reciprocal_distances, superglobal_scores
+from landmark.parts.nets.losses import MarginHead, frequency_margins, make_head
+from landmark.parts.rerank.voting import minus_non_landmarks, recognise
+from landmark.parts.rerank.methods import METHODS, Problem, first_self, rank
+from landmark.parts.search.knn import search
+from landmark.parts.descriptors.store import l2n
 
 
 def clusters(n, seed, d=12, noise=.8):

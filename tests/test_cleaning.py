@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from landmark.parts.cleaning import (clean_images, count_verified, first_copies, needed_pairs, partners_among_all, partners_within,
+from landmark.parts.local.cleaning import (clean_images, count_verified, first_copies, needed_pairs, partners_among_all, partners_within,
                                      quality_table, threshold_grid)
 
 def test_restated_in_words():
@@ -32,7 +32,7 @@ def test_a_label_of_fifty_thousand_images():
 
 def test_partners_need_few_passes_over_all_images(monkeypatch):
     "As many images are searched at a time as the memory holds neighbours of; the rest of them changes nothing."
-    from landmark.parts import cleaning
+    from landmark.parts.local import cleaning
     x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True); labels = np.arange(3000)//20
     asked, original = [], cleaning.search
     monkeypatch.setattr(cleaning, 'search', lambda q, base, k, **how: asked.append((len(q), how['memory_mib'])) or original(q, base, k, **how))
@@ -46,7 +46,7 @@ def test_partners_need_few_passes_over_all_images(monkeypatch):
 
 def test_partners_keep_to_the_memory():
     from pathlib import Path
-    from landmark.parts.bench import PeakMemory
+    from landmark.parts.bench.side_by_side import PeakMemory
     if not Path('/proc/self/status').exists(): pytest.skip('this system does not tell mapped files from memory')
     x = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32); labels = np.arange(4000)//20
     partners_among_all(np.arange(9), x, labels, 1000, 10)
@@ -132,8 +132,8 @@ def test_wrong_parameters_stop_at_once(world, runs):
 def delf_world(world, tmp_path_factory):
     "The same photos, four more as the v1 training set, and an untrained model."
     from test_verification import VIEWS, moved, wall
-    from landmark.parts.checkpoints import save_model
-    from landmark.parts.backbones import make_model
+    from landmark.parts.nets.checkpoints import save_model
+    from landmark.parts.nets.backbones import make_model
     d = tmp_path_factory.mktemp('delf')/'world'; shutil.copytree(world, d); ids = [f'{k:016x}' for k in range(100, 104)]
     for k, i in enumerate(ids): p = d/'v1'/'train'/i[0]/i[1]/i[2]/f'{i}.jpg'; p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(moved(wall(20 + k//2), VIEWS[k % 2], k)).save(p)
     pd.DataFrame(dict(id=ids, landmark_id=[1, 1, 2, 2])).to_csv(d/'v1'/'train.csv', index=False)
@@ -141,7 +141,7 @@ def delf_world(world, tmp_path_factory):
     return d, dict(kind='delf', trunk=str(d.parent/'model'), stride=8, delf_epochs=1, max_side=160, compare_labels=3)
 
 def test_delf_is_trained_once_and_used_again(delf_world, runs):
-    from landmark.parts.local_features import open_local
+    from landmark.parts.local.features import open_local
     world, kw = delf_world; verify, cfg, _ = configs(world, **kw); v = verify.run(cfg); store = open_local(v/'local')
     assert (v/'delf'/'card.json').exists() and len(pd.read_csv(v/'delf_loss.csv')) == 1 and store.kind == 'delf'
     n = store.column('n_features'); assert (n > 0).sum() >= 8 and min(store[i].scores.min() for i in np.flatnonzero(n)) >= .99 # nothing the attention finds less than usual
@@ -160,8 +160,8 @@ def test_a_few_labels_and_how_well_they_separate(world, runs):
 
 def test_what_the_nearest_of_all_leave_out(world, runs):
     from dataclasses import replace
-    from landmark.parts.cleaning import read_pairs
-    from landmark.parts.store import write_store
+    from landmark.parts.local.cleaning import read_pairs
+    from landmark.parts.descriptors.store import write_store
     ids = pd.read_csv(world/'v2'/'train.csv', dtype={'id': str}); x = np.random.default_rng(3).normal(size=(len(ids), 8)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True)
     write_store(runs/'x', ids.id.tolist(), x, dict(model='random'))
     verify, cfg, _ = configs(world); v = verify.run(replace(cfg, descriptors=str(runs/'x'), n_neighbors=4)); t = pd.read_csv(v/'restriction.csv').set_index('n_neighbors')

@@ -28,23 +28,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from landmark import graph
-from landmark.parts import cleaning, losses, pooling
-from landmark.parts.backbones import freeze_batch_norm, make_model, train_mode
-from landmark.parts.batching import GroupedBatchSampler, grouped_batches
+from landmark.parts.local import cleaning
+from landmark.parts.nets import losses, pooling
+from landmark.parts.nets.backbones import freeze_batch_norm, make_model, train_mode
+from landmark.parts.images.batching import GroupedBatchSampler, grouped_batches
 from landmark.parts.artifacts import code_files
 from landmark.parts.core import project_root
-from landmark.parts.checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
-from landmark.parts.expansion import alpha_qe, augment_index, expand
-from landmark.parts.graph_rerank import affinity, egt
-from landmark.parts.knn import search
-from landmark.parts.local_features import LocalFeatures, open_local, open_meta, write_shard
-from landmark.parts.matching import rule_for, sample_stream, ransac
+from landmark.parts.nets.checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
+from landmark.parts.rerank.expansion import alpha_qe, augment_index, expand
+from landmark.parts.rerank.graph import affinity, egt
+from landmark.parts.search.knn import search
+from landmark.parts.local.features import LocalFeatures, open_local, open_meta, write_shard
+from landmark.parts.local.matching import rule_for, sample_stream, ransac
 from landmark.parts.metrics import judge, map_at_k, revisited
-from landmark.parts.recognition import distractor_rule, inliers_of, recognise
-from landmark.parts.rerank import Problem, rank, sort_insert
-from landmark.parts.store import l2n
-from landmark.parts.verification import verify_pairs
-from landmark.parts.whitening import learn_pca
+from landmark.parts.rerank.voting import distractor_rule, inliers_of, recognise
+from landmark.parts.rerank.methods import Problem, rank, sort_insert
+from landmark.parts.descriptors.store import l2n
+from landmark.parts.local.verification import verify_pairs
+from landmark.parts.descriptors.whitening import learn_pca
 
 rng = np.random.default_rng(0)
 
@@ -492,7 +493,7 @@ def test_defect_15_a_checkpoint_runs_no_code(tmp_path):
 @pytest.mark.parametrize('name', ['baseline', 'aqe', 'dba', 'dba+aqe', 'diffusion', 'egt', 'sort', 'sort+insert', 'aqe+sort+insert', 'k_reciprocal', 'superglobal'])
 def test_no_silent_nan(name):
     "NaN in any descriptor is an error with a name, zero rows and duplicates are ranked or refused, and nothing is listed twice."
-    from landmark.parts import global_rerank  # noqa: F401  registers the last two
+    from landmark.parts.rerank import beyond  # noqa: F401  registers the last two
     q, x, t, labels = l2n(rng.normal(size=(6, 8))), l2n(rng.normal(size=(40, 8))), l2n(rng.normal(size=(30, 8))), rng.integers(0, 5, 30)
     x[5:9] = x[4]                                                       # duplicates
     ranks = rank(Problem(q, x, t, labels), name, 60)

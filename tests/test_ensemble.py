@@ -3,11 +3,12 @@ import json
 
 import numpy as np, pandas as pd, pytest
 from landmark import recognize, rerank
-from landmark.parts import ensemble
+from landmark.parts.descriptors import ensemble
 from landmark.parts.core import ParameterError
-from landmark.parts.dataset import open_world, read_truth
+from landmark.parts.data.layout import read_truth
+from landmark.parts.data.worlds import make_world
 from landmark.parts.descriptors import ensemble as join_rows
-from landmark.parts.store import l2n, open_store, write_store
+from landmark.parts.descriptors.store import l2n, open_store, write_store
 
 WEIGHTS = [1.0, 0.5]
 
@@ -15,7 +16,7 @@ WEIGHTS = [1.0, 0.5]
 @pytest.fixture
 def extracted(tmp_path, monkeypatch):
     "An artifact as 04_extract leaves it: two models on everything."
-    world = open_world('tiny'); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    world = make_world('tiny'); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
     (tmp_path/'runs').mkdir(); (tmp_path/'runs'/'worlds').symlink_to(world.parent)
     return made(tmp_path/'seed1'/'extract'/'two-12345678', world)
 
@@ -52,9 +53,9 @@ def test_ranking_and_recognition_search_the_same_ensemble(extracted):
 def test_other_weights_models_whitening_or_descriptors_are_another_ensemble(extracted):
     cfg = ensemble.Config(world='tiny', weights=WEIGHTS); join = lambda c, models='ab', of=extracted: ensemble.join_models(c, of, list(models))['ensemble']['index']
     with_ = lambda **more: ensemble.Config(world='tiny', **{'weights': WEIGHTS, **more})
-    first = join(cfg); others = [join(with_(weights=[1, 1])), join(cfg, 'ba'), join(with_(pca_dims=12)), join(cfg, of=made(extracted.parent/'other-87654321', open_world('tiny')))]
+    first = join(cfg); others = [join(with_(weights=[1, 1])), join(cfg, 'ba'), join(with_(pca_dims=12)), join(cfg, of=made(extracted.parent/'other-87654321', make_world('tiny')))]
     assert len({x.dir for x in [first, *others]}) == 5 and others[2].dim == 12
-    again = made(extracted, open_world('tiny'), noise=.4); fresh = join(cfg, of=again)           # the same folder, extracted again
+    again = made(extracted, make_world('tiny'), noise=.4); fresh = join(cfg, of=again)           # the same folder, extracted again
     assert fresh.dir == first.dir and open_store(fresh.dir).card['made_by']['ensemble'][0]['noise'] == .4
 
 

@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 
 from landmark import extract
-from landmark.parts import batching
-from landmark.parts.augment import change
-from landmark.parts.backbones import make_model
-from landmark.parts.checkpoints import load_model, save_model
+from landmark.parts.images import batching
+from landmark.parts.images.augment import change
+from landmark.parts.nets.backbones import make_model
+from landmark.parts.nets.checkpoints import load_model, save_model
 from landmark.parts.core import ParameterError, parallel_map, write_json
-from landmark.parts.dataset import image_paths, open_world, read_boxes, read_ids
-from landmark.parts.extraction import describe_scales
-from landmark.parts.images import image_path
-from landmark.parts.loading import Crops
-from landmark.parts.store import open_store
+from landmark.parts.data.layout import image_paths, read_boxes, read_ids
+from landmark.parts.data.worlds import make_world
+from landmark.parts.descriptors.extraction import describe_scales
+from landmark.parts.images.reading import image_path
+from landmark.parts.images.loading import Crops
+from landmark.parts.descriptors.store import open_store
 from test_train import folder_world
 
 
@@ -118,7 +119,7 @@ def test_loaders_stay_for_the_next_model(setting, monkeypatch):
 @pytest.mark.parametrize('split', ['index', 'rnorth_index', 'rnorth_query'])
 def test_the_protocol_written_out_plainly_describes_alike(setting, split):
     "Photo by photo: crop, resize to the group or the longest side, three scales, mean, one normalisation."
-    world, bench = open_world('tiny', 1), split != 'index'
+    world, bench = make_world('tiny', 1), split != 'index'
     out = extract.run(extract.Config(**{**setting[1], 'world': 'tiny', 'splits': [split], 'select': ['a_v1'], 'sizes': '192', 'bench_side': 192, 'min_side': 48, 'shard_size': 7}, name='plain'))
     store, ids, boxes, model = open_store(out/'a_v1'/split), read_ids(world, split), read_boxes(world, split), load_model(Path(setting[1]['models'])/'a_v1', 'cpu')
     assert list(store.ids) == list(ids) and (boxes is not None) == (split == 'rnorth_query')

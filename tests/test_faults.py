@@ -62,10 +62,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 def test_two_notebooks_that_want_the_same_world_draw_it_once(tmp_path):
     code = """if True:
-        import sys, time; from landmark.parts import dataset, minigld      # slow imports first, so that both ask at the same moment
+        import sys, time; from landmark.parts.data import layout, worlds      # slow imports first, so that both ask at the same moment
         print('ready', flush=True); sys.stdin.readline()
-        world = dataset.open_world('tiny'); print((world/'world.json').stat().st_ino, flush=True); sys.stdin.readline()
-        print((world/'world.json').stat().st_ino, len(dataset.read_images(world, 'index')), flush=True)"""
+        world = worlds.make_world('tiny'); print((world/'world.json').stat().st_ino, flush=True); sys.stdin.readline()
+        print((world/'world.json').stat().st_ino, len(layout.read_images(world, 'index')), flush=True)"""
     env = {**os.environ, 'LANDMARK_RUNS': str(tmp_path), 'PYTHONPATH': str(ROOT)}
     both = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
     def tell(): [(p.stdin.write('go\n'), p.stdin.flush()) for p in both]

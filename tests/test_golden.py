@@ -16,22 +16,22 @@ from torch import nn
 import golden_data
 from conftest import left_out
 from golden_data import load
-from landmark.parts import losses
-from landmark.parts import pooling as P
-from landmark.parts.backbones import freeze_batch_norm, train_mode
-from landmark.parts.batching import BINS3, BINS5, aspect_groups, grouped_batches, scaled_size, size_table
-from landmark.parts.cleaning import clean_images, clean_table, count_verified, needed_pairs, threshold_grid
-from landmark.parts.expansion import alpha_qe, augment_index, expand
-from landmark.parts.graph_rerank import _diffuse_dense, affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
-from landmark.parts.knn import search
-from landmark.parts.local_features import LocalFeatures
-from landmark.parts.matching import ORIGINAL, Prepared, match, rule_for
+from landmark.parts.nets import losses
+from landmark.parts.nets import pooling as P
+from landmark.parts.nets.backbones import freeze_batch_norm, train_mode
+from landmark.parts.images.batching import BINS3, BINS5, aspect_groups, grouped_batches, scaled_size, size_table
+from landmark.parts.local.cleaning import clean_images, clean_table, count_verified, needed_pairs, threshold_grid
+from landmark.parts.rerank.expansion import alpha_qe, augment_index, expand
+from landmark.parts.rerank.graph import _diffuse_dense, affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
+from landmark.parts.search.knn import search
+from landmark.parts.local.features import LocalFeatures
+from landmark.parts.local.matching import ORIGINAL, Prepared, match, rule_for
 from landmark.parts.metrics import accuracy, gap, judge, map_at_k, relevant_mask, revisited, trapezoid_ap
-from landmark.parts.recognition import distractor_rule, inliers_of, recognise
-from landmark.parts.rerank import Problem, rank, soft_vote, sort_insert
-from landmark.parts.store import concat_stores, ensemble, write_store
-from landmark.parts.verification import verify, verify_prepared
-from landmark.parts.whitening import learn_pca, learn_whitening
+from landmark.parts.rerank.voting import distractor_rule, inliers_of, recognise
+from landmark.parts.rerank.methods import Problem, rank, soft_vote, sort_insert
+from landmark.parts.descriptors.store import concat_stores, ensemble, write_store
+from landmark.parts.local.verification import verify, verify_prepared
+from landmark.parts.descriptors.whitening import learn_pca, learn_whitening
 
 TOL = dict(atol=1e-6, rtol=0)
 

@@ -57,7 +57,7 @@ def test_tables_are_written(runs):
 
 def by_chance(runs, n=400):
     "mAP@100 of random rankings of the same index, for the same queries: one value per draw."
-    from landmark.parts.dataset import read_images, read_retrieval_solution
+    from landmark.parts.data.layout import read_images, read_retrieval_solution
     from landmark.parts.metrics import map_at_k
     world = next(runs.glob('tiny/seed1/data/main-*/world'))
     index = {i: k for k, i in enumerate(read_images(world, 'index').image_id)}
@@ -82,10 +82,10 @@ def test_search_beats_chance(runs):
 
 def named(runs, name, model):
     "How many index and test photos get their landmark's name from the 3 nearest training photos; (hit or miss) each, and the labels that voted."
-    from landmark.parts.dataset import read_images, read_recognition_solution, read_table
-    from landmark.parts.knn import search
-    from landmark.parts.rerank import soft_vote
-    from landmark.parts.store import open_store
+    from landmark.parts.data.layout import read_images, read_recognition_solution, read_table
+    from landmark.parts.search.knn import search
+    from landmark.parts.rerank.methods import soft_vote
+    from landmark.parts.descriptors.store import open_store
     world, home = next(runs.glob(f'tiny/seed1/data/{"shuffled" if name == "shuffled" else "main"}-*/world')), next(runs.glob(f'tiny/seed1/extract/{name}-*'))/model
     label_of = read_images(world, 'v2_train').set_index('image_id').landmark_id
     truth = read_table(world/'v2'/'index_image_to_landmark.csv', ['id', 'landmark_id']).set_index('id').landmark_id.to_dict()

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from landmark.parts import knn, knn_torch
+from landmark.parts.search import knn, knn_torch
 from landmark.parts.core import ParameterError
-from landmark.parts.knn import Seen, error_bound, faiss_candidates, has_faiss, search, settle, slow_search, without_self
-from landmark.parts.knn_torch import SearchError, plain_products, settle_on_device, top_of_rows
-from landmark.parts.store import Rows, l2n, write_store
+from landmark.parts.search.knn import Seen, error_bound, faiss_candidates, has_faiss, search, settle, slow_search, without_self
+from landmark.parts.search.knn_torch import SearchError, plain_products, settle_on_device, top_of_rows
+from landmark.parts.descriptors.store import Rows, l2n, write_store
 
 METHODS = ['numpy', 'torch', 'torch32'] + (['faiss'] if has_faiss() else [])
 rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_queries_travel_once(monkeypatch):
 @pytest.mark.parametrize('method', METHODS)
 def test_memory_stays_under_the_stated_limit(method, tmp_path):
     "A base of 100 MiB on disk, 8 MiB of memory: what the process holds beyond the mapped file stays near the limit."
-    from landmark.parts.bench import PeakMemory
+    from landmark.parts.bench.side_by_side import PeakMemory
     if not Path('/proc/self/status').exists(): pytest.skip('this system does not tell mapped files from memory')
     x = np.lib.format.open_memmap(tmp_path/'x.npy', 'w+', np.float32, (102400, 256)); block = l2n(rng.normal(size=(1024, 256)))
     for i in range(100): x[i*1024:(i+1)*1024] = block[rng.permutation(1024)]*np.float32(1 - i/1000)
@@ -177,7 +177,7 @@ def test_memory_stays_under_the_stated_limit(method, tmp_path):
 @pytest.mark.parametrize('method', METHODS)
 def test_many_queries_stay_under_the_limit_too(method, tmp_path):
     "Forty thousand queries, 78 MiB in float32 and twice that in float64: never all of them at once."
-    from landmark.parts.bench import PeakMemory
+    from landmark.parts.bench.side_by_side import PeakMemory
     if not Path('/proc/self/status').exists(): pytest.skip('this system does not tell mapped files from memory')
     x = np.tile(l2n(rng.normal(size=(2000, 512))), (20, 1))
     store = write_store(tmp_path/'s', [str(i) for i in range(len(x))], x, {}, 20000); base = x[:300].copy()
@@ -192,7 +192,7 @@ def test_many_queries_stay_under_the_limit_too(method, tmp_path):
 @pytest.mark.parametrize('method', METHODS)
 def test_lists_of_candidates_stay_under_the_limit_too(method, on_device):
     "Twenty neighbours of forty thousand queries: what counts are lists of candidates, not rows."
-    from landmark.parts.bench import PeakMemory
+    from landmark.parts.bench.side_by_side import PeakMemory
     if not Path('/proc/self/status').exists(): pytest.skip('this system does not tell mapped files from memory')
     torch = pytest.importorskip('torch')
     base, queries = l2n(rng.normal(size=(600, 16))), l2n(rng.normal(size=(40000, 16)))

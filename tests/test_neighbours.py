@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from landmark import rerank
-from landmark.parts import global_rerank, neighbours  # noqa: F401  the first registers its methods
+from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
+from landmark.parts.search import kept_lists  # noqa: F401  the first registers its methods
 from landmark.parts.core import ParameterError
-from landmark.parts.dataset import open_world, read_truth
-from landmark.parts.expansion import augment_index
-from landmark.parts.knn import search
-from landmark.parts.rerank import METHODS, Problem, needs_of, rank
-from landmark.parts.store import Rows, l2n, write_store
+from landmark.parts.data.layout import read_truth
+from landmark.parts.data.worlds import make_world
+from landmark.parts.rerank.expansion import augment_index
+from landmark.parts.search.knn import search
+from landmark.parts.rerank.methods import METHODS, Problem, needs_of, rank
+from landmark.parts.descriptors.store import Rows, l2n, write_store
 
 ROOT, TOPK = Path(__file__).resolve().parent.parent, 30
 rng = np.random.default_rng(3)
@@ -54,27 +56,27 @@ def test_all_methods_search_each_pair_of_sets_once(searches, tmp_path):
 
 def test_a_longer_list_begins_with_the_shorter_one(tmp_path):
     twice = np.r_[INDEX, INDEX[:40], INDEX[:40]]                                    # many equal similarities
-    for k in (60, 1, 7, 59): np.testing.assert_array_equal(neighbours.find_neighbours(QUERIES, twice, k, tmp_path)[1], search(QUERIES, twice, k)[1])
+    for k in (60, 1, 7, 59): np.testing.assert_array_equal(kept_lists.find_neighbours(QUERIES, twice, k, tmp_path)[1], search(QUERIES, twice, k)[1])
     assert [p.name for p in tmp_path.glob('*/*')] == ['60']
 
 
 def test_a_killed_search_goes_on_with_the_next_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, 'BLOCK', 5)
     code = f"""if True:
-        import os, numpy as np; from landmark.parts import neighbours; from landmark.parts.knn import search
-        neighbours.BLOCK, n = 5, [0]
+        import os, numpy as np; from landmark.parts.search import kept_lists; from landmark.parts.search.knn import search
+        kept_lists.BLOCK, n = 5, [0]
         def dies(*a, **k):
             n[0] += 1
             if n[0] == 4: os.kill(os.getpid(), 9)
             return search(*a, **k)
-        neighbours.search = dies
-        neighbours.find_neighbours(np.load({str(tmp_path/'q.npy')!r}), np.load({str(tmp_path/'x.npy')!r}), 9, {str(tmp_path/'lists')!r})"""
+        kept_lists.search = dies
+        kept_lists.find_neighbours(np.load({str(tmp_path/'q.npy')!r}), np.load({str(tmp_path/'x.npy')!r}), 9, {str(tmp_path/'lists')!r})"""
     np.save(tmp_path/'q.npy', QUERIES); np.save(tmp_path/'x.npy', INDEX)
     p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert p.returncode == -9, p.stderr
     there = sorted((tmp_path/'lists').glob('*/9/*.npz')); assert [p.stem for p in there] == ['00000', '00001', '00002']
     made = []; monkeypatch.setattr(neighbours, 'search', lambda q, x, k, **how: (made.append(len(q)), search(q, x, k, **how))[1])
-    sims, idxs, _ = neighbours.find_neighbours(QUERIES, INDEX, 9, tmp_path/'lists')
+    sims, idxs, _ = kept_lists.find_neighbours(QUERIES, INDEX, 9, tmp_path/'lists')
     want = search(QUERIES, INDEX, 9); assert made == [5, 3]
     np.testing.assert_array_equal(idxs, want[1]); np.testing.assert_allclose(sims, want[0], atol=1e-6)
 
@@ -82,18 +84,18 @@ def test_a_killed_search_goes_on_with_the_next_piece(tmp_path, monkeypatch):
 def test_machines_share_the_pieces_and_do_a_lost_ones_work(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, 'BLOCK', 2)
     made = []; monkeypatch.setattr(neighbours, 'search', lambda q, x, k, **how: (made.append(q.tobytes()), search(q, x, k, **how))[1])
-    with ThreadPoolExecutor(3) as pool: found = list(pool.map(lambda s: neighbours.find_neighbours(QUERIES, INDEX, 9, tmp_path, (s, 4)), range(3)))     # the fourth never came
+    with ThreadPoolExecutor(3) as pool: found = list(pool.map(lambda s: kept_lists.find_neighbours(QUERIES, INDEX, 9, tmp_path, (s, 4)), range(3)))     # the fourth never came
     assert len(made) == len(set(made)) == 12, 'every piece once'
     for sims, idxs, seconds in found: np.testing.assert_array_equal(idxs, search(QUERIES, INDEX, 9)[1]); assert seconds == found[0][2] > 0
 
 
 def test_other_rows_are_other_lists(tmp_path):
     store = write_store(tmp_path/'store', [f'i{n}' for n in range(90)], INDEX, dict(model='m'))
-    first = neighbours.find_neighbours(QUERIES, Rows(store, range(50)), 5, tmp_path/'lists')[1]
-    others = neighbours.find_neighbours(QUERIES, Rows(store, range(40, 90)), 5, tmp_path/'lists')[1]
+    first = kept_lists.find_neighbours(QUERIES, Rows(store, range(50)), 5, tmp_path/'lists')[1]
+    others = kept_lists.find_neighbours(QUERIES, Rows(store, range(40, 90)), 5, tmp_path/'lists')[1]
     np.testing.assert_array_equal(others, search(QUERIES, store[40:], 5)[1]); assert (first != others).any()
     fresh = write_store(tmp_path/'store', store.ids, INDEX[::-1], dict(model='m'))                             # extracted again, in the same place
-    np.testing.assert_array_equal(neighbours.find_neighbours(QUERIES, Rows(fresh, range(50)), 5, tmp_path/'lists')[1], search(QUERIES, fresh[:50], 5)[1])
+    np.testing.assert_array_equal(kept_lists.find_neighbours(QUERIES, Rows(fresh, range(50)), 5, tmp_path/'lists')[1], search(QUERIES, fresh[:50], 5)[1])
 
 
 def test_augmenting_takes_one_copy_of_the_index(tmp_path):
@@ -110,7 +112,7 @@ def test_augmenting_takes_one_copy_of_the_index(tmp_path):
 @pytest.fixture
 def args(tmp_path, monkeypatch):
     "An extraction of one model, as 04 leaves it."
-    world = open_world('tiny'); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    world = make_world('tiny'); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
     (tmp_path/'runs').mkdir(); (tmp_path/'runs'/'worlds').symlink_to(world.parent)
     truth, folder = read_truth(world), tmp_path/'seed1'/'extract'/'one-12345678'
     for split, part in truth.groupby('split'):
@@ -154,7 +156,7 @@ def test_machines_share_the_searches_of_a_run(args, searches, monkeypatch):
     cfg = rerank.Config(**args, methods=['baseline', 'sort+insert'])
     alone = rerank.run(replace(cfg, name='alone')); n = len(searches); assert n > 10
     for p in alone.parents[1].glob('lists/*/*/*/*.npz'): p.unlink()
-    counted, both, came = neighbours.search, threading.Barrier(2, timeout=60), set()
+    counted, both, came = kept_lists.search, threading.Barrier(2, timeout=60), set()
     def meets(*a, **how):
         if threading.get_ident() not in came: came.add(threading.get_ident()); both.wait()      # each has a piece of its own in hand
         return counted(*a, **how)

@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw
 
 from landmark import explore
 from landmark.parts.core import ParameterError, read_json
-from landmark.parts.dataset import landmark_names, read_images, train_set
-from landmark.parts.images import ImageError, read_image
+from landmark.parts.data.layout import landmark_names, read_images, train_set
+from landmark.parts.images.reading import ImageError, read_image
 from test_browser import CHROMIUM, complaints, pictures
-from landmark.parts.photos import choose, find_copies, import_folder, scan_folder
+from landmark.parts.photos.importing import choose, find_copies, import_folder, scan_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = os.environ.get('LANDMARK_PHOTOS', '')

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from landmark import graph, train
-from landmark.parts.batching import BINS3, BINS5, SIZES
+from landmark.parts.images.batching import BINS3, BINS5, SIZES
 from landmark.parts.core import project_root
 
 FISHNET, RESNET, SERESNEXT = 'fishnet150', 'resnet101.tv_in1k', 'legacy_seresnext101_32x4d'

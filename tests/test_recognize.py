@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest
 from landmark import recognize, verify
-from landmark.parts.backbones import make_model
-from landmark.parts.checkpoints import load_model, save_model
+from landmark.parts.nets.backbones import make_model
+from landmark.parts.nets.checkpoints import load_model, save_model
 from landmark.parts.core import ParameterError
-from landmark.parts.dataset import open_world, read_images
-from landmark.parts.delf import load_delf
-from landmark.parts.images import read_image
-from landmark.parts.local_features import LocalFeatures, pack
-from landmark.parts.matching import rule_for
-from landmark.parts.verification import verify as verify_one
+from landmark.parts.data.layout import read_images
+from landmark.parts.data.worlds import make_world
+from landmark.parts.local.delf import load_delf
+from landmark.parts.images.reading import read_image
+from landmark.parts.local.features import LocalFeatures, pack
+from landmark.parts.local.matching import rule_for
+from landmark.parts.local.verification import verify as verify_one
 from test_ensemble import made
 
 SIZE = dict(world='tiny', max_keypoints=100, max_side=160)
@@ -21,7 +22,7 @@ SIZE = dict(world='tiny', max_keypoints=100, max_side=160)
 @pytest.fixture(scope='module')
 def cleaning(tmp_path_factory):
     "A trunk, a verification that trained DELF on it, and descriptors."
-    d, world = tmp_path_factory.mktemp('recognize'), open_world('tiny')
+    d, world = tmp_path_factory.mktemp('recognize'), make_world('tiny')
     save_model(d/'trunk', make_model('test_resnet', d=8), dict(backbone='test_resnet', pooling='gem', dim=8))
     cfg = verify.Config(**SIZE, kind='delf', trunk=str(d/'trunk'), stride=8, delf_epochs=1, compare_labels=0, residual=.04)
     with pytest.MonkeyPatch.context() as m:
@@ -36,7 +37,7 @@ def test_queries_and_voters_are_described_by_the_delf_of_cleaning(cleaning):
     own = recognize.run(replace(asks, delf=str(verified), residual=.04, name='own')); assert (own/'local_train').exists() and not (again/'local_train').exists()
     pd.testing.assert_frame_equal(inliers(again), inliers(own))                              # also the thresholds are those of cleaning
     # one after the other, by the definition: read, describe, store, verify
-    world = open_world('tiny'); paths = {s: read_images(world, s).set_index('image_id').path for s in ('test', 'v2_train')}
+    world = make_world('tiny'); paths = {s: read_images(world, s).set_index('image_id').path for s in ('test', 'v2_train')}
     delf, rule = load_delf(verified/'delf', load_model(cfg.trunk).backbone.net), rule_for('delf', residual=.04)
     def one(path):
         f = delf.extract(read_image(path, max_side=160), 100); desc, xy, scores, _ = pack(f)

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 
 from landmark import benchmark, recognize, rerank, tables
-from landmark.parts import bench_rerank
+from landmark.parts.bench import rerank as bench_methods
 from landmark.parts.core import ParameterError
-from landmark.parts.dataset import open_world, read_ids, read_recognition_solution, read_retrieval_solution
+from landmark.parts.data.layout import read_ids, read_recognition_solution, read_retrieval_solution
+from landmark.parts.data.worlds import make_world
 from landmark.parts.metrics import map_of_submission
-from landmark.parts.rerank import METHODS, Problem, method, rank
-from landmark.parts.submission import read_recognition, read_retrieval
+from landmark.parts.rerank.methods import METHODS, Problem, method, rank
+from landmark.parts.data.submission import read_recognition, read_retrieval
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_a_registered_method_is_in_the_stage_its_table_and_the_benchmark(toy, tm
     assert 'toy' in set(pd.read_csv(out/'per_query.csv').method) and len(list(out.rglob('toy.npy'))) == made.model.nunique()
     table = tables.table_reranking(made.assign(seed=1))                 # what the report shows
     assert table.method.str.contains('toy|the list backwards').sum() == 1
-    rows = list(bench_rerank.every_method(True, 'cpu'))
+    rows = list(bench_methods.every_method(True, 'cpu'))
     assert [r.name for r in rows] == [f'rerank/method: {m.title}' for m in METHODS.values()] and 'the list backwards' in rows[-1].name
     benchmark.save_rows(rows, tmp_path/'cpu.jsonl')
     assert 'the list backwards' in benchmark.table(tmp_path)
@@ -63,7 +64,7 @@ def test_the_interface_is_checked():
 def test_a_submitted_list_scores_what_the_table_says(tmp_path, monkeypatch):
     monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path)); monkeypatch.setenv('LANDMARK_WORLD', 'tiny')
     with pytest.raises(ParameterError, match='`submit` names sort'): rerank.run(rerank.Config(world='tiny', methods=['baseline'], submit=['sort']))
-    out, world = rerank.run(rerank.Config(world='tiny', methods=['baseline', 'sort+insert'], models=['arcface_v2'], submit=['sort+insert'])), open_world('tiny')
+    out, world = rerank.run(rerank.Config(world='tiny', methods=['baseline', 'sort+insert'], models=['arcface_v2'], submit=['sort+insert'])), make_world('tiny')
     assert [p.name for p in out.glob('submission-*')] == ['submission-arcface_v2-sort+insert.csv']
     sent = read_retrieval(out/'submission-arcface_v2-sort+insert.csv', read_ids(world, 'test'), read_ids(world, 'index')).set_index('image_id').images
     m, solution = pd.read_csv(out/'metrics.csv'), read_retrieval_solution(world)
@@ -75,7 +76,7 @@ def test_a_submitted_list_scores_what_the_table_says(tmp_path, monkeypatch):
 
 def test_submitted_predictions_score_what_the_table_says(tmp_path, monkeypatch):
     monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path)); monkeypatch.setenv('LANDMARK_WORLD', 'tiny')
-    out, world = recognize.run(recognize.Config(world='tiny')), open_world('tiny')
+    out, world = recognize.run(recognize.Config(world='tiny')), make_world('tiny')
     sent, solution = read_recognition(out/'predictions.csv', read_ids(world, 'test')), read_recognition_solution(world)
     assert sent.image_id.tolist() == solution.image_id.tolist()
     m = pd.read_csv(out/'metrics.csv'); want = m[m.method == '+ distractor rule'].set_index('usage').value

@@ -6,7 +6,7 @@ import pandas as pd, pytest
 
 from landmark import graph, search, train
 from landmark.parts.core import ParameterError
-from landmark.parts.dataset import open_world
+from landmark.parts.data.worlds import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,7 @@ def times(runs): return {p.parent.name: json.loads(p.read_text())['finished'] fo
 
 
 def test_killed_and_started_again_it_does_only_what_is_missing(tmp_path, monkeypatch):
-    runs = tmp_path/'runs'; runs.mkdir(); (runs/'worlds').symlink_to(open_world('tiny', 1).parent) # drawn once for all tests
+    runs = tmp_path/'runs'; runs.mkdir(); (runs/'worlds').symlink_to(make_world('tiny', 1).parent) # drawn once for all tests
     monkeypatch.setenv('LANDMARK_RUNS', str(runs))
     first, t = call(runs, 'run', 'tiny', 'lr', '-j', '1'), time.time()
     while len(list(runs.glob('tiny/seed1/stamps/train-lr-*.done'))) < 1 and first.poll() is None and time.time()-t < 300: time.sleep(0.1)
@@ -61,7 +61,7 @@ def test_searches_are_no_stage(): assert all(stage in graph.STAGES for stage, _ 
 
 def test_a_trial_that_diverges_is_finished_and_stands_last(tmp_path, monkeypatch):
     "No score, the reason, a stamp; asked again, nobody trains."
-    runs = tmp_path/'runs'; runs.mkdir(); (runs/'worlds').symlink_to(open_world('tiny', 1).parent)
+    runs = tmp_path/'runs'; runs.mkdir(); (runs/'worlds').symlink_to(make_world('tiny', 1).parent)
     monkeypatch.setenv('LANDMARK_RUNS', str(runs))
     monkeypatch.setattr(search, 'read_search', lambda profile, name: dict(base='v1', change=dict(world='tiny', loss='softmax', epochs=3, optimizer='sgd', clip=0., warmup=0.), grid=dict(lr=[1e30, 0.001])))
     assert not len(search.table('tiny', 'lr')), 'nothing is finished'

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from landmark.parts.store import (Rows, StoreError, check_rows, check_store, concat_stores, finish_store, l2n, missing_shards, open_store, read_h5,
+from landmark.parts.descriptors.store import (Rows, StoreError, check_rows, check_store, concat_stores, finish_store, l2n, missing_shards, open_store, read_h5,
                                   rows_of, write_h5, write_shard, write_store)
 
 rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_shards_of_other_models_never_meet(tmp_path):
 
 KILLED = """
 import sys, time, numpy as np
-from landmark.parts import store
+from landmark.parts.descriptors import store
 x, n = np.load(sys.argv[2]), 0
 for i in store.missing_shards(sys.argv[1], 40, dict(model='k')):
     store.write_shard(sys.argv[1], i, [f'{j}' for j in range(i*5, i*5+5)], x[i*5:i*5+5], dict(model='k')); time.sleep(.01)
@@ -130,7 +130,7 @@ def test_a_killed_writer_goes_on(tmp_path):
 
 def test_a_killed_rewriting_leaves_nothing_that_opens(tmp_path, monkeypatch):
     "Old rows and new ones must not be taken for one store, nor the rows of one model for another's."
-    from landmark.parts import store
+    from landmark.parts.descriptors import store
     other = dict(model='other'); write_store(tmp_path/'s', IDS, X, CARD, 50); done, original = [], store.write_shard
     def dies(*a, **k):
         if len(done) == 2: raise KeyboardInterrupt

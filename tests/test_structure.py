@@ -45,6 +45,27 @@ def test_parts_know_no_stages_and_stages_meet_through_artifacts():
     assert not side, f'a stage imports a stage: {side}'
 
 
+def test_folders_have_no_circle():
+    "What `parts/a` takes from `parts/b`, `parts/b` does not take back, on whatever way round."
+    folder = lambda m: m.split('.')[2] if m.count('.') > 2 else 'flat'
+    edges = {(folder(m), folder(n)) for m in GRAPH if is_part(m) for n in GRAPH[m]}
+    below = {}
+    for a, b in edges:
+        if a != b: below.setdefault(a, set()).add(b)
+    left = dict(below)
+    while free := [a for a, bs in left.items() if not bs & left.keys()]:
+        for a in free: del left[a]
+    assert not left, f'folders in a circle: {left}'
+
+
+def test_the_map_names_every_part():
+    home = ROOT/'nbs'/'parts'
+    text = '\n'.join(c.source for c in nbformat.read(home/'index.ipynb', 4).cells)
+    listed = re.findall(r'\]\(([\w/]+)\.ipynb\)', text)
+    there = {p.relative_to(home).with_suffix('').as_posix() for p in NOTEBOOKS if home in p.parents and p.name != 'index.ipynb'}
+    assert sorted(listed) == sorted(there)
+
+
 def test_core_imports_nothing_of_ours(): assert GRAPH['landmark.parts.core'] == set()
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from landmark import train
 from landmark.parts.core import ParameterError
-from landmark.parts.engine import Trainer, TrainingError, Training
-from landmark.parts.images import image_path
+from landmark.parts.training.engine import Trainer, TrainingError, Training
+from landmark.parts.images.reading import image_path
 
 SMALL = dict(backbone='test_resnet', dim=8, sizes='64', epochs=2, batch_size=4, log_every=1, checkpoint_every=2, device='cpu', n_workers=1, n_negatives=1)
 
@@ -170,7 +170,7 @@ def test_other_wrong_values(world, change, says):
 
 def test_a_file_of_weights_is_an_input(world, tmp_path):
     "Other weights under the same name are another model."
-    from landmark.parts.backbones import make_backbone
+    from landmark.parts.nets.backbones import make_backbone
     def trained(seed):
         torch.manual_seed(seed); torch.save(make_backbone('test_resnet').net.state_dict(), tmp_path/'w.pth')
         return weights(train.run(train.Config(world=str(world), weights=str(tmp_path/'w.pth'), **{**SMALL, 'epochs': 1})), 'arcface_v1')
@@ -184,8 +184,8 @@ def test_labels_with_one_image_and_one_label(world):
 
 def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
     "The benchmarks of the tiny world join the table, and the best model is kept; a run may stop before its cosine ends."
-    from landmark.parts.dataset import open_world
-    tiny = open_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    from landmark.parts.data.worlds import make_world
+    tiny = make_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
     args = {**SMALL, 'world': str(tiny), 'evaluate': True, 'tensorboard': True, 'batch_size': 8}
     out = train.run(train.Config(name='whole', **args)); table = pd.read_csv(out/'arcface_v1'/'metrics.csv')
     assert table['rnorth M'].notna().sum() == 2 and (out/'.state'/'arcface_v1'/'best.pt').exists() and list((out/'.logs').rglob('events*'))
@@ -198,8 +198,8 @@ def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
 def test_benchmarks_without_images_give_no_figures(tmp_path, monkeypatch, capfd):
     "It is said before the first step; a world without benchmarks is trained all the same."
     import shutil
-    from landmark.parts.dataset import open_world
-    tiny = Path(shutil.copytree(open_world('tiny', 1), tmp_path/'world')); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    from landmark.parts.data.worlds import make_world
+    tiny = Path(shutil.copytree(make_world('tiny', 1), tmp_path/'world')); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
     args = {**SMALL, 'world': str(tiny), 'evaluate': True, 'batch_size': 8, 'epochs': 1}
     shutil.rmtree(tiny/'revisited'/'rnorth'/'jpg')
     with monkeypatch.context() as m:
@@ -216,10 +216,10 @@ def stripes(n=24):
 
 def train_stripes(state_dir, stop_at=None, dropout=0.3, loss='arcface', **kw):
     "A training of a few steps, with dropout, that may die after a step."
-    from landmark.parts.backbones import make_model
-    from landmark.parts.planning import Recipe
-    from landmark.parts.loading import Photos
-    from landmark.parts.losses import make_head
+    from landmark.parts.nets.backbones import make_model
+    from landmark.parts.training.recipe import Recipe
+    from landmark.parts.images.loading import Photos
+    from landmark.parts.nets.losses import make_head
     class Killed(BaseException): pass
     class Dies(Trainer):
         def train_step(self, *args):
@@ -245,7 +245,7 @@ def test_killed_after_any_step(tmp_path, kw):
 
 def test_the_scaler_of_fp16_is_continued(tmp_path, monkeypatch):
     "On a CPU Accelerate brings no gradient scaler, so it is given one that changes its scale every other step."
-    from landmark.parts import engine
+    from landmark.parts.training import engine
     usual = engine._accelerator
     def scaled(*args):
         acc = usual(*args); acc.scaler = torch.amp.GradScaler('cpu', init_scale=8., growth_interval=2); return acc
@@ -256,7 +256,7 @@ def test_the_scaler_of_fp16_is_continued(tmp_path, monkeypatch):
     state = torch.load(tmp_path/'killed'/'last.pt', weights_only=True); assert state['scaler']['scale'] == one.acc.scaler.get_scale()
 
 def test_out_of_memory_names_batch_and_size(tmp_path, monkeypatch):
-    from landmark.parts.backbones import RetrievalModel
+    from landmark.parts.nets.backbones import RetrievalModel
     usual = RetrievalModel.forward
     def greedy(self, images):
         if images.shape[3] > 48: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 7 GiB')
@@ -269,7 +269,7 @@ def test_a_size_the_network_cannot_take(world):
         train.run(train.Config(world=str(world), **{**SMALL, 'backbone': 'beit_base_patch16_224'}))
 
 def test_a_size_that_only_the_last_epoch_has_is_refused_before_the_first(tmp_path, monkeypatch):
-    from landmark.parts.backbones import RetrievalModel
+    from landmark.parts.nets.backbones import RetrievalModel
     usual = RetrievalModel.forward
     def fixed(self, images):
         assert images.shape[3] <= 64, 'too wide'
@@ -305,9 +305,9 @@ def test_a_checkpoint_of_something_else(world):
 def test_card_and_best_epoch(tmp_path, monkeypatch):
     from landmark.parts.artifacts import digest_of
     from landmark.parts.core import read_json
-    from landmark.parts.dataset import open_world
-    from landmark.parts.checkpoints import load_model
-    tiny = open_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
+    from landmark.parts.data.worlds import make_world
+    from landmark.parts.nets.checkpoints import load_model
+    tiny = make_world('tiny', 1); monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs'))
     scores = iter([0.7, 0.9, 0.4]); monkeypatch.setattr(train, 'benchmark_maps', lambda *a: {'rnorth M': next(scores)})
     out = train.run(train.Config(world=str(tiny), evaluate=True, **{**SMALL, 'batch_size': 8, 'epochs': 3}))/'arcface_v1'
     last, best = read_json(out/'card.json'), read_json(out/'best'/'card.json')
@@ -337,7 +337,7 @@ def test_curves_come_to_the_notebook_while_it_trains(tmp_path):
     import nbformat
     from nbclient import NotebookClient
     cell = f"""import time
-from landmark.parts.watching import Watch, watching
+from landmark.parts.training.watching import Watch, watching
 with watching({str(tmp_path)!r}, ['m'], every=.1):
     watch, rows = Watch({str(tmp_path/'.logs'/'m')!r}), []
     for k in range(1, 4):
@@ -372,8 +372,8 @@ def test_bf16_follows_fp32(tmp_path):
 def test_every_training_of_a_process_has_its_own_device(monkeypatch):
     "Accelerate keeps the first one unless told; a GPU that is only said to be there is enough to see it."
     from accelerate.state import AcceleratorState
-    from landmark.parts.engine import _accelerator
-    from landmark.parts.planning import Recipe
+    from landmark.parts.training.engine import _accelerator
+    from landmark.parts.training.recipe import Recipe
     set_to = []; monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'set_device', lambda d: set_to.append(str(d)))
     assert [_accelerator(Recipe(), d).device.type for d in ('cpu', 'cuda:1', 'cpu', 'cuda:0')] == ['cpu', 'cuda', 'cpu', 'cuda'] and set_to == ['cuda:1', 'cuda:0']
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
@@ -390,17 +390,17 @@ def test_several_models_one_after_another_on_two_processes(world):
 @pytest.mark.parametrize('evaluated', [False, True])
 def test_weights_that_are_no_numbers_reach_no_checkpoint(tmp_path, evaluated):
     "A gradient overflows while its loss is finite; a second run goes on from the last good step."
-    from landmark.parts.engine import DivergenceError
+    from landmark.parts.training.engine import DivergenceError
     class Overflows(Trainer):
         def train_step(self, *args):
             hooks = [p.register_hook(lambda g: g*float('inf')) for p in self.net.model.fc.parameters() if self.step == 3]
             super().train_step(*args); [h.remove() for h in hooks]
     seen = []
     def train_once(cls):
-        from landmark.parts.planning import Recipe
-        from landmark.parts.loading import Photos
-        from landmark.parts.losses import make_head
-        from landmark.parts.backbones import make_model
+        from landmark.parts.training.recipe import Recipe
+        from landmark.parts.images.loading import Photos
+        from landmark.parts.nets.losses import make_head
+        from landmark.parts.nets.backbones import make_model
         images, labels = stripes(); torch.manual_seed(0); net = Training(make_model('test_resnet', d=8), make_head('arcface', 8, torch.bincount(labels)))
         recipe = Recipe(epochs=2, batch_size=6, lr=5e-3, optimizer='sgd', log_every=1, checkpoint_every=1)
         cls(net, Photos([f'{i}.jpg' for i in range(len(images))], '48', 'soft', images=images), labels, recipe, tmp_path, on_epoch=(lambda *a: seen.append(a) or {'x M': 0.5}) if evaluated else None).run()
@@ -413,9 +413,9 @@ def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(worl
     "The parameter that the error names does not throw away what was trained."
     path = [image_path(world/'v1'/'train', i) for i in pd.read_csv(world/'v1'/'train.csv', dtype=str).id]
     cfg = lambda **kw: dict(world=str(world), in_memory=False, **{**SMALL, **kw})
-    from landmark.parts.loading import Photos
-    from landmark.parts.losses import make_head
-    from landmark.parts.backbones import make_model
+    from landmark.parts.images.loading import Photos
+    from landmark.parts.nets.losses import make_head
+    from landmark.parts.nets.backbones import make_model
     photos, classes, _ = train.load_photos(train.Config(**cfg()), 'v1')
     for p in path[:3]: p.write_bytes(p.read_bytes()[:len(p.read_bytes())//2])        # found out in the middle of an epoch
     def go(state_dir, **kw):
@@ -428,10 +428,10 @@ def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(worl
 @pytest.mark.parametrize('loss', ['arcface', 'triplet', 'contrastive'])
 def test_a_step_asks_no_device_for_a_number(tmp_path, monkeypatch, loss):
     "On the device `meta` there are no numbers: whoever asks for one fails. So runs a step of one of two processes, but for the steps of the optimizer."
-    from landmark.parts.backbones import make_model
-    from landmark.parts.loading import Photos
-    from landmark.parts.losses import make_head
-    from landmark.parts.planning import Recipe
+    from landmark.parts.nets.backbones import make_model
+    from landmark.parts.images.loading import Photos
+    from landmark.parts.nets.losses import make_head
+    from landmark.parts.training.recipe import Recipe
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kw: contextlib.nullcontext())                 # it does not know this device
     class Two:                                                                      # what a step asks of Accelerate
         num_processes, device = 2, torch.device('meta')
@@ -451,7 +451,7 @@ def test_mining_leaves_batch_norm_frozen(tmp_path):
 
 @pytest.mark.parametrize('main', [True, False])
 def test_one_process_mines_and_the_others_are_told(tmp_path, monkeypatch, main):
-    from landmark.parts import engine
+    from landmark.parts.training import engine
     mined, sent = [], []; monkeypatch.setattr(engine, 'plan_tuples', lambda *args: mined.append(1) or ['mined'])
     def broadcast(plan): sent.append(list(plan)); plan[0] = ['mined']
     monkeypatch.setattr(torch.distributed, 'broadcast_object_list', broadcast)
@@ -460,7 +460,7 @@ def test_one_process_mines_and_the_others_are_told(tmp_path, monkeypatch, main):
     assert trainer.make_plan() == ['mined'] and len(mined) == main and sent == [[['mined'] if main else False]]
 
 def test_tuples_are_mined_in_the_precision_of_the_training(tmp_path):
-    from landmark.parts.planning import describe
+    from landmark.parts.training.recipe import describe
     _, _, trainer = train_stripes(tmp_path, stop_at=1); seen = []
     trainer.net.model.fc.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     for precision in ('fp32', 'bf16'): describe(trainer.net.model, trainer.photos, np.arange(4), trainer.recipe.__class__(precision=precision), 'cpu')
@@ -468,7 +468,7 @@ def test_tuples_are_mined_in_the_precision_of_the_training(tmp_path):
 
 def test_the_triplet_loss_meets_positives_on_one_process_and_on_two(world, monkeypatch):
     "Every photo of a step has a partner, also in each process's share; killed and continued it ends with the same weights."
-    from landmark.parts.planning import plan_landmarks, share_of
+    from landmark.parts.training.recipe import plan_landmarks, share_of
     args = {**SMALL, 'loss': 'triplet', 'batch_size': 16, 'epochs': 3, 'checkpoint_every': 1}
     photos, classes, _ = train.load_photos(train.Config(world=str(world), **args), 'v1')
     for b in plan_landmarks(photos, classes, train.recipe_of(train.Config(**args)), 0):

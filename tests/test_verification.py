@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from landmark.parts.local_features import LocalFeatures, extract, extract_many, open_local, open_meta, pack, write_shard
-from landmark.parts.matching import Prepared, match, ransac, rule_for, sample_stream
-from landmark.parts.verification import draw_matches, verify, verify_pairs
-from landmark.parts.verification_torch import verify_pairs_torch
+from landmark.parts.local.features import LocalFeatures, extract, extract_many, open_local, open_meta, pack, write_shard
+from landmark.parts.local.matching import Prepared, match, ransac, rule_for, sample_stream
+from landmark.parts.local.verification import draw_matches, verify, verify_pairs
+from landmark.parts.local.verification_torch import verify_pairs_torch
 
 rng = np.random.default_rng(5)
 RULE = rule_for('rootsift')
@@ -76,7 +76,7 @@ def test_ransac_like_opencv_and_scikit_image(share):
 def test_ransac_is_the_best_of_its_samples():
     "Word by word: every sample's map, every residual, in float64."
     p, q, _ = planted(.3, n=60); stream = sample_stream(200)
-    from landmark.parts.matching import _three
+    from landmark.parts.local.matching import _three
     counts = []
     for r in stream:
         t = list(_three(r, 60)); A = np.c_[p[t], np.ones(3)].astype(float)
@@ -109,7 +109,7 @@ def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
     triton = pytest.importorskip('triton')
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from landmark.parts import verification_triton as kernels
+    from landmark.parts.local import verification_triton as kernels
     made = lambda fn, names, **const: ASTSource(fn=fn, signature={**names, **{k: 'constexpr' for k in const}}, constexprs=const)
     count = made(kernels._count, dict(maps='*fp32', p='*fp32', q='*fp32', limit='*fp32', out='*i32', t='i32', m='i32'), T=64, B=64)
     near = made(kernels._nearest, dict(a='*i8', b='*i8', na='*i64', out='*i64', ka='i32', kb='i32', d='i32'), D=64, B=64)
@@ -184,9 +184,9 @@ def test_drawing_has_both_images_and_lines():
 @pytest.mark.skipif(not os.environ.get('LANDMARK_PHOTOS'), reason='LANDMARK_PHOTOS names no folder of real photos')
 def test_real_photos_separate():
     "Façade and castle pairs verify, photos of different labels do not."
-    from landmark.parts.images import read_image
+    from landmark.parts.images.reading import read_image
     root = Path(os.environ['LANDMARK_PHOTOS']); labels = ['sacre_coeur', 'sceaux_castle', 'oxford_trinity', 'oxford_jesus']
     fs = [(l, Prepared(extract(read_image(p, max_side=800)))) for l in labels for p in sorted((root/l).glob('*.*'))[:8]]
-    from landmark.parts.verification import verify_prepared
+    from landmark.parts.local.verification import verify_prepared
     same, other = [[verify_prepared(a, b, RULE)[0] for i, (k, a) in enumerate(fs) for l, b in fs[:i] if (k == l and k in labels[:2]) is yes and (k == l) is yes] for yes in (True, False)]
     assert max(other) < 16 and np.mean(np.array(same) > 15) > .6
