@@ -23,33 +23,41 @@ from .parts.plots import to_markdown
 @stage_config
 class Config:
     "What a benchmark run needs to know."
-    profile: str = "mini"   # names the folder of runs
-    name: str = "default"   # names this run
-    seed: int = 1           # names the folder; every benchmark has seeds of its own
-    only: str = "metrics"   # a family: verify, rerank, search, train, extract, data, metrics; empty: all
-    quick: bool = True      # small sizes: the ratios show that all runs, not what it costs
-    device: str = "cpu"     # auto, cpu, cuda
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # names the folder; every benchmark has seeds of its own
+    only: str = "metrics"  # a family: verify, rerank, search, train, extract, data, metrics; empty: all
+    quick: bool = True  # small sizes: the ratios show that all runs, not what it costs
+    device: str = "cpu"  # auto, cpu, cuda
 
 # %% ../nbs/08_benchmark.ipynb #c4307609
-def collect()->dict: # family → {name: function}
+def collect() -> dict:  # family → {name: function}
     "Import every part in the folder `bench`; each registers its benchmarks."
     for m in pkgutil.iter_modules(landmark.parts.bench.__path__):
-        importlib.import_module(f'landmark.parts.bench.{m.name}')
+        importlib.import_module(f"landmark.parts.bench.{m.name}")
     return REGISTRY
 
+
 def chosen(
-    only:str='', # a family; all if empty
-)->list: # (family/function, function)
+    only: str = "",  # a family; all if empty
+) -> list:  # (family/function, function)
     "The benchmarks of one family, or of all."
-    if only and only not in FAMILIES: raise ParameterError(f'benchmark: there is no family {only!r}; there are {", ".join(FAMILIES)}')
+    if only and only not in FAMILIES:
+        raise ParameterError(f"benchmark: there is no family {only!r}; there are {', '.join(FAMILIES)}")
     registry = collect()
-    return [(f'{family}: {name.rpartition(".")[2]}', fn) for family in ([only] if only else FAMILIES) for name, fn in sorted(registry.get(family, {}).items())]
+    return [
+        (f"{family}: {name.rpartition('.')[2]}", fn)
+        for family in ([only] if only else FAMILIES)
+        for name, fn in sorted(registry.get(family, {}).items())
+    ]
+
 
 def run_benchmarks(
-    only:str='',       # a family; all if empty
-    quick:bool=False,  # small sizes, for tests
-    device:str='cpu',  # auto, cpu, cuda
-): # yields rows
+    only: str = "",  # a family; all if empty
+    quick: bool = False,  # small sizes, for tests
+    device: str = "cpu",  # auto, cpu, cuda
+):  # yields rows
     "Run the benchmarks of one family, or of all."
     todo, device = chosen(only), str(pick_device(device))
     for name, fn in todo:
@@ -58,108 +66,204 @@ def run_benchmarks(
 
 # %% ../nbs/08_benchmark.ipynb #d0b4c205
 def line(
-    row:Row, # one figure
-)->str: # JSON: name, size, ours_s, plain_s, ratio, peak_mib, device, threads, n, n_disagree, agrees
+    row: Row,  # one figure
+) -> str:  # JSON: name, size, ours_s, plain_s, ratio, peak_mib, device, threads, n, n_disagree, agrees
     "One figure as `make bench` prints it."
-    return json.dumps({k: v for k, v in asdict(row).items() if k != 'note'}, ensure_ascii=False)
+    return json.dumps({k: v for k, v in asdict(row).items() if k != "note"}, ensure_ascii=False)
+
 
 def read_rows(
-    home:Path, # folder of .jsonl files
-)->list: # dicts
+    home: Path,  # folder of .jsonl files
+) -> list:  # dicts
     "All figures of a folder."
-    return [json.loads(l) for p in sorted(Path(home).glob('*.jsonl')) for l in p.read_text(encoding='utf-8').splitlines() if l]
+    return [
+        json.loads(l)
+        for p in sorted(Path(home).glob("*.jsonl"))
+        for l in p.read_text(encoding="utf-8").splitlines()
+        if l
+    ]
+
 
 def save_rows(
-    rows:list,  # rows of a run
-    path:Path,  # reports/benchmark/<device>.jsonl
-    whole=(),   # families that were measured to the end: whatever else the file says of them is of benchmarks that are gone
+    rows: list,  # rows of a run
+    path: Path,  # reports/benchmark/<device>.jsonl
+    whole=(),  # families that were measured to the end: whatever else the file says of them is of benchmarks that are gone
 ):
     "Merge rows into the committed file."
-    old = [json.loads(l) for l in Path(path).read_text(encoding='utf-8').splitlines() if l] if Path(path).exists() else []
-    new = [asdict(r) for r in rows]; keys = {(r['name'], r['size']) for r in new}
-    keep = [r for r in old if (r['name'], r['size']) not in keys and r['name'].partition('/')[0] not in whole]
-    lines = sorted(keep + new, key=lambda r: (FAMILIES.index(r['name'].split('/')[0]) if r['name'].split('/')[0] in FAMILIES else 99, r['name']))
-    write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in lines))
+    old = (
+        [json.loads(l) for l in Path(path).read_text(encoding="utf-8").splitlines() if l]
+        if Path(path).exists()
+        else []
+    )
+    new = [asdict(r) for r in rows]
+    keys = {(r["name"], r["size"]) for r in new}
+    keep = [r for r in old if (r["name"], r["size"]) not in keys and r["name"].partition("/")[0] not in whole]
+    lines = sorted(
+        keep + new,
+        key=lambda r: (
+            FAMILIES.index(r["name"].split("/")[0]) if r["name"].split("/")[0] in FAMILIES else 99,
+            r["name"],
+        ),
+    )
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines))
+
 
 def table(
-    home:Path, # reports/benchmark
-)->str: # Markdown
+    home: Path,  # reports/benchmark
+) -> str:  # Markdown
     "The committed figures as one table."
     rows = read_rows(home)
-    t = lambda s: '–' if s is None else f'{s:.3g} s' if s >= 1 else f'{1000*s:.3g} ms'
-    df = pd.DataFrame([dict(what=r['name'], size=r['size'], ours=t(r['ours_s']), plain=t(r['plain_s']), ratio='–' if r['ratio'] is None else f'{r["ratio"]:,.0f}×' if r['ratio'] >= 10 else f'{r["ratio"]:.2g}×',
-                            MiB=f'{r["peak_mib"]:,.0f}', device=r['device'], threads=r['threads'], agrees=('–' if r['plain_s'] is None else 'yes' if r['agrees'] else 'NO') + (f' ({r["n_disagree"]} of {r["n"]:,} differ)' if r['n_disagree'] else ''), note=r.get('note', '')) for r in rows])
-    return to_markdown(df) if len(df) else '*not run yet*'
+    t = lambda s: "–" if s is None else f"{s:.3g} s" if s >= 1 else f"{1000 * s:.3g} ms"
+    df = pd.DataFrame(
+        [
+            dict(
+                what=r["name"],
+                size=r["size"],
+                ours=t(r["ours_s"]),
+                plain=t(r["plain_s"]),
+                ratio="–"
+                if r["ratio"] is None
+                else f"{r['ratio']:,.0f}×"
+                if r["ratio"] >= 10
+                else f"{r['ratio']:.2g}×",
+                MiB=f"{r['peak_mib']:,.0f}",
+                device=r["device"],
+                threads=r["threads"],
+                agrees=("–" if r["plain_s"] is None else "yes" if r["agrees"] else "NO")
+                + (f" ({r['n_disagree']} of {r['n']:,} differ)" if r["n_disagree"] else ""),
+                note=r.get("note", ""),
+            )
+            for r in rows
+        ]
+    )
+    return to_markdown(df) if len(df) else "*not run yet*"
 
 # %% ../nbs/08_benchmark.ipynb #5d8edca0
 def growth(
-    rows:list, # figures, as `read_rows` returns them
-)->pd.DataFrame: # name, device, threads, what, x, ours_s, plain_s: one row per size
+    rows: list,  # figures, as `read_rows` returns them
+) -> pd.DataFrame:  # name, device, threads, what, x, ours_s, plain_s: one row per size
     "Figures that were measured at several sizes, by the number that grows."
-    out, numbers = [], lambda s: [float(x.replace(',', '')) for x in re.findall(r'\d[\d,]*(?:\.\d+)?', s)]
+    out, numbers = [], lambda s: [float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", s)]
     groups = {}
-    for r in rows: groups.setdefault((r['name'], r['device'], r['threads'], re.sub(r'\d[\d,.]*', '#', r['size'])), []).append(r)
+    for r in rows:
+        groups.setdefault(
+            (r["name"], r["device"], r["threads"], re.sub(r"\d[\d,.]*", "#", r["size"])), []
+        ).append(r)
     for (name, device, threads, words), of in groups.items():
-        x = np.array([numbers(r['size']) for r in of]); moving = np.flatnonzero((x != x[:1]).any(0)) if len(of) > 1 else []
-        if len(moving) != 1: continue                          # nothing grows, or not one thing alone
-        what = re.split('#', words)[moving[0]+1].strip(' ×,') or re.split('#', words)[moving[0]].strip(' ×,') or 'size'
-        out += [dict(name=name, device=device, threads=threads, what=what, x=v, ours_s=r['ours_s'], plain_s=r['plain_s']) for v, r in sorted(zip(x[:, moving[0]], of), key=lambda t: t[0])]
-    return pd.DataFrame(out, columns=['name', 'device', 'threads', 'what', 'x', 'ours_s', 'plain_s'])
+        x = np.array([numbers(r["size"]) for r in of])
+        moving = np.flatnonzero((x != x[:1]).any(0)) if len(of) > 1 else []
+        if len(moving) != 1:
+            continue  # nothing grows, or not one thing alone
+        what = (
+            re.split("#", words)[moving[0] + 1].strip(" ×,")
+            or re.split("#", words)[moving[0]].strip(" ×,")
+            or "size"
+        )
+        out += [
+            dict(
+                name=name,
+                device=device,
+                threads=threads,
+                what=what,
+                x=v,
+                ours_s=r["ours_s"],
+                plain_s=r["plain_s"],
+            )
+            for v, r in sorted(zip(x[:, moving[0]], of), key=lambda t: t[0])
+        ]
+    return pd.DataFrame(out, columns=["name", "device", "threads", "what", "x", "ours_s", "plain_s"])
 
-def exponent(x, y)->float:
+
+def exponent(x, y) -> float:
     "Slope of the straight line through log y over log x."
     return float(np.polyfit(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), 1)[0])
 
+
 def draw_growth(
-    g:pd.DataFrame, # as `growth` returns it
-): # a matplotlib figure, or None where nothing was measured at two sizes
+    g: pd.DataFrame,  # as `growth` returns it
+):  # a matplotlib figure, or None where nothing was measured at two sizes
     "One small plot per benchmark: ours in green, the plain version dashed in grey."
     import matplotlib.pyplot as plt
-    groups = list(g.groupby(['name', 'device', 'threads'], sort=False))
-    if not groups: return None
-    cols = min(3, len(groups)); n = -(-len(groups)//cols); fig, axs = plt.subplots(n, cols, figsize=(4.2*cols, 3.1*n), squeeze=False)
-    for ax in axs.flat[len(groups):]: ax.axis('off')
+
+    groups = list(g.groupby(["name", "device", "threads"], sort=False))
+    if not groups:
+        return None
+    cols = min(3, len(groups))
+    n = -(-len(groups) // cols)
+    fig, axs = plt.subplots(n, cols, figsize=(4.2 * cols, 3.1 * n), squeeze=False)
+    for ax in axs.flat[len(groups) :]:
+        ax.axis("off")
     for ax, ((name, device, threads), t) in zip(axs.flat, groups):
-        for column, style, label in (('ours_s', dict(color='#2a7f62', ls='-'), 'ours'), ('plain_s', dict(color='#8a8a8a', ls='--'), 'plain')):
+        for column, style, label in (
+            ("ours_s", dict(color="#2a7f62", ls="-"), "ours"),
+            ("plain_s", dict(color="#8a8a8a", ls="--"), "plain"),
+        ):
             v = t[t[column].notna()]
-            if len(v) > 1: ax.plot(v.x, v[column], 'o', ms=4, **style, label=f'{label}: size to the {exponent(v.x, v[column]):.1f}')
-        ax.set(xscale='log', yscale='log', xlabel=t.what.iloc[0], ylabel='seconds'); ax.set_title(f'{name}\n{device}, {threads} thread{"s"*(threads > 1)}', fontsize=9); ax.legend(frameon=False, fontsize=8)
-    fig.tight_layout(); return fig
+            if len(v) > 1:
+                ax.plot(
+                    v.x,
+                    v[column],
+                    "o",
+                    ms=4,
+                    **style,
+                    label=f"{label}: size to the {exponent(v.x, v[column]):.1f}",
+                )
+        ax.set(xscale="log", yscale="log", xlabel=t.what.iloc[0], ylabel="seconds")
+        ax.set_title(f"{name}\n{device}, {threads} thread{'s' * (threads > 1)}", fontsize=9)
+        ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/08_benchmark.ipynb #2daddc16
-def run(cfg:Config)->Path: # folder with figures.jsonl
+def run(cfg: Config) -> Path:  # folder with figures.jsonl
     "Measure, and keep the figures."
     todo, device = chosen(cfg.only), str(pick_device(cfg.device))
     measured = sorted({p for _, fn in todo for p in code_files(fn.__module__).values()})
-    with open_stage('benchmark', replace(cfg, name=f'{cfg.name}-{machine(device)}'), inputs=measured, code=__name__) as st:
-        if st.done: return st.dir
+    with open_stage(
+        "benchmark", replace(cfg, name=f"{cfg.name}-{machine(device)}"), inputs=measured, code=__name__
+    ) as st:
+        if st.done:
+            return st.dir
         for k, (name, fn) in enumerate(todo):
-            path = st.dir/'each'/f'{k:03d}.json'
-            if path.exists(): continue
-            log(name); write_text(path, json.dumps([asdict(r) for r in fn(cfg.quick, device)], ensure_ascii=False))
-        rows = [r for k in range(len(todo)) for r in json.loads((st.dir/'each'/f'{k:03d}.json').read_text(encoding='utf-8'))]
-        write_text(st.dir/'figures.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
-        st.metrics |= dict(figures=len(rows), agree=sum(r['agrees'] for r in rows))
+            path = st.dir / "each" / f"{k:03d}.json"
+            if path.exists():
+                continue
+            log(name)
+            write_text(path, json.dumps([asdict(r) for r in fn(cfg.quick, device)], ensure_ascii=False))
+        rows = [
+            r
+            for k in range(len(todo))
+            for r in json.loads((st.dir / "each" / f"{k:03d}.json").read_text(encoding="utf-8"))
+        ]
+        write_text(st.dir / "figures.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        st.metrics |= dict(figures=len(rows), agree=sum(r["agrees"] for r in rows))
     return st.dir
 
+
 def machine(
-    device:str, # cpu or cuda
-)->str: # such as "cpu-x86_64"
+    device: str,  # cpu or cuda
+) -> str:  # such as "cpu-x86_64"
     "Processor or GPU, as the name of a file."
-    return re.sub(r'[^\w.]+', '-', device_name(device)).strip('-').lower()
+    return re.sub(r"[^\w.]+", "-", device_name(device)).strip("-").lower()
+
 
 def main():
     "Run benchmarks; one JSON line a figure on standard output."
     ap = argparse.ArgumentParser(description=main.__doc__)
-    ap.add_argument('--only', default='', help=f'one family: {", ".join(FAMILIES)}')
-    ap.add_argument('--quick', action='store_true', help='small sizes, nothing is kept')
-    ap.add_argument('--device', default='cpu', help='auto, cpu or cuda')
-    a = ap.parse_args(); rows, whole = [], ()
+    ap.add_argument("--only", default="", help=f"one family: {', '.join(FAMILIES)}")
+    ap.add_argument("--quick", action="store_true", help="small sizes, nothing is kept")
+    ap.add_argument("--device", default="cpu", help="auto, cpu or cuda")
+    a = ap.parse_args()
+    rows, whole = [], ()
     try:
-        for r in run_benchmarks(a.only, a.quick, a.device): rows.append(r); print(line(r), flush=True)
+        for r in run_benchmarks(a.only, a.quick, a.device):
+            rows.append(r)
+            print(line(r), flush=True)
         whole = [a.only] if a.only else FAMILIES
-    except ParameterError as e: sys.exit(str(e))
+    except ParameterError as e:
+        sys.exit(str(e))
     finally:
         if rows and not a.quick:
-            home = project_root()/'reports'/'benchmark'
-            save_rows(rows, home/f'{machine(str(pick_device(a.device)))}.jsonl', whole); write_text(home/'table.md', table(home) + '\n')
+            home = project_root() / "reports" / "benchmark"
+            save_rows(rows, home / f"{machine(str(pick_device(a.device)))}.jsonl", whole)
+            write_text(home / "table.md", table(home) + "\n")

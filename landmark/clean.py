@@ -12,7 +12,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.local.cleaning import clean_images, clean_table, count_verified, first_copies, needed_pairs, partners_within, precision_recall, quality_table, read_pairs, reasons, threshold_grid, write_pairs
+from landmark.parts.local.cleaning import (
+    clean_images,
+    clean_table,
+    count_verified,
+    first_copies,
+    needed_pairs,
+    partners_within,
+    precision_recall,
+    quality_table,
+    read_pairs,
+    reasons,
+    threshold_grid,
+    write_pairs,
+)
 from .parts.artifacts import artifact, open_stage
 from .parts.core import ParameterError, is_tiny, read_json, stage_config, stage_main, write_csv
 from .parts.data.layout import read_images, read_truth
@@ -24,88 +37,158 @@ from .parts.local.verification import verify_pairs
 @stage_config
 class Config:
     "What cleaning needs to know."
-    profile: str = "mini"     # names the folder of runs
-    name: str = "default"     # names this run
-    seed: int = 1             # seed of world and training
-    world: str = "default"    # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    verified: str = ""        # artifact of 01_verify
-    min_inliers: int = 30     # inliers that make a pair verified
-    min_verified: int = 3     # verified pairs an image needs to stay
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
+    verified: str = ""  # artifact of 01_verify
+    min_inliers: int = 30  # inliers that make a pair verified
+    min_verified: int = 3  # verified pairs an image needs to stay
     relax_small: bool = True  # a label of n images asks for n−1 verified pairs at most
-    ignore_copies: bool = True # pairs of exact copies are no evidence
-    grid_inliers: list = field(default_factory=lambda: [10, 12, 15, 20, 30, 40, 50]) # thresholds of the grid
-    grid_verified: list = field(default_factory=lambda: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) # thresholds of the grid
+    ignore_copies: bool = True  # pairs of exact copies are no evidence
+    grid_inliers: list = field(default_factory=lambda: [10, 12, 15, 20, 30, 40, 50])  # thresholds of the grid
+    grid_verified: list = field(
+        default_factory=lambda: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    )  # thresholds of the grid
 
 # %% ../nbs/02_clean.ipynb #bd5af44e
-def _made_up(world:Path, out:Path)->Path:
+def _made_up(world: Path, out: Path) -> Path:
     "What 01_verify would have made of a tiny world, for this notebook's test alone."
-    df = read_images(world, 'v2_train').sort_values(['landmark_id', 'image_id']).reset_index(drop=True)
-    store = open_local(extract_many(df.path.tolist(), df.image_id.tolist(), out/'local', n_workers=1))
+    df = read_images(world, "v2_train").sort_values(["landmark_id", "image_id"]).reset_index(drop=True)
+    store = open_local(extract_many(df.path.tolist(), df.image_id.tolist(), out / "local", n_workers=1))
     pairs = partners_within(np.arange(len(df)), df.landmark_id.to_numpy())
-    write_pairs(out/'pairs'/'00000.npz', pairs, *verify_pairs(store, pairs, n_threads=1, desc='')); write_csv(df[['image_id', 'landmark_id']], out/'ids.csv')
+    write_pairs(out / "pairs" / "00000.npz", pairs, *verify_pairs(store, pairs, n_threads=1, desc=""))
+    write_csv(df[["image_id", "landmark_id"]], out / "ids.csv")
     return out
 
+
 def evidence(
-    verify_dir:Path,          # artifact of 01_verify
-    ignore_copies:bool=True,  # leave pairs of exact copies out
-)->dict: # ids, labels, image, n_inliers, copy_of, n_features, skipped
+    verify_dir: Path,  # artifact of 01_verify
+    ignore_copies: bool = True,  # leave pairs of exact copies out
+) -> dict:  # ids, labels, image, n_inliers, copy_of, n_features, skipped
     "All that the decision rests on."
-    ids = pd.read_csv(verify_dir/'ids.csv', dtype={'image_id': str}); labels = ids.landmark_id.to_numpy()
-    p, store = read_pairs(verify_dir/'pairs'), open_local(verify_dir/'local')
-    copy_of = first_copies(store.column('hash'), labels) if ignore_copies else np.arange(len(ids))
-    use = copy_of[p['image']] != copy_of[p['partner']]
+    ids = pd.read_csv(verify_dir / "ids.csv", dtype={"image_id": str})
+    labels = ids.landmark_id.to_numpy()
+    p, store = read_pairs(verify_dir / "pairs"), open_local(verify_dir / "local")
+    copy_of = first_copies(store.column("hash"), labels) if ignore_copies else np.arange(len(ids))
+    use = copy_of[p["image"]] != copy_of[p["partner"]]
     skipped = store.skipped()
-    return dict(ids=ids.image_id.to_numpy(), labels=labels, image=p['image'][use], partner=p['partner'][use], n_inliers=p['n_inliers'][use], copy_of=copy_of,
-                n_features=store.column('n_features'), skipped=dict(zip(skipped.position, skipped.reason)))
+    return dict(
+        ids=ids.image_id.to_numpy(),
+        labels=labels,
+        image=p["image"][use],
+        partner=p["partner"][use],
+        n_inliers=p["n_inliers"][use],
+        copy_of=copy_of,
+        n_features=store.column("n_features"),
+        skipped=dict(zip(skipped.position, skipped.reason)),
+    )
 
 # %% ../nbs/02_clean.ipynb #7acdf35f
 def read_source(
-    clean_dir:Path, # artifact of this stage
-)->str: # the verification it rests on
+    clean_dir: Path,  # artifact of this stage
+) -> str:  # the verification it rests on
     "Which artifact of 01_verify a clean set was made from."
-    return read_json(Path(clean_dir)/'manifest.json')['metrics']['verified']
+    return read_json(Path(clean_dir) / "manifest.json")["metrics"]["verified"]
 
 # %% ../nbs/02_clean.ipynb #878f8675
-def _truth(world:Path, ids:np.ndarray)->pd.DataFrame|None:
+def _truth(world: Path, ids: np.ndarray) -> pd.DataFrame | None:
     "kind and whether it shows its label, per image; None where nobody knows."
-    if not (world/'truth.csv').exists(): return None
-    t = read_truth(world); t = t[t.split == 'v2_train'].set_index('image_id').reindex(ids)
-    if t.landmark_id.isna().any(): raise ValueError(f'{world}/truth.csv lacks {int(t.landmark_id.isna().sum())} of the v2 training images')
+    if not (world / "truth.csv").exists():
+        return None
+    t = read_truth(world)
+    t = t[t.split == "v2_train"].set_index("image_id").reindex(ids)
+    if t.landmark_id.isna().any():
+        raise ValueError(
+            f"{world}/truth.csv lacks {int(t.landmark_id.isna().sum())} of the v2 training images"
+        )
     return t.assign(right=(t.landmark_id == t.true_landmark).to_numpy())
+
 
 def _write(cfg, out, e, truth, metrics):
     "Decide, and write every table."
-    n, labels = len(e['ids']), e['labels']
-    verified = count_verified(e['image'], e['n_inliers'], n, cfg.min_inliers)
-    needed = needed_pairs(labels, cfg.min_verified, cfg.relax_small, e['copy_of'])
+    n, labels = len(e["ids"]), e["labels"]
+    verified = count_verified(e["image"], e["n_inliers"], n, cfg.min_inliers)
+    needed = needed_pairs(labels, cfg.min_verified, cfg.relax_small, e["copy_of"])
     keep, alone = clean_images(verified, labels, needed)
     _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    why = reasons(keep, alone, verified, needed, np.bincount(e['image'], minlength=n), e['n_features'], e['skipped'], sizes[group], e['copy_of'])
-    clean = clean_table(e['ids'], labels, keep); write_csv(clean, out/'train_clean.csv')
-    write_csv(pd.DataFrame(dict(image_id=e['ids'], landmark_id=labels, reason=why))[~keep], out/'dropped.csv')
-    write_csv(pd.DataFrame(dict(image_id=e['ids'], landmark_id=labels, verified=verified, needed=needed, kept=keep)), out/'images.csv')
+    why = reasons(
+        keep,
+        alone,
+        verified,
+        needed,
+        np.bincount(e["image"], minlength=n),
+        e["n_features"],
+        e["skipped"],
+        sizes[group],
+        e["copy_of"],
+    )
+    clean = clean_table(e["ids"], labels, keep)
+    write_csv(clean, out / "train_clean.csv")
+    write_csv(
+        pd.DataFrame(dict(image_id=e["ids"], landmark_id=labels, reason=why))[~keep], out / "dropped.csv"
+    )
+    write_csv(
+        pd.DataFrame(
+            dict(image_id=e["ids"], landmark_id=labels, verified=verified, needed=needed, kept=keep)
+        ),
+        out / "images.csv",
+    )
     right = None if truth is None else truth.right.to_numpy()
-    write_csv(threshold_grid(e['image'], e['n_inliers'], labels, list(cfg.grid_inliers), list(cfg.grid_verified), cfg.relax_small, right, e['copy_of']), out/'grid.csv')
-    write_csv(pd.DataFrame([('GLD-v2 (clean)', int(keep.sum()), len(clean))], columns=['dataset', 'images', 'labels']), out/'datasets.csv')
-    metrics |= dict(images=n, kept=int(keep.sum()), labels=int(len(np.unique(labels))), kept_labels=len(clean))
+    write_csv(
+        threshold_grid(
+            e["image"],
+            e["n_inliers"],
+            labels,
+            list(cfg.grid_inliers),
+            list(cfg.grid_verified),
+            cfg.relax_small,
+            right,
+            e["copy_of"],
+        ),
+        out / "grid.csv",
+    )
+    write_csv(
+        pd.DataFrame(
+            [("GLD-v2 (clean)", int(keep.sum()), len(clean))], columns=["dataset", "images", "labels"]
+        ),
+        out / "datasets.csv",
+    )
+    metrics |= dict(
+        images=n, kept=int(keep.sum()), labels=int(len(np.unique(labels))), kept_labels=len(clean)
+    )
     if truth is not None:
-        write_csv(quality_table(truth.kind.to_numpy().astype(str), right, keep), out/'quality.csv')
-        write_csv(quality_table(truth.aspect.fillna('').to_numpy().astype(str), right, keep), out/'quality_aspect.csv')
+        write_csv(quality_table(truth.kind.to_numpy().astype(str), right, keep), out / "quality.csv")
+        write_csv(
+            quality_table(truth.aspect.fillna("").to_numpy().astype(str), right, keep),
+            out / "quality_aspect.csv",
+        )
         metrics |= precision_recall(keep, right)
 
-def run(cfg:Config)->Path:
+
+def run(cfg: Config) -> Path:
     "Clean the v2 training set by the counts of 01_verify."
-    if cfg.min_inliers < 1 or cfg.min_verified < 1: raise ParameterError(f'clean: min_inliers is {cfg.min_inliers} and min_verified {cfg.min_verified}; both are at least 1')
+    if cfg.min_inliers < 1 or cfg.min_verified < 1:
+        raise ParameterError(
+            f"clean: min_inliers is {cfg.min_inliers} and min_verified {cfg.min_verified}; both are at least 1"
+        )
     made_up = not cfg.verified and is_tiny(cfg)
     source, world = None if made_up else artifact(cfg, cfg.verified), make_world(cfg.world, cfg.seed)
-    with open_stage('clean', cfg, inputs=[source, world], code=__name__) as st:
-        if st.done: return st.dir
-        if made_up: source = _made_up(world, st.dir/'made_up')
-        if not (source/'ids.csv').exists(): raise ParameterError(f'clean: {source} is one shard of a verification; run 01_verify once more without `shard` to bring them together')
+    with open_stage("clean", cfg, inputs=[source, world], code=__name__) as st:
+        if st.done:
+            return st.dir
+        if made_up:
+            source = _made_up(world, st.dir / "made_up")
+        if not (source / "ids.csv").exists():
+            raise ParameterError(
+                f"clean: {source} is one shard of a verification; run 01_verify once more without `shard` to bring them together"
+            )
         e = evidence(source, cfg.ignore_copies)
-        _write(cfg, st.dir, e, _truth(world, e['ids']), st.metrics)
+        _write(cfg, st.dir, e, _truth(world, e["ids"]), st.metrics)
         st.metrics |= dict(made_up=made_up, verified=str(source))
     return st.dir
+
 
 def main():
     "Console script."

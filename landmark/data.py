@@ -16,7 +16,16 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import open_stage
-from .parts.core import ParameterError, default_world, log, parallel_map, project_root, stage_config, stage_main, write_csv
+from landmark.parts.core import (
+    ParameterError,
+    default_world,
+    log,
+    parallel_map,
+    project_root,
+    stage_config,
+    stage_main,
+    write_csv,
+)
 from .parts.data.layout import read_images, read_table, read_truth, splits
 from .parts.images.reading import ImageError, image_size, read_image
 from .parts.local.features import extract
@@ -28,103 +37,183 @@ from .parts.local.verification import verify
 @stage_config
 class Config:
     "What the data stage needs to know."
-    profile: str = "mini"       # names the folder of runs
-    name: str = "default"       # names this run
-    seed: int = 1               # seed of world and training
-    world: str = "default"      # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    size: float = 1.0           # drawn worlds: times as many images and landmarks
-    n_aspects: int = 0          # drawn worlds: how many of front, inside, back, detail exist; 0: as the world has it
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
+    size: float = 1.0  # drawn worlds: times as many images and landmarks
+    n_aspects: int = 0  # drawn worlds: how many of front, inside, back, detail exist; 0: as the world has it
     noise: float | None = None  # drawn worlds: share of wrong images in v2 train; None: as the world has it
-    shuffle_labels: bool = False # drawn worlds: shuffle the labels of both train sets, a control
-    check: str = "sizes"        # folders: look for files only, read their sizes, or decode all pixels
-    n_workers: int = 0          # processes, 0 is one per core
+    shuffle_labels: bool = False  # drawn worlds: shuffle the labels of both train sets, a control
+    check: str = "sizes"  # folders: look for files only, read their sizes, or decode all pixels
+    n_workers: int = 0  # processes, 0 is one per core
 
 # %% ../nbs/00_data.ipynb #bba2ad21
 def knobs_of(
-    cfg:Config, # the stage's config
-): # the knobs of the world to draw, or None for a folder
+    cfg: Config,  # the stage's config
+):  # the knobs of the world to draw, or None for a folder
     "The drawn world that a config asks for."
-    name = default_world() if cfg.world == 'default' else cfg.world
-    changed = [k for k, v in dict(size=cfg.size != 1, n_aspects=cfg.n_aspects, noise=cfg.noise is not None, shuffle_labels=cfg.shuffle_labels).items() if v]
+    name = default_world() if cfg.world == "default" else cfg.world
+    changed = [
+        k
+        for k, v in dict(
+            size=cfg.size != 1,
+            n_aspects=cfg.n_aspects,
+            noise=cfg.noise is not None,
+            shuffle_labels=cfg.shuffle_labels,
+        ).items()
+        if v
+    ]
     if name not in WORLDS:
-        if changed: raise ParameterError(f'data: {", ".join(changed)} can only be set for a drawn world ({", ".join(WORLDS)}), and world is {cfg.world!r}')
+        if changed:
+            raise ParameterError(
+                f"data: {', '.join(changed)} can only be set for a drawn world ({', '.join(WORLDS)}), and world is {cfg.world!r}"
+            )
         return None
-    if not 0.05 <= cfg.size <= 1000: raise ParameterError(f'data: size is {cfg.size}; allowed are 0.05 to 1000')
+    if not 0.05 <= cfg.size <= 1000:
+        raise ParameterError(f"data: size is {cfg.size}; allowed are 0.05 to 1000")
     knobs = WORLDS[name] if cfg.size == 1 else scaled(WORLDS[name], cfg.size)
-    try: return replace(knobs, **({'n_aspects': cfg.n_aspects} if cfg.n_aspects else {}), **({} if cfg.noise is None else {'noise': cfg.noise}))
-    except ValueError as e: raise ParameterError(f'data: {e}') from None
+    try:
+        return replace(
+            knobs,
+            **({"n_aspects": cfg.n_aspects} if cfg.n_aspects else {}),
+            **({} if cfg.noise is None else {"noise": cfg.noise}),
+        )
+    except ValueError as e:
+        raise ParameterError(f"data: {e}") from None
 
 # %% ../nbs/00_data.ipynb #bd00770b
-def _look(job)->str: # what is wrong with a file, or nothing
+def _look(job) -> str:  # what is wrong with a file, or nothing
     path, check = job
-    if not Path(path).is_file(): return 'file is missing'
-    if check == 'files': return ''
-    try: image_size(path) if check == 'sizes' else read_image(path)
-    except ImageError as e: return f'image cannot be decoded: {e}'
-    return ''
+    if not Path(path).is_file():
+        return "file is missing"
+    if check == "files":
+        return ""
+    try:
+        image_size(path) if check == "sizes" else read_image(path)
+    except ImageError as e:
+        return f"image cannot be decoded: {e}"
+    return ""
+
 
 def check_world(
-    world:Path,          # folder in the Google Landmarks layout
-    check:str='sizes',   # files, sizes or pixels
-    n_workers:int=0,     # processes
-)->pd.DataFrame: # split, image_id, problem
+    world: Path,  # folder in the Google Landmarks layout
+    check: str = "sizes",  # files, sizes or pixels
+    n_workers: int = 0,  # processes
+) -> pd.DataFrame:  # split, image_id, problem
     "List what is wrong with a folder of images and labels."
-    if check not in ('files', 'sizes', 'pixels'): raise ParameterError(f'data: check is {check!r}; allowed: files, sizes, pixels')
-    if not Path(world).is_dir(): raise ParameterError(f'data: world {str(world)!r} is neither a drawn world ({", ".join(WORLDS)}) nor a folder')
-    if not splits(world): raise ParameterError(f'data: {world} holds no images in the Google Landmarks layout: none of v1/train.csv, v2/train.csv, v2/index.csv, v2/test.csv, revisited/<name>/gnd_<name>.pkl is there')
+    if check not in ("files", "sizes", "pixels"):
+        raise ParameterError(f"data: check is {check!r}; allowed: files, sizes, pixels")
+    if not Path(world).is_dir():
+        raise ParameterError(
+            f"data: world {str(world)!r} is neither a drawn world ({', '.join(WORLDS)}) nor a folder"
+        )
+    if not splits(world):
+        raise ParameterError(
+            f"data: {world} holds no images in the Google Landmarks layout: none of v1/train.csv, v2/train.csv, v2/index.csv, v2/test.csv, revisited/<name>/gnd_<name>.pkl is there"
+        )
     found = []
     for split in splits(world):
         df = read_images(world, split)
-        if not len(df): found.append((split, '', 'the table lists no image')); continue
-        for image_id, problem in zip(df.image_id, parallel_map(_look, [(p, check) for p in df.path], n_workers, split)):
-            if problem: found.append((split, image_id, problem))
-        if 'landmark_id' in df:
+        if not len(df):
+            found.append((split, "", "the table lists no image"))
+            continue
+        for image_id, problem in zip(
+            df.image_id, parallel_map(_look, [(p, check) for p in df.path], n_workers, split)
+        ):
+            if problem:
+                found.append((split, image_id, problem))
+        if "landmark_id" in df:
             for landmark, n in df.landmark_id.value_counts().items():
-                if n == 1: found.append((split, df.image_id[df.landmark_id == landmark].iloc[0], f'label {landmark} has one image'))
-    return pd.DataFrame(found, columns=['split', 'image_id', 'problem'])
+                if n == 1:
+                    found.append(
+                        (
+                            split,
+                            df.image_id[df.landmark_id == landmark].iloc[0],
+                            f"label {landmark} has one image",
+                        )
+                    )
+    return pd.DataFrame(found, columns=["split", "image_id", "problem"])
 
 # %% ../nbs/00_data.ipynb #886a66a3
-def datasets_table(world:Path)->pd.DataFrame: # dataset, images, labels
+def datasets_table(world: Path) -> pd.DataFrame:  # dataset, images, labels
     "The paper's table of data sets, for these."
     rows = []
-    for split, name in (('v1_train', 'GLD-v1'), ('v2_train', 'GLD-v2')):
-        if split in splits(world): df = read_images(world, split); rows.append((name, len(df), df.landmark_id.nunique()))
-    return pd.DataFrame(rows, columns=['dataset', 'images', 'labels'])
+    for split, name in (("v1_train", "GLD-v1"), ("v2_train", "GLD-v2")):
+        if split in splits(world):
+            df = read_images(world, split)
+            rows.append((name, len(df), df.landmark_id.nunique()))
+    return pd.DataFrame(rows, columns=["dataset", "images", "labels"])
 
-def summary_table(world:Path)->pd.DataFrame: # split, fact, value, images
+
+def summary_table(world: Path) -> pd.DataFrame:  # split, fact, value, images
     "Counts per split: kinds, aspects and lights where the truth is known, class sizes, usage."
-    rows = [(s, 'images', '', len(read_images(world, s))) for s in splits(world)]
-    for split in {'v1_train', 'v2_train'} & set(splits(world)):
+    rows = [(s, "images", "", len(read_images(world, s))) for s in splits(world)]
+    for split in {"v1_train", "v2_train"} & set(splits(world)):
         sizes = read_images(world, split).landmark_id.value_counts()
-        rows += [(split, 'images per label', q, float(v)) for q, v in zip(('least', 'median', 'mean', 'most'), (sizes.min(), sizes.median(), round(sizes.mean(), 1), sizes.max()))]
-        rows.append((split, 'labels with one image', '', int((sizes == 1).sum())))
-    for kind in ('retrieval', 'recognition'):
-        path = Path(world)/'v2'/f'{kind}_solution.csv'
-        if path.exists(): rows += [('test', f'{kind} usage', u, n) for u, n in sorted(Counter(read_table(path, ['id', 'Usage']).Usage).items())]
-    if (Path(world)/'truth.csv').exists():
+        rows += [
+            (split, "images per label", q, float(v))
+            for q, v in zip(
+                ("least", "median", "mean", "most"),
+                (sizes.min(), sizes.median(), round(sizes.mean(), 1), sizes.max()),
+            )
+        ]
+        rows.append((split, "labels with one image", "", int((sizes == 1).sum())))
+    for kind in ("retrieval", "recognition"):
+        path = Path(world) / "v2" / f"{kind}_solution.csv"
+        if path.exists():
+            rows += [
+                ("test", f"{kind} usage", u, n)
+                for u, n in sorted(Counter(read_table(path, ["id", "Usage"]).Usage).items())
+            ]
+    if (Path(world) / "truth.csv").exists():
         truth = read_truth(world)
-        for fact in ('kind', 'aspect', 'light'): rows += [(s, fact, v, n) for (s, v), n in truth.groupby(['split', fact]).size().items()]
-    return pd.DataFrame(sorted(rows, key=lambda r: r[:2]), columns=['split', 'fact', 'value', 'count'])
+        for fact in ("kind", "aspect", "light"):
+            rows += [(s, fact, v, n) for (s, v), n in truth.groupby(["split", fact]).size().items()]
+    return pd.DataFrame(sorted(rows, key=lambda r: r[:2]), columns=["split", "fact", "value", "count"])
 
 # %% ../nbs/00_data.ipynb #4f34ebfe
-def run(cfg:Config)->Path:
+def run(cfg: Config) -> Path:
     "Draw a world into the artifact's `world/`, or check a folder; summarise it."
     knobs = knobs_of(cfg)
-    folder = None if knobs else Path(cfg.world) if Path(cfg.world).is_absolute() else project_root()/cfg.world
-    if folder is not None and not folder.is_dir(): raise ParameterError(f'data: world is {cfg.world!r}: neither a drawn world ({", ".join(WORLDS)}) nor a folder')
-    with open_stage('data', cfg, inputs=[folder], code=__name__) as st:
-        if st.done: return st.dir
-        for left in st.dir.glob('.world.*.tmp'): shutil.rmtree(left)      # of a run that was killed
-        world = folder or st.dir/'world'
-        if knobs and not (world/'world.json').exists():
+    folder = (
+        None if knobs else Path(cfg.world) if Path(cfg.world).is_absolute() else project_root() / cfg.world
+    )
+    if folder is not None and not folder.is_dir():
+        raise ParameterError(
+            f"data: world is {cfg.world!r}: neither a drawn world ({', '.join(WORLDS)}) nor a folder"
+        )
+    with open_stage("data", cfg, inputs=[folder], code=__name__) as st:
+        if st.done:
+            return st.dir
+        for left in st.dir.glob(".world.*.tmp"):
+            shutil.rmtree(left)  # of a run that was killed
+        world = folder or st.dir / "world"
+        if knobs and not (world / "world.json").exists():
             draw_world(world, knobs, cfg.seed, cfg.n_workers, shuffled=cfg.shuffle_labels)
-        problems = check_world(world, 'files' if knobs else cfg.check, cfg.n_workers or 0) if folder else pd.DataFrame(columns=['split', 'image_id', 'problem'])
-        broken = ~problems.problem.str.startswith('label ') if len(problems) else pd.Series(dtype=bool)
-        if len(problems): write_csv(problems, st.dir/'problems.csv'); log(f'{int(broken.sum())} images are missing or broken and {int((~broken).sum())} labels have one image: {st.dir}/problems.csv')
+        problems = (
+            check_world(world, "files" if knobs else cfg.check, cfg.n_workers or 0)
+            if folder
+            else pd.DataFrame(columns=["split", "image_id", "problem"])
+        )
+        broken = ~problems.problem.str.startswith("label ") if len(problems) else pd.Series(dtype=bool)
+        if len(problems):
+            write_csv(problems, st.dir / "problems.csv")
+            log(
+                f"{int(broken.sum())} images are missing or broken and {int((~broken).sum())} labels have one image: {st.dir}/problems.csv"
+            )
         table, summary = datasets_table(world), summary_table(world)
-        write_csv(table, st.dir/'datasets.csv'); write_csv(summary, st.dir/'summary.csv')
-        st.metrics |= dict(images=int(summary[summary.fact == 'images']['count'].sum()), broken=int(broken.sum()), single=int((~broken).sum()), drawn=bool(knobs))
+        write_csv(table, st.dir / "datasets.csv")
+        write_csv(summary, st.dir / "summary.csv")
+        st.metrics |= dict(
+            images=int(summary[summary.fact == "images"]["count"].sum()),
+            broken=int(broken.sum()),
+            single=int((~broken).sum()),
+            drawn=bool(knobs),
+        )
     return st.dir
+
 
 def main():
     "Console script."
@@ -132,26 +221,65 @@ def main():
 
 # %% ../nbs/00_data.ipynb #0541128d
 def draw_pairs(
-    truth:pd.DataFrame, # `truth.csv`
-    n:int=60,           # pairs per kind
-    seed:int=1,         # which pairs
-)->pd.DataFrame: # pair, a, b (paths in the world)
+    truth: pd.DataFrame,  # `truth.csv`
+    n: int = 60,  # pairs per kind
+    seed: int = 1,  # which pairs
+) -> pd.DataFrame:  # pair, a, b (paths in the world)
     "Pairs of photographs by what they have in common."
-    r, t, out = np.random.default_rng(seed), truth[truth.building.fillna('') != ''], {}
-    def take(name, pairs): pairs = list(pairs); out[name] = [pairs[i] for i in r.permutation(len(pairs))[:n]]
-    groups = [g for _, g in t.groupby('building')]
-    for name, aspect in (('two fronts', 'front'), ('two backs', 'back'), ('two interiors', 'inside'), ('two details', 'detail')):
-        take(f'{name} within 25°', (p for g in groups for p in combinations(g.index[g.aspect == aspect], 2) if abs(t.azimuth[p[0]]-t.azimuth[p[1]]) < 25))
-    take('two aspects of one landmark', (p for g in groups for p in combinations(g.index[:12], 2) if t.aspect[p[0]] != t.aspect[p[1]]))
-    take('landmark and lookalike', ((a, b) for b, g in t.groupby('building') for a in g.index for b in t.index[t.building == f'look/{b}'] if t.aspect[a] == t.aspect[b]))
-    take('two landmarks', ((a, b) for a, b in r.choice(t.index, (8*n, 2)) if t.building[a].removeprefix('look/') != t.building[b].removeprefix('look/')))
-    return pd.DataFrame([(k, t.path[a], t.path[b]) for k, ps in out.items() for a, b in ps], columns=['pair', 'a', 'b'])
+    r, t, out = np.random.default_rng(seed), truth[truth.building.fillna("") != ""], {}
+
+    def take(name, pairs):
+        pairs = list(pairs)
+        out[name] = [pairs[i] for i in r.permutation(len(pairs))[:n]]
+
+    groups = [g for _, g in t.groupby("building")]
+    for name, aspect in (
+        ("two fronts", "front"),
+        ("two backs", "back"),
+        ("two interiors", "inside"),
+        ("two details", "detail"),
+    ):
+        take(
+            f"{name} within 25°",
+            (
+                p
+                for g in groups
+                for p in combinations(g.index[g.aspect == aspect], 2)
+                if abs(t.azimuth[p[0]] - t.azimuth[p[1]]) < 25
+            ),
+        )
+    take(
+        "two aspects of one landmark",
+        (p for g in groups for p in combinations(g.index[:12], 2) if t.aspect[p[0]] != t.aspect[p[1]]),
+    )
+    take(
+        "landmark and lookalike",
+        (
+            (a, b)
+            for b, g in t.groupby("building")
+            for a in g.index
+            for b in t.index[t.building == f"look/{b}"]
+            if t.aspect[a] == t.aspect[b]
+        ),
+    )
+    take(
+        "two landmarks",
+        (
+            (a, b)
+            for a, b in r.choice(t.index, (8 * n, 2))
+            if t.building[a].removeprefix("look/") != t.building[b].removeprefix("look/")
+        ),
+    )
+    return pd.DataFrame(
+        [(k, t.path[a], t.path[b]) for k, ps in out.items() for a, b in ps], columns=["pair", "a", "b"]
+    )
+
 
 def count_inliers(
-    root:Path,          # folder of the pictures
-    pairs:pd.DataFrame, # pair, a, b (paths below `root`)
-    max_side:int=800,   # larger pictures are reduced
-)->pd.DataFrame: # pairs, and n_inliers
+    root: Path,  # folder of the pictures
+    pairs: pd.DataFrame,  # pair, a, b (paths below `root`)
+    max_side: int = 800,  # larger pictures are reduced
+) -> pd.DataFrame:  # pairs, and n_inliers
     "Verify pairs of photographs with RootSIFT."
-    local = {p: extract(read_image(Path(root)/p, max_side)) for p in sorted({*pairs.a, *pairs.b})}
+    local = {p: extract(read_image(Path(root) / p, max_side)) for p in sorted({*pairs.a, *pairs.b})}
     return pairs.assign(n_inliers=[verify(local[a], local[b]).n_inliers for a, b in zip(pairs.a, pairs.b)])

@@ -17,9 +17,28 @@ import numpy as np
 import pandas as pd
 
 from .parts.local.cleaning import clean_table
-from .parts.photos.collection import choose_pairs, clean_labels, groups_of, nearest_photos, verify_both_ways, vote
+from landmark.parts.photos.collection import (
+    choose_pairs,
+    clean_labels,
+    groups_of,
+    nearest_photos,
+    verify_both_ways,
+    vote,
+)
 from .parts.artifacts import artifact, open_stage, stage_dir
-from .parts.core import ParameterError, hash8, is_tiny, log, make_config, project_root, read_json, runs_dir, stage_config, stage_main, write_csv
+from landmark.parts.core import (
+    ParameterError,
+    hash8,
+    is_tiny,
+    log,
+    make_config,
+    project_root,
+    read_json,
+    runs_dir,
+    stage_config,
+    stage_main,
+    write_csv,
+)
 from .parts.data.layout import read_images
 from .parts.data.worlds import make_world
 from .parts.photos.gallery import data_uri, move_pictures
@@ -27,7 +46,14 @@ from .parts.images.reading import ImageError, image_path, read_image
 from .parts.search.knn import search
 from .parts.local.features import extract_many, open_local
 from .parts.photos.describing import describe_by_network, describe_by_words
-from .parts.photos.importing import copy_groups, find_copies, import_folder, look, scan_folder, shown_name
+from landmark.parts.photos.importing import (
+    copy_groups,
+    find_copies,
+    import_folder,
+    look,
+    scan_folder,
+    shown_name,
+)
 from .parts.descriptors.store import open_store, write_store
 from .parts.local.verification import verify_pairs
 
@@ -35,297 +61,669 @@ from .parts.local.verification import verify_pairs
 @stage_config
 class Config:
     "What exploring a folder of photos needs to know."
-    profile: str = "mini"     # names the folder of runs
-    name: str = "default"     # names this run
-    seed: int = 1             # seed of the vocabulary
-    photos: str = ""          # the folder of photos; sub-folders are labels
-    query: str = ""           # one photo to name; not needed for the collection
-    weights: str = ""         # a trained model: <train artifact>/<model>, or @train/name/model; empty: RootSIFT aggregated (VLAD)
-    kind: str = "rootsift"    # kind of local features
-    max_photos: int = 5000    # photos to read, equal shares for all labels; 0: all
-    max_side: int = 1024      # longest side of the imported copies
-    local_side: int = 800     # longest side for local features
-    max_keypoints: int = 1000 # local features per photo
-    n_words: int = 64         # visual words of VLAD
-    n_neighbours: int = 100   # nearest photos of any label to verify, per photo
-    max_partners: int = 99    # nearest photos of the own label to verify, per photo
-    min_inliers: int = 12     # inliers, both ways, that make a pair verified
-    min_verified: int = 3     # verified pairs that a photo needs; fewer in a label with fewer photos
-    alike: float = 0.985      # correlation from which two photos are the same picture
-    n_shown: int = 200        # photos whose neighbours the report shows
-    device: str = "auto"      # for the network: auto, cpu, cuda
-    n_workers: int = 0        # processes and threads, 0 is one per core
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of the vocabulary
+    photos: str = ""  # the folder of photos; sub-folders are labels
+    query: str = ""  # one photo to name; not needed for the collection
+    weights: str = ""  # a trained model: <train artifact>/<model>, or @train/name/model; empty: RootSIFT aggregated (VLAD)
+    kind: str = "rootsift"  # kind of local features
+    max_photos: int = 5000  # photos to read, equal shares for all labels; 0: all
+    max_side: int = 1024  # longest side of the imported copies
+    local_side: int = 800  # longest side for local features
+    max_keypoints: int = 1000  # local features per photo
+    n_words: int = 64  # visual words of VLAD
+    n_neighbours: int = 100  # nearest photos of any label to verify, per photo
+    max_partners: int = 99  # nearest photos of the own label to verify, per photo
+    min_inliers: int = 12  # inliers, both ways, that make a pair verified
+    min_verified: int = 3  # verified pairs that a photo needs; fewer in a label with fewer photos
+    alike: float = 0.985  # correlation from which two photos are the same picture
+    n_shown: int = 200  # photos whose neighbours the report shows
+    device: str = "auto"  # for the network: auto, cpu, cuda
+    n_workers: int = 0  # processes and threads, 0 is one per core
 
 # %% ../nbs/09_explore.ipynb #2b7459a1
 def drawn_folder(
-    seed:int, # seed of the world
-)->Path: # a folder of photos
+    seed: int,  # seed of the world
+) -> Path:  # a folder of photos
     "Drawn images in folders named after their landmarks."
-    out = runs_dir()/'worlds'/f'drawn-photos-seed{seed}'
-    if (out/'done').exists(): return out
-    df = read_images(make_world('tiny', seed), 'v2_train'); labels = df.landmark_id.value_counts().index[:3]
+    out = runs_dir() / "worlds" / f"drawn-photos-seed{seed}"
+    if (out / "done").exists():
+        return out
+    df = read_images(make_world("tiny", seed), "v2_train")
+    labels = df.landmark_id.value_counts().index[:3]
     for k, label in enumerate(labels):
-        (out/f'place {k+1}').mkdir(parents=True, exist_ok=True)
-        for p in df.path[df.landmark_id == label][:5]: link(p, out/f'place {k+1}'/Path(p).name)
+        (out / f"place {k + 1}").mkdir(parents=True, exist_ok=True)
+        for p in df.path[df.landmark_id == label][:5]:
+            link(p, out / f"place {k + 1}" / Path(p).name)
     other = df.path[df.landmark_id == labels[0]].iloc[0]
-    link(other, out/'place 2'/'copy.jpg'); link(other, out/'no label.jpg'); (out/'empty.jpg').touch(); (out/'done').touch()
+    link(other, out / "place 2" / "copy.jpg")
+    link(other, out / "no label.jpg")
+    (out / "empty.jpg").touch()
+    (out / "done").touch()
     return out
 
-def drawn_photos()->list: # paths
+
+def drawn_photos() -> list:  # paths
     "Photos that help to learn visual words where a folder holds few."
-    return read_images(make_world('tiny', 1), 'v2_train').path[:30].tolist()
+    return read_images(make_world("tiny", 1), "v2_train").path[:30].tolist()
+
 
 def link(src, dst):
     "A second name for a file."
-    if not Path(dst).exists(): os.link(src, dst)
+    if not Path(dst).exists():
+        os.link(src, dst)
 
-def photo_folder(cfg:Config)->Path:
+
+def photo_folder(cfg: Config) -> Path:
     "The folder that the config names."
-    if not cfg.photos and is_tiny(cfg): return drawn_folder(cfg.seed)
-    if not cfg.photos: raise ParameterError('explore: photos is empty; give the folder that holds your photos')
+    if not cfg.photos and is_tiny(cfg):
+        return drawn_folder(cfg.seed)
+    if not cfg.photos:
+        raise ParameterError("explore: photos is empty; give the folder that holds your photos")
     return Path(cfg.photos).expanduser()
 
 # %% ../nbs/09_explore.ipynb #e6f69362
-def model_dir(cfg:Config)->Path|None:
+def model_dir(cfg: Config) -> Path | None:
     "The folder of the trained model that `weights` means."
-    if not cfg.weights: return None
+    if not cfg.weights:
+        return None
     path = Path(cfg.weights).expanduser()
-    if not (path/'card.json').exists(): path = trained(cfg)
-    inside = [path] if (path/'card.json').exists() else sorted(p.parent for p in path.glob('*/card.json'))
-    if len(inside) == 1: return inside[0]
-    raise ParameterError(f'explore: weights is {cfg.weights!r}, and {path} holds ' + (f'{len(inside)} models ({", ".join(p.name for p in inside)}); name one' if inside else 'no model (card.json)'))
+    if not (path / "card.json").exists():
+        path = trained(cfg)
+    inside = [path] if (path / "card.json").exists() else sorted(p.parent for p in path.glob("*/card.json"))
+    if len(inside) == 1:
+        return inside[0]
+    raise ParameterError(
+        f"explore: weights is {cfg.weights!r}, and {path} holds "
+        + (
+            f"{len(inside)} models ({', '.join(p.name for p in inside)}); name one"
+            if inside
+            else "no model (card.json)"
+        )
+    )
 
-def trained(cfg:Config)->Path:
+
+def trained(cfg: Config) -> Path:
     "A training's artifact: a path, or @train/name of this profile or, since photos are a profile of their own, of any other."
-    if not cfg.weights.startswith('@') or (runs_dir()/cfg.profile/f'seed{cfg.seed}'/'train').exists(): return artifact(cfg, cfg.weights)
-    others = sorted((p.parents[1].name for p in runs_dir().glob(f'*/seed{cfg.seed}/train')), key=lambda name: (name != 'gld', name != 'midi', name))
+    if not cfg.weights.startswith("@") or (runs_dir() / cfg.profile / f"seed{cfg.seed}" / "train").exists():
+        return artifact(cfg, cfg.weights)
+    others = sorted(
+        (p.parents[1].name for p in runs_dir().glob(f"*/seed{cfg.seed}/train")),
+        key=lambda name: (name != "gld", name != "midi", name),
+    )
     for name in others:
-        try: return artifact(replace(cfg, profile=name), cfg.weights)
-        except ParameterError: continue
-    raise ParameterError(f'explore: weights is {cfg.weights!r}, and no profile in {runs_dir()} has such a finished run ({", ".join(others) or "nothing has been trained"})')
+        try:
+            return artifact(replace(cfg, profile=name), cfg.weights)
+        except ParameterError:
+            continue
+    raise ParameterError(
+        f"explore: weights is {cfg.weights!r}, and no profile in {runs_dir()} has such a finished run ({', '.join(others) or 'nothing has been trained'})"
+    )
 
 # %% ../nbs/09_explore.ipynb #603c54da
-def _label_table(photos:pd.DataFrame, pairs:pd.DataFrame)->pd.DataFrame:
+def _label_table(photos: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     "One row per label."
     rows = []
-    for label, p in photos[photos.state != 'no label'].groupby('label'):
+    for label, p in photos[photos.state != "no label"].groupby("label"):
         q = pairs[pairs.image.isin(p.image_id) & pairs.partner.isin(p.image_id) & ~pairs.is_copy]
-        rows.append(dict(label=label, photos=len(p), pictures=p.copy_of.nunique(), pairs=len(q), verified=int(q.verified.sum()), kept=int((p.state == 'kept').sum())))
-    return pd.DataFrame(rows, columns=['label', 'photos', 'pictures', 'pairs', 'verified', 'kept']).assign(survives=lambda t: t.kept > 0)
+        rows.append(
+            dict(
+                label=label,
+                photos=len(p),
+                pictures=p.copy_of.nunique(),
+                pairs=len(q),
+                verified=int(q.verified.sum()),
+                kept=int((p.state == "kept").sum()),
+            )
+        )
+    return pd.DataFrame(rows, columns=["label", "photos", "pictures", "pairs", "verified", "kept"]).assign(
+        survives=lambda t: t.kept > 0
+    )
 
-def _pair_table(photos, pairs, x, cfg)->pd.DataFrame:
+
+def _pair_table(photos, pairs, x, cfg) -> pd.DataFrame:
     "One row per verified or compared pair."
-    i, j = pairs['image'], pairs['partner']; ids, lab, copy = photos.image_id.to_numpy(), photos.landmark_id.to_numpy(), photos.copy_of.to_numpy()
-    sims = np.concatenate([np.zeros(0), *(np.einsum('nd,nd->n', x[i[a:a+4096]], x[j[a:a+4096]]) for a in range(0, len(i), 4096))])
-    return pd.DataFrame(dict(image=ids[i], partner=ids[j], similarity=sims.round(4), n_matches=pairs['n_matches'], n_inliers=pairs['n_inliers'], verified=pairs['n_inliers'] >= cfg.min_inliers,
-                             same_label=(lab[i] == lab[j]) & (lab[i] >= 0), labelled=(lab[i] >= 0) & (lab[j] >= 0), is_copy=copy[i] == copy[j]))
+    i, j = pairs["image"], pairs["partner"]
+    ids, lab, copy = photos.image_id.to_numpy(), photos.landmark_id.to_numpy(), photos.copy_of.to_numpy()
+    sims = np.concatenate(
+        [
+            np.zeros(0),
+            *(np.einsum("nd,nd->n", x[i[a : a + 4096]], x[j[a : a + 4096]]) for a in range(0, len(i), 4096)),
+        ]
+    )
+    return pd.DataFrame(
+        dict(
+            image=ids[i],
+            partner=ids[j],
+            similarity=sims.round(4),
+            n_matches=pairs["n_matches"],
+            n_inliers=pairs["n_inliers"],
+            verified=pairs["n_inliers"] >= cfg.min_inliers,
+            same_label=(lab[i] == lab[j]) & (lab[i] >= 0),
+            labelled=(lab[i] >= 0) & (lab[j] >= 0),
+            is_copy=copy[i] == copy[j],
+        )
+    )
 
 # %% ../nbs/09_explore.ipynb #4f407522
-def _imported(cfg, folder, out)->tuple:
+def _imported(cfg, folder, out) -> tuple:
     "Photos, as imported into `world/`; done once."
-    if not (out/'looks.npy').exists():
-        photos, skipped, looks = import_folder(folder, out/'world', cfg.max_photos, cfg.max_side, n_workers=cfg.n_workers)
-        write_csv(photos, out/'imported.csv'); write_csv(skipped, out/'skipped.csv')
-        with open(out/'looks.npy', 'wb') as f: np.save(f, looks)
-    return read_csv(out/'imported.csv'), np.load(out/'looks.npy')
+    if not (out / "looks.npy").exists():
+        photos, skipped, looks = import_folder(
+            folder, out / "world", cfg.max_photos, cfg.max_side, n_workers=cfg.n_workers
+        )
+        write_csv(photos, out / "imported.csv")
+        write_csv(skipped, out / "skipped.csv")
+        with open(out / "looks.npy", "wb") as f:
+            np.save(f, looks)
+    return read_csv(out / "imported.csv"), np.load(out / "looks.npy")
 
-def read_csv(path:Path)->pd.DataFrame: # text columns keep empty text and names like "NA"
+
+def read_csv(path: Path) -> pd.DataFrame:  # text columns keep empty text and names like "NA"
     "Read a table of an explored collection."
-    return pd.read_csv(path, keep_default_na=False, dtype={k: str for k in ('image_id', 'copy_of', 'image', 'partner', 'file', 'label', 'split', 'changed', 'sha256', 'pixels', 'reason', 'state')})
+    return pd.read_csv(
+        path,
+        keep_default_na=False,
+        dtype={
+            k: str
+            for k in (
+                "image_id",
+                "copy_of",
+                "image",
+                "partner",
+                "file",
+                "label",
+                "split",
+                "changed",
+                "sha256",
+                "pixels",
+                "reason",
+                "state",
+            )
+        },
+    )
 
-def photo_paths(out:Path, photos:pd.DataFrame)->list: # files of the imported copies
+
+def photo_paths(out: Path, photos: pd.DataFrame) -> list:  # files of the imported copies
     "Where the imported copies lie."
-    return [str(image_path(Path(out)/'world'/'v2'/s, i)) for s, i in zip(photos.split, photos.image_id)]
+    return [str(image_path(Path(out) / "world" / "v2" / s, i)) for s, i in zip(photos.split, photos.image_id)]
+
 
 def _write_tables(out, photos, pairs, copies, cfg, metrics):
     "Everything a reader asks for, as tables."
-    write_csv(photos, out/'photos.csv'); write_csv(pairs, out/'pairs.csv'); write_csv(copies, out/'copies.csv'); write_csv(nearest_photos(pairs), out/'neighbours.csv')
-    write_csv(photos.loc[photos.state == 'dropped', ['image_id', 'file', 'label', 'n_verified', 'needed', 'reason']], out/'dropped.csv')
-    labels = _label_table(photos, pairs); write_csv(labels, out/'labels.csv')
-    rows = photos.state != 'no label'; write_csv(clean_table(photos.image_id[rows].to_numpy(), photos.landmark_id[rows].to_numpy(), (photos.state[rows] == 'kept').to_numpy()), out/'world'/'v2'/'train_clean.csv')
-    q = pairs[~pairs.is_copy]; same, other = q[q.same_label], q[~q.same_label & q.labelled]
-    metrics |= dict(photos=len(photos), labels=len(labels), skipped=len(read_csv(out/'skipped.csv')), copies=len(copies), kept=int((photos.state == 'kept').sum()), labels_kept=int(labels.survives.sum()), groups=int(photos.group.max() + 1),
-                    pairs=len(q), same_label_pairs=len(same), same_label_verified=int(same.verified.sum()), different_label_pairs=len(other), different_label_verified=int(other.verified.sum()), largest_chance=int(other.n_inliers[~other.verified].max()) if (~other.verified).any() else 0)
-    write_csv(pd.DataFrame(metrics.items(), columns=['fact', 'value']), out/'summary.csv')
+    write_csv(photos, out / "photos.csv")
+    write_csv(pairs, out / "pairs.csv")
+    write_csv(copies, out / "copies.csv")
+    write_csv(nearest_photos(pairs), out / "neighbours.csv")
+    write_csv(
+        photos.loc[
+            photos.state == "dropped", ["image_id", "file", "label", "n_verified", "needed", "reason"]
+        ],
+        out / "dropped.csv",
+    )
+    labels = _label_table(photos, pairs)
+    write_csv(labels, out / "labels.csv")
+    rows = photos.state != "no label"
+    write_csv(
+        clean_table(
+            photos.image_id[rows].to_numpy(),
+            photos.landmark_id[rows].to_numpy(),
+            (photos.state[rows] == "kept").to_numpy(),
+        ),
+        out / "world" / "v2" / "train_clean.csv",
+    )
+    q = pairs[~pairs.is_copy]
+    same, other = q[q.same_label], q[~q.same_label & q.labelled]
+    metrics |= dict(
+        photos=len(photos),
+        labels=len(labels),
+        skipped=len(read_csv(out / "skipped.csv")),
+        copies=len(copies),
+        kept=int((photos.state == "kept").sum()),
+        labels_kept=int(labels.survives.sum()),
+        groups=int(photos.group.max() + 1),
+        pairs=len(q),
+        same_label_pairs=len(same),
+        same_label_verified=int(same.verified.sum()),
+        different_label_pairs=len(other),
+        different_label_verified=int(other.verified.sum()),
+        largest_chance=int(other.n_inliers[~other.verified].max()) if (~other.verified).any() else 0,
+    )
+    write_csv(pd.DataFrame(metrics.items(), columns=["fact", "value"]), out / "summary.csv")
 
 # %% ../nbs/09_explore.ipynb #b1d0363e
-def run(cfg:Config)->Path:
+def run(cfg: Config) -> Path:
     "Import, describe, compare, verify and clean a folder of photos."
-    cfg, folder, model = replace(cfg, query=''), photo_folder(cfg), model_dir(cfg)
-    if cfg.kind != 'rootsift': raise ParameterError(f'explore: kind is {cfg.kind!r}; allowed: rootsift')
+    cfg, folder, model = replace(cfg, query=""), photo_folder(cfg), model_dir(cfg)
+    if cfg.kind != "rootsift":
+        raise ParameterError(f"explore: kind is {cfg.kind!r}; allowed: rootsift")
     files, others = scan_folder(folder)
-    listing = stage_dir('explore', cfg).parent/'listings'/f'{hash8(str(folder.resolve()))}.csv'; write_csv(pd.concat([files.drop(columns='path'), others]), listing)
-    with open_stage('explore', cfg, inputs=[listing, model], code=__name__) as st:
-        if st.done: return st.dir
-        photos, looks = _imported(cfg, folder, st.dir); paths = photo_paths(st.dir, photos); copies = find_copies(photos, looks, cfg.alike)
-        extract_many(paths, photos.image_id.tolist(), st.dir/'local', cfg.kind, cfg.max_keypoints, cfg.local_side, 16 if len(photos) < 2000 else 256, n_workers=cfg.n_workers if len(photos) > 24 else 1)
-        store = open_local(st.dir/'local')
-        x = describe_by_network(model, paths, cfg.device) if model else describe_by_words(store, st.dir/'words.npy', cfg.n_words, cfg.seed, drawn_photos)
-        has = x.any(1); write_store(st.dir/'descriptors', photos.image_id[has].tolist(), x[has], dict(made_by=str(model) if model else f'VLAD, {cfg.n_words} words'))
+    listing = stage_dir("explore", cfg).parent / "listings" / f"{hash8(str(folder.resolve()))}.csv"
+    write_csv(pd.concat([files.drop(columns="path"), others]), listing)
+    with open_stage("explore", cfg, inputs=[listing, model], code=__name__) as st:
+        if st.done:
+            return st.dir
+        photos, looks = _imported(cfg, folder, st.dir)
+        paths = photo_paths(st.dir, photos)
+        copies = find_copies(photos, looks, cfg.alike)
+        extract_many(
+            paths,
+            photos.image_id.tolist(),
+            st.dir / "local",
+            cfg.kind,
+            cfg.max_keypoints,
+            cfg.local_side,
+            16 if len(photos) < 2000 else 256,
+            n_workers=cfg.n_workers if len(photos) > 24 else 1,
+        )
+        store = open_local(st.dir / "local")
+        x = (
+            describe_by_network(model, paths, cfg.device)
+            if model
+            else describe_by_words(store, st.dir / "words.npy", cfg.n_words, cfg.seed, drawn_photos)
+        )
+        has = x.any(1)
+        write_store(
+            st.dir / "descriptors",
+            photos.image_id[has].tolist(),
+            x[has],
+            dict(made_by=str(model) if model else f"VLAD, {cfg.n_words} words"),
+        )
         labels, copy_of = photos.landmark_id.to_numpy(), copy_groups(photos, copies)
-        counts = verify_both_ways(store, choose_pairs(x, labels, cfg.n_neighbours, cfg.max_partners), st.dir/'pairs', cfg.n_workers)
-        skipped = store.skipped(); photos['copy_of'], photos['n_features'] = photos.image_id.to_numpy()[copy_of], store.column('n_features')
-        pairs = _pair_table(photos, counts, x, cfg); good = counts['n_inliers'] >= cfg.min_inliers
-        photos = pd.concat([photos, clean_labels(labels, counts, copy_of, store.column('n_features'), dict(zip(skipped.position, skipped.reason)), cfg.min_inliers, cfg.min_verified)], axis=1)
-        photos['group'] = groups_of(len(photos), counts['image'][good], counts['partner'][good])
+        counts = verify_both_ways(
+            store,
+            choose_pairs(x, labels, cfg.n_neighbours, cfg.max_partners),
+            st.dir / "pairs",
+            cfg.n_workers,
+        )
+        skipped = store.skipped()
+        photos["copy_of"], photos["n_features"] = (
+            photos.image_id.to_numpy()[copy_of],
+            store.column("n_features"),
+        )
+        pairs = _pair_table(photos, counts, x, cfg)
+        good = counts["n_inliers"] >= cfg.min_inliers
+        photos = pd.concat(
+            [
+                photos,
+                clean_labels(
+                    labels,
+                    counts,
+                    copy_of,
+                    store.column("n_features"),
+                    dict(zip(skipped.position, skipped.reason)),
+                    cfg.min_inliers,
+                    cfg.min_verified,
+                ),
+            ],
+            axis=1,
+        )
+        photos["group"] = groups_of(len(photos), counts["image"][good], counts["partner"][good])
         _write_tables(st.dir, photos, pairs, copies, cfg, st.metrics)
     return st.dir
 
 # %% ../nbs/09_explore.ipynb #5c63dc67
 class Collection:
     "An explored folder of photos, opened for reading."
-    def __init__(self, out:Path):
+
+    def __init__(self, out: Path):
         self.dir = Path(out)
-        if not (self.dir/'manifest.json').exists(): raise ParameterError(f'{out} is no explored collection; run `make photos DIR=folder` first, it prints where the collection lies')
-        self.cfg = Config(**read_json(self.dir/'manifest.json')['config']); self.facts = read_json(self.dir/'manifest.json')['metrics']
-        for t in ('photos', 'pairs', 'neighbours', 'dropped', 'labels', 'skipped', 'copies'): setattr(self, t, read_csv(self.dir/f'{t}.csv'))
-        self.photos.index = self.photos.image_id; self.path = dict(zip(self.photos.image_id, photo_paths(self.dir, self.photos))); self.row = {i: k for k, i in enumerate(self.photos.image_id)}; self._uris = {}
+        if not (self.dir / "manifest.json").exists():
+            raise ParameterError(
+                f"{out} is no explored collection; run `make photos DIR=folder` first, it prints where the collection lies"
+            )
+        self.cfg = Config(**read_json(self.dir / "manifest.json")["config"])
+        self.facts = read_json(self.dir / "manifest.json")["metrics"]
+        for t in ("photos", "pairs", "neighbours", "dropped", "labels", "skipped", "copies"):
+            setattr(self, t, read_csv(self.dir / f"{t}.csv"))
+        self.photos.index = self.photos.image_id
+        self.path = dict(zip(self.photos.image_id, photo_paths(self.dir, self.photos)))
+        self.row = {i: k for k, i in enumerate(self.photos.image_id)}
+        self._uris = {}
+
     @cached_property
-    def store(self): return open_local(self.dir/'local')
+    def store(self):
+        return open_local(self.dir / "local")
+
     @cached_property
-    def descriptors(self): return open_store(self.dir/'descriptors')
-    def uri(self, image_id:str, side:int=220)->str: # the photo, small, inside a page
-        if (image_id, side) not in self._uris: self._uris[image_id, side] = data_uri(read_image(self.path[image_id], max_side=side), side)
+    def descriptors(self):
+        return open_store(self.dir / "descriptors")
+
+    def uri(self, image_id: str, side: int = 220) -> str:  # the photo, small, inside a page
+        if (image_id, side) not in self._uris:
+            self._uris[image_id, side] = data_uri(read_image(self.path[image_id], max_side=side), side)
         return self._uris[image_id, side]
-    def landmark(self, image_id:str)->str: # name of what the photo's label, or its group, stands for
+
+    def landmark(self, image_id: str) -> str:  # name of what the photo's label, or its group, stands for
         p = self.photos.loc[image_id]
-        return p.label or (f'the place of {self.photos.file[self.photos.group == p.group].iloc[0]}' if p.group >= 0 else f'the place of {p.file}')
-    def kept_with(self, min_verified:int)->np.ndarray: # bool [photos]
+        return p.label or (
+            f"the place of {self.photos.file[self.photos.group == p.group].iloc[0]}"
+            if p.group >= 0
+            else f"the place of {p.file}"
+        )
+
+    def kept_with(self, min_verified: int) -> np.ndarray:  # bool [photos]
         "Which photos stay if they need so many verified pairs."
         at, p = lambda column: column.map(self.row).to_numpy(int), self.photos
-        pairs = dict(image=at(self.pairs.image), partner=at(self.pairs.partner), n_inliers=self.pairs.n_inliers.to_numpy())
-        return clean_labels(p.landmark_id.to_numpy(), pairs, at(p.copy_of), p.n_features.to_numpy(), {}, self.cfg.min_inliers, min_verified).state.to_numpy() == 'kept'
+        pairs = dict(
+            image=at(self.pairs.image),
+            partner=at(self.pairs.partner),
+            n_inliers=self.pairs.n_inliers.to_numpy(),
+        )
+        return (
+            clean_labels(
+                p.landmark_id.to_numpy(),
+                pairs,
+                at(p.copy_of),
+                p.n_features.to_numpy(),
+                {},
+                self.cfg.min_inliers,
+                min_verified,
+            ).state.to_numpy()
+            == "kept"
+        )
+
 
 def config_of(
-    folder:Path, # any folder of photos
-    **params,    # other parameters of `Config`
-)->Config:
+    folder: Path,  # any folder of photos
+    **params,  # other parameters of `Config`
+) -> Config:
     "The settings under which a folder is explored by name."
-    folder, weights = Path(folder).expanduser().resolve(), str(params.get('weights', ''))
-    if weights and not weights.startswith('@') and Path(weights).expanduser().exists(): params['weights'] = str(Path(weights).expanduser().resolve())
-    return make_config(Config, params | dict(profile='photos', name=re.sub(r'[^\w.-]+', '-', folder.name).strip('-.') or 'photos', photos=str(folder)))
+    folder, weights = Path(folder).expanduser().resolve(), str(params.get("weights", ""))
+    if weights and not weights.startswith("@") and Path(weights).expanduser().exists():
+        params["weights"] = str(Path(weights).expanduser().resolve())
+    return make_config(
+        Config,
+        params
+        | dict(
+            profile="photos",
+            name=re.sub(r"[^\w.-]+", "-", folder.name).strip("-.") or "photos",
+            photos=str(folder),
+        ),
+    )
+
 
 def open_collection(
-    what, # a `Collection`, the folder that `run` returned, or a folder of photos, which is then explored first, once
-)->Collection:
+    what,  # a `Collection`, the folder that `run` returned, or a folder of photos, which is then explored first, once
+) -> Collection:
     "A collection, however it is named."
-    if isinstance(what, Collection): return what
+    if isinstance(what, Collection):
+        return what
     path = Path(what).expanduser()
-    return Collection(path) if (path/'manifest.json').exists() or (path/'state.json').exists() else Collection(run(config_of(path)))
+    return (
+        Collection(path)
+        if (path / "manifest.json").exists() or (path / "state.json").exists()
+        else Collection(run(config_of(path)))
+    )
 
 # %% ../nbs/09_explore.ipynb #68132f26
 @dataclass
 class Answer:
     "What a photo shows, and the photos that say so."
-    photo:str              # file that was asked about
-    landmarks:pd.DataFrame # landmark, confidence, n_photos, n_inliers: best first, empty if none is known
-    matches:pd.DataFrame   # every photo compared: image_id, file, landmark, similarity, n_inliers, verified, kept, is_copy, votes
+
+    photo: str  # file that was asked about
+    landmarks: pd.DataFrame  # landmark, confidence, n_photos, n_inliers: best first, empty if none is known
+    matches: (
+        pd.DataFrame
+    )  # every photo compared: image_id, file, landmark, similarity, n_inliers, verified, kept, is_copy, votes
+
     @property
-    def name(self)->str: return self.landmarks.landmark.iloc[0] if len(self.landmarks) else 'no known landmark'
+    def name(self) -> str:
+        return self.landmarks.landmark.iloc[0] if len(self.landmarks) else "no known landmark"
+
     @property
-    def confidence(self)->float: return float(self.landmarks.confidence.iloc[0]) if len(self.landmarks) else 0.
+    def confidence(self) -> float:
+        return float(self.landmarks.confidence.iloc[0]) if len(self.landmarks) else 0.0
+
     def __repr__(self):
-        if not len(self.landmarks): return f'{Path(self.photo).name}: no known landmark ({len(self.matches)} photos compared, at most {self.matches.n_inliers.max() if len(self.matches) else 0} inliers)'
-        said = lambda l: ', '.join(f'{f} ({n})' for f, n in self.matches.loc[self.matches.votes & (self.matches.landmark == l), ['file', 'n_inliers']].head(3).values)
-        return '\n'.join([f'{Path(self.photo).name}:'] + [f'  {r.landmark}  {r.confidence:.2f}  because of {said(r.landmark)}' for r in self.landmarks.itertuples()])
+        if not len(self.landmarks):
+            return f"{Path(self.photo).name}: no known landmark ({len(self.matches)} photos compared, at most {self.matches.n_inliers.max() if len(self.matches) else 0} inliers)"
+        said = lambda l: ", ".join(
+            f"{f} ({n})"
+            for f, n in self.matches.loc[
+                self.matches.votes & (self.matches.landmark == l), ["file", "n_inliers"]
+            ]
+            .head(3)
+            .values
+        )
+        return "\n".join(
+            [f"{Path(self.photo).name}:"]
+            + [
+                f"  {r.landmark}  {r.confidence:.2f}  because of {said(r.landmark)}"
+                for r in self.landmarks.itertuples()
+            ]
+        )
+
 
 def identify(
-    photo,               # an image file
-    collection,          # a folder of photos, explored first if it is new; or the folder that `run` returned, or a `Collection`
-    n_neighbours:int=100, # nearest photos to verify
-    min_inliers:int|None=None, # inliers that make a pair verified; the collection's if not given
-)->Answer: # ranked landmarks with confidence and matches, or no known landmark
+    photo,  # an image file
+    collection,  # a folder of photos, explored first if it is new; or the folder that `run` returned, or a `Collection`
+    n_neighbours: int = 100,  # nearest photos to verify
+    min_inliers: int | None = None,  # inliers that make a pair verified; the collection's if not given
+) -> Answer:  # ranked landmarks with confidence and matches, or no known landmark
     "What is this photo of?"
-    c = open_collection(collection); cfg, need = c.cfg, min_inliers or c.cfg.min_inliers
+    c = open_collection(collection)
+    cfg, need = c.cfg, min_inliers or c.cfg.min_inliers
     with tempfile.TemporaryDirectory() as d:
-        seen = look(read_image(photo, max_side=cfg.max_side))                     # an unreadable photo says so here
-        mine = open_local(extract_many([str(photo)], ['query'], Path(d)/'local', cfg.kind, cfg.max_keypoints, cfg.local_side, n_workers=1))
-        x = describe_by_network(model_dir(cfg), [str(photo)], cfg.device) if cfg.weights else describe_by_words(mine, c.dir/'words.npy', cfg.n_words, cfg.seed)
-        sims, near = search(x, c.descriptors, min(n_neighbours, len(c.descriptors)), device='cpu') if len(c.descriptors) else (np.zeros((1, 0)), np.zeros((1, 0), int))
-        ids = c.descriptors.ids[near[0]]; pairs = np.array([(0, c.row[i]) for i in ids], int).reshape(-1, 2)
-        counts = [verify_pairs(a, p, store_b=b, desc='', n_threads=cfg.n_workers)[1] for a, b, p in ((mine, c.store, pairs), (c.store, mine, pairs[:, ::-1].copy()))]
+        seen = look(read_image(photo, max_side=cfg.max_side))  # an unreadable photo says so here
+        mine = open_local(
+            extract_many(
+                [str(photo)],
+                ["query"],
+                Path(d) / "local",
+                cfg.kind,
+                cfg.max_keypoints,
+                cfg.local_side,
+                n_workers=1,
+            )
+        )
+        x = (
+            describe_by_network(model_dir(cfg), [str(photo)], cfg.device)
+            if cfg.weights
+            else describe_by_words(mine, c.dir / "words.npy", cfg.n_words, cfg.seed)
+        )
+        sims, near = (
+            search(x, c.descriptors, min(n_neighbours, len(c.descriptors)), device="cpu")
+            if len(c.descriptors)
+            else (np.zeros((1, 0)), np.zeros((1, 0), int))
+        )
+        ids = c.descriptors.ids[near[0]]
+        pairs = np.array([(0, c.row[i]) for i in ids], int).reshape(-1, 2)
+        counts = [
+            verify_pairs(a, p, store_b=b, desc="", n_threads=cfg.n_workers)[1]
+            for a, b, p in ((mine, c.store, pairs), (c.store, mine, pairs[:, ::-1].copy()))
+        ]
     p = c.photos.loc[ids]
-    m = pd.DataFrame(dict(image_id=ids, file=p.file.to_numpy(), landmark=[c.landmark(i) for i in ids], similarity=sims[0].round(4), n_inliers=np.minimum(*counts), kept=(p.state != 'dropped').to_numpy(), copy_of=p.copy_of.to_numpy()))
-    m['verified'] = m.n_inliers >= need; m['is_copy'] = (np.load(c.dir/'looks.npy', mmap_mode='r')[[c.row[i] for i in ids]] @ seen >= cfg.alike) & m.verified
-    m['votes'] = m.verified & ~m.is_copy if (m.verified & ~m.is_copy).any() else m.verified; m = m.sort_values(['verified', 'n_inliers', 'similarity'], ascending=False).reset_index(drop=True)
+    m = pd.DataFrame(
+        dict(
+            image_id=ids,
+            file=p.file.to_numpy(),
+            landmark=[c.landmark(i) for i in ids],
+            similarity=sims[0].round(4),
+            n_inliers=np.minimum(*counts),
+            kept=(p.state != "dropped").to_numpy(),
+            copy_of=p.copy_of.to_numpy(),
+        )
+    )
+    m["verified"] = m.n_inliers >= need
+    m["is_copy"] = (
+        np.load(c.dir / "looks.npy", mmap_mode="r")[[c.row[i] for i in ids]] @ seen >= cfg.alike
+    ) & m.verified
+    m["votes"] = m.verified & ~m.is_copy if (m.verified & ~m.is_copy).any() else m.verified
+    m = m.sort_values(["verified", "n_inliers", "similarity"], ascending=False).reset_index(drop=True)
     return Answer(str(photo), vote(m[m.votes], need), m)
 
 # %% ../nbs/09_explore.ipynb #fc690c09
 def ask_itself(
-    c:Collection, # an explored collection
-)->pd.DataFrame: # image_id, label, answer, confidence, right, others (photos of the label that could have answered)
+    c: Collection,  # an explored collection
+) -> (
+    pd.DataFrame
+):  # image_id, label, answer, confidence, right, others (photos of the label that could have answered)
     "The name that the other photos give to each labelled photo."
-    q = c.pairs[c.pairs.verified & ~c.pairs.is_copy]; both = pd.concat([q[['image', 'partner', 'n_inliers']], q.rename(columns=dict(image='partner', partner='image'))[['image', 'partner', 'n_inliers']]])
-    p = c.photos; both = both[(p.state[both.partner] != 'no label').to_numpy()]; rows = []
-    m = pd.DataFrame(dict(image=both.image, landmark=p.label[both.partner].to_numpy(), n_inliers=both.n_inliers, kept=(p.state[both.partner] == 'kept').to_numpy(), copy_of=p.copy_of[both.partner].to_numpy()))
-    groups = dict(list(m.groupby('image')))
-    for r in p[p.state != 'no label'].itertuples():
+    q = c.pairs[c.pairs.verified & ~c.pairs.is_copy]
+    both = pd.concat(
+        [
+            q[["image", "partner", "n_inliers"]],
+            q.rename(columns=dict(image="partner", partner="image"))[["image", "partner", "n_inliers"]],
+        ]
+    )
+    p = c.photos
+    both = both[(p.state[both.partner] != "no label").to_numpy()]
+    rows = []
+    m = pd.DataFrame(
+        dict(
+            image=both.image,
+            landmark=p.label[both.partner].to_numpy(),
+            n_inliers=both.n_inliers,
+            kept=(p.state[both.partner] == "kept").to_numpy(),
+            copy_of=p.copy_of[both.partner].to_numpy(),
+        )
+    )
+    groups = dict(list(m.groupby("image")))
+    for r in p[p.state != "no label"].itertuples():
         t = vote(groups[r.image_id], c.cfg.min_inliers) if r.image_id in groups else ()
-        rows.append(dict(image_id=r.image_id, label=r.label, answer=t.landmark[0] if len(t) else '', confidence=t.confidence[0] if len(t) else 0., right=bool(len(t) and t.landmark[0] == r.label)))
-    return pd.DataFrame(rows, columns=['image_id', 'label', 'answer', 'confidence', 'right'])
+        rows.append(
+            dict(
+                image_id=r.image_id,
+                label=r.label,
+                answer=t.landmark[0] if len(t) else "",
+                confidence=t.confidence[0] if len(t) else 0.0,
+                right=bool(len(t) and t.landmark[0] == r.label),
+            )
+        )
+    return pd.DataFrame(rows, columns=["image_id", "label", "answer", "confidence", "right"])
 
 # %% ../nbs/09_explore.ipynb #eebcf229
 def strictness(
-    c:Collection, # an explored collection
-    values=(1, 2, 3), # verified pairs asked for, at most
-)->pd.DataFrame: # min_verified, photos, labels that stay
+    c: Collection,  # an explored collection
+    values=(1, 2, 3),  # verified pairs asked for, at most
+) -> pd.DataFrame:  # min_verified, photos, labels that stay
     "How much stays when a photo needs fewer verified pairs."
     stay = [c.kept_with(v) for v in values]
-    return pd.DataFrame(dict(min_verified=values, photos=[int(s.sum()) for s in stay], labels=[c.photos.label[s].nunique() for s in stay]))
+    return pd.DataFrame(
+        dict(
+            min_verified=values,
+            photos=[int(s.sum()) for s in stay],
+            labels=[c.photos.label[s].nunique() for s in stay],
+        )
+    )
 
 # %% ../nbs/09_explore.ipynb #bf21d443
-def _linked_tables(source:Path, folder:Path)->str: # HTML
+def _linked_tables(source: Path, folder: Path) -> str:  # HTML
     "Copy a collection's tables and link them."
     import shutil
-    folder.mkdir(exist_ok=True); names = [p.name for p in sorted(source.glob('*.csv')) if p.name != 'imported.csv']
-    for name in names: shutil.copyfile(source/name, folder/name)
-    return '<h2>Everything as tables</h2><p>' + ' · '.join(f'<a href="tables/{n}">{n}</a>' for n in names) + '</p>'
+
+    folder.mkdir(exist_ok=True)
+    names = [p.name for p in sorted(source.glob("*.csv")) if p.name != "imported.csv"]
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return (
+        "<h2>Everything as tables</h2><p>"
+        + " · ".join(f'<a href="tables/{n}">{n}</a>' for n in names)
+        + "</p>"
+    )
+
 
 def write_report(
-    notebook:Path, # this notebook, executed
-    folder:Path,   # where the report goes; what was there is replaced
-    title:str,     # its title
-    tables:Path|None=None, # folder with the collection's tables, which are put beside the page
-)->Path: # the page
+    notebook: Path,  # this notebook, executed
+    folder: Path,  # where the report goes; what was there is replaced
+    title: str,  # its title
+    tables: Path | None = None,  # folder with the collection's tables, which are put beside the page
+) -> Path:  # the page
     "Render the pages of an explored collection."
     import importlib, nbformat
-    render = importlib.import_module('landmark.report').render # by name: how a page looks is no part of what a collection is made of
-    nb = nbformat.read(notebook, 4); start = next(i for i, c in enumerate(nb.cells) if c.source.startswith('## Your photos'))
-    cells = [c for c in nb.cells[start:] if c.cell_type == 'markdown' or c.get('outputs')]
+
+    render = importlib.import_module(
+        "landmark.report"
+    ).render  # by name: how a page looks is no part of what a collection is made of
+    nb = nbformat.read(notebook, 4)
+    start = next(i for i, c in enumerate(nb.cells) if c.source.startswith("## Your photos"))
+    cells = [c for c in nb.cells[start:] if c.cell_type == "markdown" or c.get("outputs")]
     for c in cells:
-        if c.cell_type == 'code': c.source, c.outputs = '', [o for o in c.outputs if o.output_type != 'stream']
-    cells[0].source = f'# {html.escape(title)}'; nb.cells = cells
-    page = Path(folder)/'index.html'; page.parent.mkdir(parents=True, exist_ok=True); slim = page.with_suffix('.ipynb'); nbformat.write(nb, slim)
-    try: render(slim, page, nav='')
-    finally: slim.unlink()
-    text = page.read_text(encoding='utf-8').replace('<nav></nav>\n', '', 1)
-    text = re.sub(r'<title>.*?</title>', lambda m: f'<title>{html.escape(title)}</title>', text, count=1, flags=re.S)
-    if tables: text = text.replace('\n</body>', f'\n{_linked_tables(Path(tables), page.parent/"tables")}\n</body>', 1)
-    page.write_text(move_pictures(text, page.parent/'pictures', 'pictures'), encoding='utf-8')
+        if c.cell_type == "code":
+            c.source, c.outputs = "", [o for o in c.outputs if o.output_type != "stream"]
+    cells[0].source = f"# {html.escape(title)}"
+    nb.cells = cells
+    page = Path(folder) / "index.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    slim = page.with_suffix(".ipynb")
+    nbformat.write(nb, slim)
+    try:
+        render(slim, page, nav="")
+    finally:
+        slim.unlink()
+    text = page.read_text(encoding="utf-8").replace("<nav></nav>\n", "", 1)
+    text = re.sub(
+        r"<title>.*?</title>", lambda m: f"<title>{html.escape(title)}</title>", text, count=1, flags=re.S
+    )
+    if tables:
+        text = text.replace(
+            "\n</body>", f"\n{_linked_tables(Path(tables), page.parent / 'tables')}\n</body>", 1
+        )
+    page.write_text(move_pictures(text, page.parent / "pictures", "pictures"), encoding="utf-8")
     return page
 
+
 def explore(
-    folder:Path,   # any folder of photos
-    query:str='',  # one photo to name
-    **params,      # other parameters of `Config`
-)->Path: # the report's page
+    folder: Path,  # any folder of photos
+    query: str = "",  # one photo to name
+    **params,  # other parameters of `Config`
+) -> Path:  # the report's page
     "Explore a folder: the notebook runs headless, its second half becomes the report."
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    folder = Path(folder).expanduser(); files, _ = scan_folder(folder); cfg = config_of(folder, **params)
-    if query and not Path(query).expanduser().is_file(): raise ParameterError(f'QUERY is {query!r}, and there is no such file')
-    home = runs_dir()/'photos'/f'{cfg.name}-{hash8(cfg.photos)[:4]}'
-    given = params | dict(profile=cfg.profile, name=cfg.name, photos=cfg.photos, weights=cfg.weights, query=str(Path(query).expanduser().resolve()) if query else '')
-    home.mkdir(parents=True, exist_ok=True); log(f'explore: {len(files):,} files that may be photos in {folder}')
-    try: papermill.execute_notebook(str(project_root()/'nbs'/'09_explore.ipynb'), str(home/'09_explore.ipynb'), given, kernel_name='python3', progress_bar=False, cwd=str(project_root()), log_output=True)
-    except PapermillExecutionError as e: raise (ParameterError(e.evalue) if e.ename in ('ParameterError', 'ImageError') else e) from None
-    return write_report(home/'09_explore.ipynb', home/'report', shown_name(folder.resolve().name.replace('_', ' ')), stage_dir('explore', cfg))
+
+    folder = Path(folder).expanduser()
+    files, _ = scan_folder(folder)
+    cfg = config_of(folder, **params)
+    if query and not Path(query).expanduser().is_file():
+        raise ParameterError(f"QUERY is {query!r}, and there is no such file")
+    home = runs_dir() / "photos" / f"{cfg.name}-{hash8(cfg.photos)[:4]}"
+    given = params | dict(
+        profile=cfg.profile,
+        name=cfg.name,
+        photos=cfg.photos,
+        weights=cfg.weights,
+        query=str(Path(query).expanduser().resolve()) if query else "",
+    )
+    home.mkdir(parents=True, exist_ok=True)
+    log(f"explore: {len(files):,} files that may be photos in {folder}")
+    try:
+        papermill.execute_notebook(
+            str(project_root() / "nbs" / "09_explore.ipynb"),
+            str(home / "09_explore.ipynb"),
+            given,
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(project_root()),
+            log_output=True,
+        )
+    except PapermillExecutionError as e:
+        raise (ParameterError(e.evalue) if e.ename in ("ParameterError", "ImageError") else e) from None
+    return write_report(
+        home / "09_explore.ipynb",
+        home / "report",
+        shown_name(folder.resolve().name.replace("_", " ")),
+        stage_dir("explore", cfg),
+    )
+
 
 def main():
     "`landmark_explore FOLDER [PHOTO] [-p NAME VALUE]` explores a folder and prints where the report is; with -p or -f alone it is the stage's command."
     import argparse, yaml
-    if len(sys.argv) > 1 and sys.argv[1] in ('-f', '-p', '--file', '--parameter'): return stage_main(Config, run)
-    ap = argparse.ArgumentParser(description=main.__doc__); ap.add_argument('folder'); ap.add_argument('query', nargs='?', default=''); ap.add_argument('-p', '--parameter', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'))
+
+    if len(sys.argv) > 1 and sys.argv[1] in ("-f", "-p", "--file", "--parameter"):
+        return stage_main(Config, run)
+    ap = argparse.ArgumentParser(description=main.__doc__)
+    ap.add_argument("folder")
+    ap.add_argument("query", nargs="?", default="")
+    ap.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     a = ap.parse_args()
-    try: print(f'the report: {explore(a.folder, a.query, **{k: v if v.startswith("@") else yaml.safe_load(v) for k, v in a.parameter})}')
-    except (ParameterError, ImageError) as e: sys.exit(str(e))
+    try:
+        print(
+            f"the report: {explore(a.folder, a.query, **{k: v if v.startswith('@') else yaml.safe_load(v) for k, v in a.parameter})}"
+        )
+    except (ParameterError, ImageError) as e:
+        sys.exit(str(e))

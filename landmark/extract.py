@@ -14,111 +14,170 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .parts.nets.backbones import make_model
 from .parts.artifacts import artifact, open_stage, stage_dir
-from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, stage_config, stage_main, write_csv
+from landmark.parts.core import (
+    ParameterError,
+    is_tiny,
+    parallel_map,
+    pick_device,
+    stage_config,
+    stage_main,
+    write_csv,
+)
 from .parts.data.layout import image_paths, read_boxes, read_ids, read_images, splits as world_splits
 from .parts.data.worlds import find_world, make_world
 from .parts.nets.checkpoints import load_model, save_model
 from .parts.descriptors.extraction import extract, group_sizes, side_sizes
 from .parts.images.loading import Crops, make_loader
 from .parts.images.batching import scan_sizes
-from .parts.descriptors.store import fingerprint, finish_store, missing_shards, open_store, write_shard
+from landmark.parts.descriptors.store import (
+    fingerprint,
+    finish_store,
+    missing_shards,
+    open_store,
+    write_shard,
+)
 
 # %% ../nbs/04_extract.ipynb #4d778861
 @stage_config
 class Config:
     "Which models describe which images, and how."
-    profile: str = "mini"        # names the folder of runs
-    name: str = "default"        # names this run
-    seed: int = 1                # seed of world and training
-    world: str = "default"       # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    models: str | list[str] = "" # artifacts of 03_train
-    select: list[str] = field(default_factory=list) # names of the models that are wanted; empty: all
-    splits: list[str] = field(default_factory=lambda: ["index", "test"]) # v1_train, v2_train, index, test, <benchmark>_query, <benchmark>_index
-    sizes: str = "96"            # size group at scale 1 (L2 in the original), or pixels
-    scales: list[float] = field(default_factory=lambda: [0.75, 1.0, 1.25]) # factors of both sides
-    min_side: int = 48           # smallest side of a scaled image (128 in the original)
-    multiple: int = 16           # sides are rounded down to multiples of this (32 in the original)
-    bench_side: int = 96         # longest side on the revisited benchmarks (1024 in the original)
-    bench_scales: list[float] = field(default_factory=lambda: [0.7071067811865476, 1.0, 1.4142135623730951]) # their factors
-    precision: str = "fp32"      # fp32, bf16 or fp16 (of the network)
-    dtype: str = "float16"       # float16 or float32 (of what is stored)
-    batch_size: int = 32         # images at a time
-    shard_size: int = 8192       # rows of a shard
-    save_every: int = 60         # seconds between two notes of an unfinished shard; a killed run loses no more
-    in_memory: bool = True       # keep the decoded images of a split for the next model
-    max_bad: float = 0.01        # largest share of unreadable images in a split
-    device: str = "auto"         # auto, cpu, cuda, cuda:N
-    devices: int = 1             # GPUs of this machine that share the work, each with a process of its own
-    n_workers: int = 0           # processes on the CPU; 0: one per core
-    n_loaders: int = 0           # worker processes that load images, for each of them
-    shard: int = 0               # with n_shards: the part that this machine does
-    n_shards: int = 1            # machines that share the work
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
+    models: str | list[str] = ""  # artifacts of 03_train
+    select: list[str] = field(default_factory=list)  # names of the models that are wanted; empty: all
+    splits: list[str] = field(
+        default_factory=lambda: ["index", "test"]
+    )  # v1_train, v2_train, index, test, <benchmark>_query, <benchmark>_index
+    sizes: str = "96"  # size group at scale 1 (L2 in the original), or pixels
+    scales: list[float] = field(default_factory=lambda: [0.75, 1.0, 1.25])  # factors of both sides
+    min_side: int = 48  # smallest side of a scaled image (128 in the original)
+    multiple: int = 16  # sides are rounded down to multiples of this (32 in the original)
+    bench_side: int = 96  # longest side on the revisited benchmarks (1024 in the original)
+    bench_scales: list[float] = field(
+        default_factory=lambda: [0.7071067811865476, 1.0, 1.4142135623730951]
+    )  # their factors
+    precision: str = "fp32"  # fp32, bf16 or fp16 (of the network)
+    dtype: str = "float16"  # float16 or float32 (of what is stored)
+    batch_size: int = 32  # images at a time
+    shard_size: int = 8192  # rows of a shard
+    save_every: int = 60  # seconds between two notes of an unfinished shard; a killed run loses no more
+    in_memory: bool = True  # keep the decoded images of a split for the next model
+    max_bad: float = 0.01  # largest share of unreadable images in a split
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    devices: int = 1  # GPUs of this machine that share the work, each with a process of its own
+    n_workers: int = 0  # processes on the CPU; 0: one per core
+    n_loaders: int = 0  # worker processes that load images, for each of them
+    shard: int = 0  # with n_shards: the part that this machine does
+    n_shards: int = 1  # machines that share the work
 
 # %% ../nbs/04_extract.ipynb #9f0f906d
 def find_models(
-    cfg:Config, # a config
-)->dict: # name → folder
+    cfg: Config,  # a config
+) -> dict:  # name → folder
     "The wanted models among the artifacts of 03_train."
-    if not cfg.models and is_tiny(cfg): return made_up_model(stage_dir('extract', cfg).parent/'.made_up')
+    if not cfg.models and is_tiny(cfg):
+        return made_up_model(stage_dir("extract", cfg).parent / ".made_up")
     refs = [cfg.models] if isinstance(cfg.models, str) else list(cfg.models)
-    cards = [card for ref in refs for card in sorted(artifact(cfg, ref).glob('*/card.json'))]
+    cards = [card for ref in refs for card in sorted(artifact(cfg, ref).glob("*/card.json"))]
     same = pd.Series([c.parent.name for c in cards], dtype=object).duplicated(keep=False).to_numpy()
-    name = lambda card, twice: card.parent.parent.name.rpartition('-')[0] or card.parent.parent.name if twice else card.parent.name
+    name = lambda card, twice: (
+        card.parent.parent.name.rpartition("-")[0] or card.parent.parent.name if twice else card.parent.name
+    )
     found = {}
     for card, twice in zip(cards, same):
-        if name(card, twice) in found: raise ParameterError(f"extract: two of `models` hold a model called {name(card, twice)}; choose one of the artifacts")
+        if name(card, twice) in found:
+            raise ParameterError(
+                f"extract: two of `models` hold a model called {name(card, twice)}; choose one of the artifacts"
+            )
         found[name(card, twice)] = card.parent
-    if absent := [n for n in cfg.select if n not in found]: raise ParameterError(f"extract: `select` names {', '.join(absent)}, but there are {', '.join(found)}")
+    if absent := [n for n in cfg.select if n not in found]:
+        raise ParameterError(f"extract: `select` names {', '.join(absent)}, but there are {', '.join(found)}")
     return {n: found[n] for n in (cfg.select or found)}
 
 # %% ../nbs/04_extract.ipynb #f62bbff1
-def made_up_model(out:Path)->dict: # name → folder
+def made_up_model(out: Path) -> dict:  # name → folder
     "An untrained model for the test on the tiny world."
-    torch_state = torch.random.get_rng_state(); torch.manual_seed(0)
-    save_model(out/'arcface_v1', make_model('test_resnet', d=16), dict(backbone='test_resnet', pooling='gem', dim=16))
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    save_model(
+        out / "arcface_v1",
+        make_model("test_resnet", d=16),
+        dict(backbone="test_resnet", pooling="gem", dim=16),
+    )
     torch.random.set_rng_state(torch_state)
-    return {'arcface_v1': out/'arcface_v1'}
+    return {"arcface_v1": out / "arcface_v1"}
 
 # %% ../nbs/04_extract.ipynb #94c85ac2
-is_bench = lambda split: split.endswith(('_query', '_index'))
+is_bench = lambda split: split.endswith(("_query", "_index"))
+
 
 @functools.lru_cache(maxsize=2)
 def read_split(
-    world:Path,       # folder of a world
-    split:str,        # name of the split
-)->tuple: # image ids [n], boxes in pixels [n, 4] or None
+    world: Path,  # folder of a world
+    split: str,  # name of the split
+) -> tuple:  # image ids [n], boxes in pixels [n, 4] or None
     "The images of a split, and what of each is looked at."
     return read_ids(world, split), read_boxes(world, split)
 
+
 def inputs_of(
-    world:Path,       # folder of a world
-    split:str,        # name of the split
-    sizes:str,        # size group of the Google Landmarks splits
-    bench_side:int,   # longest side on a benchmark
-    a:int=0, b:int=None, # first of its images, and the one after the last
-    cache_dir:Path=None, # folder to remember sizes in
-)->tuple: # paths, width and height of each network input at scale 1 [n, 2], boxes or None
+    world: Path,  # folder of a world
+    split: str,  # name of the split
+    sizes: str,  # size group of the Google Landmarks splits
+    bench_side: int,  # longest side on a benchmark
+    a: int = 0,
+    b: int = None,  # first of its images, and the one after the last
+    cache_dir: Path = None,  # folder to remember sizes in
+) -> tuple:  # paths, width and height of each network input at scale 1 [n, 2], boxes or None
     "Images of a split and the size at which the network sees them."
     ids, boxes = read_split(world, split)
     paths, boxes = image_paths(world, split, ids[a:b]), None if boxes is None else boxes[a:b]
     wh = scan_sizes(paths, cache_dir) if boxes is None else np.maximum(boxes[:, 2:] - boxes[:, :2], 1)
-    return paths, side_sizes(wh, bench_side) if is_bench(split) else group_sizes(wh, sizes), None if boxes is None else boxes.tolist()
+    return (
+        paths,
+        side_sizes(wh, bench_side) if is_bench(split) else group_sizes(wh, sizes),
+        None if boxes is None else boxes.tolist(),
+    )
 
-def settings_of(cfg:Config, split:str)->dict: # scales, multiple, min_side
+
+def settings_of(cfg: Config, split: str) -> dict:  # scales, multiple, min_side
     "The protocol of a split."
-    return dict(scales=tuple(cfg.bench_scales if is_bench(split) else cfg.scales), multiple=cfg.multiple, min_side=cfg.multiple if is_bench(split) else cfg.min_side)
+    return dict(
+        scales=tuple(cfg.bench_scales if is_bench(split) else cfg.scales),
+        multiple=cfg.multiple,
+        min_side=cfg.multiple if is_bench(split) else cfg.min_side,
+    )
 
 # %% ../nbs/04_extract.ipynb #f4d83d90
 class _Remember:
     "Images of a split that stay decoded for the next model."
-    def __init__(self, photos): self.photos, self.kept = photos, {}
-    def __len__(self): return len(self.photos)
+
+    def __init__(self, photos):
+        self.photos, self.kept = photos, {}
+
+    def __len__(self):
+        return len(self.photos)
+
     def __getitem__(self, key):
-        if key[1] not in self.kept: self.kept[key[1]] = self.photos[key]
+        if key[1] not in self.kept:
+            self.kept[key[1]] = self.photos[key]
         return self.kept[key[1]]
 
-def _seen_in(cfg, world, split, number): # what `inputs_of` wants to know of a shard
-    return world, split, cfg.sizes, cfg.bench_side, number*cfg.shard_size, (number+1)*cfg.shard_size, None if cfg.in_memory else stage_dir('extract', cfg).parent/'sizes'
+
+def _seen_in(cfg, world, split, number):  # what `inputs_of` wants to know of a shard
+    return (
+        world,
+        split,
+        cfg.sizes,
+        cfg.bench_side,
+        number * cfg.shard_size,
+        (number + 1) * cfg.shard_size,
+        None if cfg.in_memory else stage_dir("extract", cfg).parent / "sizes",
+    )
+
 
 @functools.lru_cache(maxsize=2)
 def _photos(world, split, sizes, bench_side, a, b, cache_dir, in_memory):
@@ -126,61 +185,117 @@ def _photos(world, split, sizes, bench_side, a, b, cache_dir, in_memory):
     photos = Crops(paths, [tuple(map(int, s)) for s in wh], boxes)
     return (_Remember(photos) if in_memory else photos), paths, wh
 
-_kept = {}      # what loads the batches of the shard in hand, for the models that follow
+
+_kept = {}  # what loads the batches of the shard in hand, for the models that follow
+
 
 def _batches(photos, left, n_loaders, pin):
-    if (photos, len(left)) not in _kept: _kept.clear(); _kept[photos, len(left)] = make_loader(photos, left, n_loaders=n_loaders, pin=pin, stay=True)
+    if (photos, len(left)) not in _kept:
+        _kept.clear()
+        _kept[photos, len(left)] = make_loader(photos, left, n_loaders=n_loaders, pin=pin, stay=True)
     return _kept[photos, len(left)]
 
+
 @functools.lru_cache(maxsize=16)
-def _model(folder, device): return load_model(folder, device)
+def _model(folder, device):
+    return load_model(folder, device)
+
 
 def device_of(
-    device:str,    # cpu, cuda, cuda:N
-    n_devices:int, # GPUs that share the work
-    process:str="", # name of the process; this one's by default
-)->str:
+    device: str,  # cpu, cuda, cuda:N
+    n_devices: int,  # GPUs that share the work
+    process: str = "",  # name of the process; this one's by default
+) -> str:
     "The device of this worker process: processes are numbered one after the other."
-    number = (process or multiprocessing.current_process().name).rpartition('-')[2]
-    return f'cuda:{(int(number)-1) % n_devices}' if device.startswith('cuda') and n_devices > 1 and number.isdigit() else device
+    number = (process or multiprocessing.current_process().name).rpartition("-")[2]
+    return (
+        f"cuda:{(int(number) - 1) % n_devices}"
+        if device.startswith("cuda") and n_devices > 1 and number.isdigit()
+        else device
+    )
 
-def card_of(cfg:Config, folder:Path, split:str)->dict: # what a store says of its making
+
+def card_of(cfg: Config, folder: Path, split: str) -> dict:  # what a store says of its making
     "What made the descriptors: model, weights, protocol."
     from landmark.parts.core import sha256_of
-    return dict(model=Path(folder).name, weights=sha256_of(Path(folder)/'weights.safetensors'), split=split, sizes=cfg.bench_side if is_bench(split) else cfg.sizes,
-                precision=cfg.precision, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings_of(cfg, split).items()})
+
+    return dict(
+        model=Path(folder).name,
+        weights=sha256_of(Path(folder) / "weights.safetensors"),
+        split=split,
+        sizes=cfg.bench_side if is_bench(split) else cfg.sizes,
+        precision=cfg.precision,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in settings_of(cfg, split).items()},
+    )
 
 # %% ../nbs/04_extract.ipynb #d9fb0d30
 def too_many_bad(
-    cfg:Config,         # a config
-    split:str,          # name of the split
-    wrong:pd.DataFrame, # image_id, reason of what could not be read
-    n:int,              # images of the split
+    cfg: Config,  # a config
+    split: str,  # name of the split
+    wrong: pd.DataFrame,  # image_id, reason of what could not be read
+    n: int,  # images of the split
 ):
     "Stop when more images of a split than `max_bad` allows cannot be read; one always may."
-    if len(wrong) > max(1, cfg.max_bad*n):
-        raise ValueError(f"extract: {len(wrong)} of {n} images of {split} cannot be read, more than `max_bad` = {cfg.max_bad:g}: " + '; '.join(f'{r.image_id} ({r.reason})' for r in wrong.head().itertuples()))
+    if len(wrong) > max(1, cfg.max_bad * n):
+        raise ValueError(
+            f"extract: {len(wrong)} of {n} images of {split} cannot be read, more than `max_bad` = {cfg.max_bad:g}: "
+            + "; ".join(f"{r.image_id} ({r.reason})" for r in wrong.head().itertuples())
+        )
+
 
 def _unreadable(store_dir, but=None):
     "What could not be read in the shards so far; ids of digits alone stay text."
-    return pd.concat([pd.DataFrame(columns=['image_id', 'reason'], dtype=object), *(pd.read_csv(p, dtype=str) for p in sorted(Path(store_dir).glob('unreadable-*.csv')) if p != but)])
+    return pd.concat(
+        [
+            pd.DataFrame(columns=["image_id", "reason"], dtype=object),
+            *(
+                pd.read_csv(p, dtype=str)
+                for p in sorted(Path(store_dir).glob("unreadable-*.csv"))
+                if p != but
+            ),
+        ]
+    )
+
 
 def extract_shard(
-    job:tuple, # config, world, model folder, store folder, split, shard number, card, device, one thread, the shard that follows
-)->list: # image ids and reasons of what could not be read
+    job: tuple,  # config, world, model folder, store folder, split, shard number, card, device, one thread, the shard that follows
+) -> list:  # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
     cfg, world, folder, store_dir, split, number, card, device, one_thread, following = job
-    all_ids, _ = read_split(world, split); ids = all_ids[number*cfg.shard_size:(number+1)*cfg.shard_size]
-    threads, notes = torch.get_num_threads(), Path(store_dir)/f'unfinished-{number:05d}.npz'
+    all_ids, _ = read_split(world, split)
+    ids = all_ids[number * cfg.shard_size : (number + 1) * cfg.shard_size]
+    threads, notes = torch.get_num_threads(), Path(store_dir) / f"unfinished-{number:05d}.npz"
     try:
-        if one_thread: torch.set_num_threads(1)
-        photos, paths, sizes = _photos(*_seen_in(cfg, world, split, number), cfg.in_memory and not cfg.n_loaders)
-        if following and not cfg.in_memory: threading.Thread(target=inputs_of, args=_seen_in(cfg, world, *following), daemon=True).start()
-        x, ok, bad = extract(_model(folder, device_of(device, cfg.devices)), paths, sizes, precision=cfg.precision, batch_size=cfg.batch_size, photos=photos,
-                             load=lambda left: _batches(photos, left, cfg.n_loaders, device != 'cpu'), notes=notes, made_by=fingerprint(card), every=cfg.save_every, **settings_of(cfg, split))
-    finally: torch.set_num_threads(threads)
-    rows, note = pd.DataFrame([(ids[i], why) for i, why in bad], columns=['image_id', 'reason']), Path(store_dir)/f'unreadable-{number:05d}.csv'
-    if len(rows): too_many_bad(cfg, split, pd.concat([rows, _unreadable(store_dir, but=note)]), len(all_ids))   # not after days, when all shards are there
+        if one_thread:
+            torch.set_num_threads(1)
+        photos, paths, sizes = _photos(
+            *_seen_in(cfg, world, split, number), cfg.in_memory and not cfg.n_loaders
+        )
+        if following and not cfg.in_memory:
+            threading.Thread(target=inputs_of, args=_seen_in(cfg, world, *following), daemon=True).start()
+        x, ok, bad = extract(
+            _model(folder, device_of(device, cfg.devices)),
+            paths,
+            sizes,
+            precision=cfg.precision,
+            batch_size=cfg.batch_size,
+            photos=photos,
+            load=lambda left: _batches(photos, left, cfg.n_loaders, device != "cpu"),
+            notes=notes,
+            made_by=fingerprint(card),
+            every=cfg.save_every,
+            **settings_of(cfg, split),
+        )
+    finally:
+        torch.set_num_threads(threads)
+    rows, note = (
+        pd.DataFrame([(ids[i], why) for i, why in bad], columns=["image_id", "reason"]),
+        Path(store_dir) / f"unreadable-{number:05d}.csv",
+    )
+    if len(rows):
+        too_many_bad(
+            cfg, split, pd.concat([rows, _unreadable(store_dir, but=note)]), len(all_ids)
+        )  # not after days, when all shards are there
     write_csv(rows, note)
     write_shard(store_dir, number, ids[ok], x, card, cfg.dtype)
     notes.unlink(missing_ok=True)
@@ -188,62 +303,116 @@ def extract_shard(
 
 # %% ../nbs/04_extract.ipynb #cd53f5ae
 def plan(
-    cfg:Config,      # a config
-    world:Path,      # the world's folder
-    models:dict,     # name → folder
-    out:Path,        # the run's directory
-)->list: # (store folder, model folder, split, number of shards, card)
+    cfg: Config,  # a config
+    world: Path,  # the world's folder
+    models: dict,  # name → folder
+    out: Path,  # the run's directory
+) -> list:  # (store folder, model folder, split, number of shards, card)
     "Every store that is wanted."
     for split in cfg.splits:
-        if split not in world_splits(world): raise ParameterError(f"extract: there is no split {split!r} in {world}; there are {', '.join(world_splits(world))}")
-    return [(out/name/split, str(folder), split, max(1, -(-len(read_split(world, split)[0])//cfg.shard_size)), card_of(cfg, folder, split)) for split in cfg.splits for name, folder in models.items()]
+        if split not in world_splits(world):
+            raise ParameterError(
+                f"extract: there is no split {split!r} in {world}; there are {', '.join(world_splits(world))}"
+            )
+    return [
+        (
+            out / name / split,
+            str(folder),
+            split,
+            max(1, -(-len(read_split(world, split)[0]) // cfg.shard_size)),
+            card_of(cfg, folder, split),
+        )
+        for split in cfg.splits
+        for name, folder in models.items()
+    ]
+
 
 def jobs_of(
-    cfg:Config,   # a config
-    world:Path,   # the world's folder
-    stores:list,  # what `plan` returned
-)->list: # config, world, model folder, store folder, split, shard number, card
+    cfg: Config,  # a config
+    world: Path,  # the world's folder
+    stores: list,  # what `plan` returned
+) -> list:  # config, world, model folder, store folder, split, shard number, card
     "Shards that this machine is to make, those of the same images side by side."
-    jobs = [(cfg, world, folder, str(store), split, k, card) for store, folder, split, n_parts, card in stores for k in range(n_parts)][cfg.shard::cfg.n_shards]
+    jobs = [
+        (cfg, world, folder, str(store), split, k, card)
+        for store, folder, split, n_parts, card in stores
+        for k in range(n_parts)
+    ][cfg.shard :: cfg.n_shards]
     missing = {store: set(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores}
-    return sorted([j for j in jobs if j[5] in missing[Path(j[3])]], key=lambda j: (cfg.splits.index(j[4]), j[5]))
+    return sorted(
+        [j for j in jobs if j[5] in missing[Path(j[3])]], key=lambda j: (cfg.splits.index(j[4]), j[5])
+    )
 
 # %% ../nbs/04_extract.ipynb #a1c0def1
-MANY = 1000     # images for which it pays to start processes, which takes seconds
+MANY = 1000  # images for which it pays to start processes, which takes seconds
+
 
 def run(
-    cfg:Config, # a config
-)->Path: # the artifact's directory
+    cfg: Config,  # a config
+) -> Path:  # the artifact's directory
     "Describe every wanted split with every wanted model."
     device, world = pick_device(cfg.device), make_world(cfg.world, cfg.seed)
-    for remembered in (read_split, _photos, _model): remembered.cache_clear()       # a kernel may be older than a model or world
-    if not 0 <= cfg.shard < cfg.n_shards: raise ParameterError(f"extract: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
-    if device.type == 'cuda' and not 1 <= cfg.devices <= torch.cuda.device_count(): raise ParameterError(f"extract: `devices` is {cfg.devices}; this machine shows {torch.cuda.device_count()} CUDA GPUs, so 1 to {torch.cuda.device_count()} can share the work")
+    for remembered in (read_split, _photos, _model):
+        remembered.cache_clear()  # a kernel may be older than a model or world
+    if not 0 <= cfg.shard < cfg.n_shards:
+        raise ParameterError(f"extract: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
+    if device.type == "cuda" and not 1 <= cfg.devices <= torch.cuda.device_count():
+        raise ParameterError(
+            f"extract: `devices` is {cfg.devices}; this machine shows {torch.cuda.device_count()} CUDA GPUs, so 1 to {torch.cuda.device_count()} can share the work"
+        )
     models = find_models(cfg)
-    frame = functools.partial(open_stage, 'extract', cfg, inputs=[world, *models.values()], code=__name__)
+    frame = functools.partial(open_stage, "extract", cfg, inputs=[world, *models.values()], code=__name__)
+
     def work(out):
-        stores, n = plan(cfg, world, models, out), cfg.devices if device.type == 'cuda' else cfg.n_workers
+        stores, n = plan(cfg, world, models, out), cfg.devices if device.type == "cuda" else cfg.n_workers
         todo = jobs_of(cfg, world, stores)
-        many = len(todo) > 1 and n != 1 and (device.type == 'cuda' or sum(min(cfg.shard_size, len(read_split(world, j[4])[0]) - j[5]*cfg.shard_size) for j in todo) > MANY)
-        shards = list(dict.fromkeys((split, k) for _, _, _, _, split, k, _ in todo)); following = dict(zip(shards, shards[1:]))
-        try: parallel_map(extract_shard, [(*job, str(device), many, following.get(job[4:6])) for job in todo], n if many else 1, 'shards')
-        finally: _kept.clear()                      # the loaders end here
+        many = (
+            len(todo) > 1
+            and n != 1
+            and (
+                device.type == "cuda"
+                or sum(
+                    min(cfg.shard_size, len(read_split(world, j[4])[0]) - j[5] * cfg.shard_size) for j in todo
+                )
+                > MANY
+            )
+        )
+        shards = list(dict.fromkeys((split, k) for _, _, _, _, split, k, _ in todo))
+        following = dict(zip(shards, shards[1:]))
+        try:
+            parallel_map(
+                extract_shard,
+                [(*job, str(device), many, following.get(job[4:6])) for job in todo],
+                n if many else 1,
+                "shards",
+            )
+        finally:
+            _kept.clear()  # the loaders end here
         return stores
-    if cfg.n_shards > 1:                            # several machines: the lock is held only to begin and to finish
+
+    if cfg.n_shards > 1:  # several machines: the lock is held only to begin and to finish
         with contextlib.suppress(_Others), frame() as st:
-            if st.done: return st.dir
+            if st.done:
+                return st.dir
             raise _Others
-        work(stage_dir('extract', cfg))
+        work(stage_dir("extract", cfg))
     with contextlib.suppress(_Others), frame() as st:
-        if st.done: return st.dir
+        if st.done:
+            return st.dir
         stores = plan(cfg, world, models, st.dir) if cfg.n_shards > 1 else work(st.dir)
-        if _count_missing(stores): raise _Others
+        if _count_missing(stores):
+            raise _Others
         _finish(cfg, st, stores)
-    return stage_dir('extract', cfg)
+    return stage_dir("extract", cfg)
 
-class _Others(Exception): "Other machines have work left."
 
-def _count_missing(stores): return sum(len(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores)
+class _Others(Exception):
+    "Other machines have work left."
+
+
+def _count_missing(stores):
+    return sum(len(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores)
+
 
 def _finish(cfg, st, stores):
     "Close the stores, list what could not be read, and count."
@@ -251,26 +420,42 @@ def _finish(cfg, st, stores):
     for store_dir, folder, split, n_parts, card in stores:
         store = open_store(finish_store(store_dir, n_parts, card))
         wrong = _unreadable(store_dir).assign(split=split)
-        too_many_bad(cfg, split, wrong, len(store)+len(wrong))
-        rows.append(dict(model=store_dir.parent.name, split=split, images=len(store), dim=store.dim, unreadable=len(wrong))); bad.append(wrong)
-    write_csv(pd.DataFrame(rows), st.dir/'stores.csv')
-    write_csv(pd.concat(bad).drop_duplicates(), st.dir/'unreadable.csv')
-    st.metrics.update(images=int(sum(r['images'] for r in rows)), unreadable=int(sum(r['unreadable'] for r in rows)))
-    if not cfg.models: st.metrics['made_up'] = True
+        too_many_bad(cfg, split, wrong, len(store) + len(wrong))
+        rows.append(
+            dict(
+                model=store_dir.parent.name,
+                split=split,
+                images=len(store),
+                dim=store.dim,
+                unreadable=len(wrong),
+            )
+        )
+        bad.append(wrong)
+    write_csv(pd.DataFrame(rows), st.dir / "stores.csv")
+    write_csv(pd.concat(bad).drop_duplicates(), st.dir / "unreadable.csv")
+    st.metrics.update(
+        images=int(sum(r["images"] for r in rows)), unreadable=int(sum(r["unreadable"] for r in rows))
+    )
+    if not cfg.models:
+        st.metrics["made_up"] = True
 
 # %% ../nbs/04_extract.ipynb #82452954
 def left_over(
-    cfg:Config, # a config
-)->str: # empty once the run is finished
+    cfg: Config,  # a config
+) -> str:  # empty once the run is finished
     "What other machines still have to do, in a sentence."
-    out = stage_dir('extract', cfg)
-    if (out/'manifest.json').exists(): return ''
+    out = stage_dir("extract", cfg)
+    if (out / "manifest.json").exists():
+        return ""
     n = _count_missing(plan(cfg, make_world(cfg.world, cfg.seed), find_models(cfg), out))
-    return f"unfinished: {n} shard{'s'*(n != 1)} left; the last machine to come finishes {out}"
+    return f"unfinished: {n} shard{'s' * (n != 1)} left; the last machine to come finishes {out}"
 
-def answer(cfg:Config): # the artifact's directory, or what is left
+
+def answer(cfg: Config):  # the artifact's directory, or what is left
     "Describe every wanted split with every wanted model; prints the directory, or with several machines what the others have left."
     out = run(cfg)
     return left_over(cfg) or out
 
-def main(): stage_main(Config, answer)
+
+def main():
+    stage_main(Config, answer)

@@ -13,172 +13,285 @@ from pathlib import Path
 
 import pandas as pd, yaml
 from .parts.artifacts import changed, code_hash, identity, stage_dir
-from .parts.core import ParameterError, hash8, make_config, project_root, read_json, read_yaml, runs_dir, write_text
+from landmark.parts.core import (
+    ParameterError,
+    hash8,
+    make_config,
+    project_root,
+    read_json,
+    read_yaml,
+    runs_dir,
+    write_text,
+)
 
 # %% ../nbs/graph.ipynb #2ed3f73e
-STAGES = dict(data='00_data', verify='01_verify', clean='02_clean', train='03_train', extract='04_extract',
-              rerank='05_rerank', recognize='06_recognize', tables='07_tables')
+STAGES = dict(
+    data="00_data",
+    verify="01_verify",
+    clean="02_clean",
+    train="03_train",
+    extract="04_extract",
+    rerank="05_rerank",
+    recognize="06_recognize",
+    tables="07_tables",
+)
+
 
 @dataclass
 class Step:
     "One run of one stage: what, with which config, after what."
-    stage: str        # stage, such as "clean"
-    name: str         # name of the parameter file
-    seed: int         # seed of world and training
-    cfg: object       # the stage's config, with paths in the place of references
-    upstream: list = field(default_factory=list) # steps whose artifacts it reads
-    fingerprint: str = ''                        # changes with parameters, code and upstream
+
+    stage: str  # stage, such as "clean"
+    name: str  # name of the parameter file
+    seed: int  # seed of world and training
+    cfg: object  # the stage's config, with paths in the place of references
+    upstream: list = field(default_factory=list)  # steps whose artifacts it reads
+    fingerprint: str = ""  # changes with parameters, code and upstream
 
     @property
-    def dir(self)->Path: return stage_dir(self.stage, self.cfg)
+    def dir(self) -> Path:
+        return stage_dir(self.stage, self.cfg)
+
     @property
-    def home(self)->Path: return runs_dir()/self.cfg.profile/f'seed{self.seed}'
+    def home(self) -> Path:
+        return runs_dir() / self.cfg.profile / f"seed{self.seed}"
+
     @property
-    def notebook(self)->Path: return self.home/'notebooks'/f'{STAGES[self.stage]}-{self.name}.ipynb'
+    def notebook(self) -> Path:
+        return self.home / "notebooks" / f"{STAGES[self.stage]}-{self.name}.ipynb"
+
     @property
-    def stamp(self)->Path: return self.home/'stamps'/f'{self.stage}-{self.name}-{self.fingerprint}.done'
+    def stamp(self) -> Path:
+        return self.home / "stamps" / f"{self.stage}-{self.name}-{self.fingerprint}.done"
+
     @property
-    def params_path(self)->Path: return self.home/'params'/f'{self.stage}-{self.name}.yaml'
+    def params_path(self) -> Path:
+        return self.home / "params" / f"{self.stage}-{self.name}.yaml"
 
 # %% ../nbs/graph.ipynb #6abebdc8
-def profiles()->list: # names
+def profiles() -> list:  # names
     "The profiles there are."
-    return sorted(p.name for p in (project_root()/'params').iterdir() if p.is_dir())
+    return sorted(p.name for p in (project_root() / "params").iterdir() if p.is_dir())
+
 
 def read_profile(
-    profile:str, # folder under `params`
-)->dict: # (stage, name) → parameters as written
+    profile: str,  # folder under `params`
+) -> dict:  # (stage, name) → parameters as written
     "All parameter files of a profile."
-    home = project_root()/'params'/profile
-    if not home.is_dir(): raise ParameterError(f'there is no profile {profile!r}; there are {", ".join(profiles())}')
-    files = {(p.parent.name, p.stem): read_yaml(p) for p in sorted(home.glob('*/*.yaml')) if p.parent.name != 'search'}   # those are for `search`
+    home = project_root() / "params" / profile
+    if not home.is_dir():
+        raise ParameterError(f"there is no profile {profile!r}; there are {', '.join(profiles())}")
+    files = {
+        (p.parent.name, p.stem): read_yaml(p)
+        for p in sorted(home.glob("*/*.yaml"))
+        if p.parent.name != "search"
+    }  # those are for `search`
     unknown = {s for s, _ in files} - set(STAGES)
-    if unknown: raise ParameterError(f'params/{profile} has parameters for {", ".join(sorted(unknown))}, but the stages are {", ".join(STAGES)}')
+    if unknown:
+        raise ParameterError(
+            f"params/{profile} has parameters for {', '.join(sorted(unknown))}, but the stages are {', '.join(STAGES)}"
+        )
     return files
 
-def references(value)->list: # (stage, name, rest of the path)
+
+def references(value) -> list:  # (stage, name, rest of the path)
     "The references inside a parameter's value."
-    if isinstance(value, str) and value.startswith('@'):
-        stage, _, rest = value[1:].partition('/'); name, _, tail = rest.partition('/')
+    if isinstance(value, str) and value.startswith("@"):
+        stage, _, rest = value[1:].partition("/")
+        name, _, tail = rest.partition("/")
         return [(stage, name, tail)]
-    if isinstance(value, dict): value = list(value.values())
+    if isinstance(value, dict):
+        value = list(value.values())
     return [r for v in value for r in references(v)] if isinstance(value, (list, tuple)) else []
 
 # %% ../nbs/graph.ipynb #273c7fac
 def _resolve(value, steps):
-    if isinstance(value, str) and value.startswith('@'):
-        (stage, name, tail), = references(value)
-        paths = [str((s.dir/tail if tail else s.dir).relative_to(project_root()) if s.dir.is_relative_to(project_root()) else s.dir/tail) for s in steps[stage, name]]
+    if isinstance(value, str) and value.startswith("@"):
+        ((stage, name, tail),) = references(value)
+        paths = [
+            str(
+                (s.dir / tail if tail else s.dir).relative_to(project_root())
+                if s.dir.is_relative_to(project_root())
+                else s.dir / tail
+            )
+            for s in steps[stage, name]
+        ]
         return paths if len(paths) > 1 else paths[0]
-    if isinstance(value, dict): return {k: _resolve(v, steps) for k, v in value.items()}
+    if isinstance(value, dict):
+        return {k: _resolve(v, steps) for k, v in value.items()}
     if isinstance(value, list):
         out = []
-        for v in value: r = _resolve(v, steps); out += r if isinstance(r, list) else [r]
+        for v in value:
+            r = _resolve(v, steps)
+            out += r if isinstance(r, list) else [r]
         return out
     return value
 
+
 def _config(profile, stage, name, seed, params):
-    module = importlib.import_module(f'landmark.{stage}')
+    module = importlib.import_module(f"landmark.{stage}")
     given = dict(params, profile=profile, name=name, seed=seed)
-    try: return make_config(module.Config, given)
-    except ParameterError as e: raise ParameterError(f'params/{profile}/{stage}/{name}.yaml: {e}') from None
+    try:
+        return make_config(module.Config, given)
+    except ParameterError as e:
+        raise ParameterError(f"params/{profile}/{stage}/{name}.yaml: {e}") from None
+
 
 def plan(
-    profile:str,     # folder under `params`
-    seeds=(1,),      # seeds to run
-    only:list=None,  # names of steps, "stage/name", that are wanted with all they need; everything if not given
-    more:dict=None,  # (stage, name) → parameters of steps without a file: the trials of a search
-)->list: # steps, each after what it reads
+    profile: str,  # folder under `params`
+    seeds=(1,),  # seeds to run
+    only: list = None,  # names of steps, "stage/name", that are wanted with all they need; everything if not given
+    more: dict = None,  # (stage, name) → parameters of steps without a file: the trials of a search
+) -> list:  # steps, each after what it reads
     "Read, check and order the steps of a profile."
-    files = read_profile(profile) | (more or {}); done, codes = {}, {}
-    def add(stage, name, seed, asking=''):
+    files = read_profile(profile) | (more or {})
+    done, codes = {}, {}
+
+    def add(stage, name, seed, asking=""):
         if (stage, name) not in files:
-            raise ParameterError(f'params/{profile}/{asking}.yaml refers to @{stage}/{name}, but there is no params/{profile}/{stage}/{name}.yaml')
+            raise ParameterError(
+                f"params/{profile}/{asking}.yaml refers to @{stage}/{name}, but there is no params/{profile}/{stage}/{name}.yaml"
+            )
         if (stage, name, seed) in done:
-            if done[stage, name, seed] is None: raise ParameterError(f'params/{profile}/{stage}/{name}.yaml refers to itself in a circle')
+            if done[stage, name, seed] is None:
+                raise ParameterError(f"params/{profile}/{stage}/{name}.yaml refers to itself in a circle")
             return done[stage, name, seed]
         done[stage, name, seed] = None
         params = files[stage, name]
-        over = seeds if stage == 'tables' else [seed]
-        ups = {(s, n): [add(s, n, k, f'{stage}/{name}') for k in over] for s, n, _ in references(params)}
+        over = seeds if stage == "tables" else [seed]
+        ups = {(s, n): [add(s, n, k, f"{stage}/{name}") for k in over] for s, n, _ in references(params)}
         cfg = _config(profile, stage, name, seed, _resolve(params, ups))
-        if stage not in codes: codes[stage] = code_hash(f'landmark.{stage}')
+        if stage not in codes:
+            codes[stage] = code_hash(f"landmark.{stage}")
         step = Step(stage, name, seed, cfg, [u for us in ups.values() for u in us])
         step.fingerprint = hash8([identity(cfg), codes[stage], [u.fingerprint for u in step.upstream]])
         done[stage, name, seed] = step
         return step
-    for (stage, name) in files:
-        if only and f'{stage}/{name}' not in only: continue
-        for seed in (seeds[:1] if stage == 'tables' else seeds): add(stage, name, seed)
+
+    for stage, name in files:
+        if only and f"{stage}/{name}" not in only:
+            continue
+        for seed in seeds[:1] if stage == "tables" else seeds:
+            add(stage, name, seed)
     return list({id(s): s for s in sorted(done.values(), key=lambda s: _depth(s))}.values())
 
-def _depth(step)->int: return 1 + max(map(_depth, step.upstream), default=0)
+
+def _depth(step) -> int:
+    return 1 + max(map(_depth, step.upstream), default=0)
 
 # %% ../nbs/graph.ipynb #e0f8c928
 def prepare(
-    steps:list, # what `plan` returned
+    steps: list,  # what `plan` returned
 ):
     "Write the resolved parameters of every step and remove stamps whose artifact is gone, or was made again by other code."
     for s in steps:
-        text = yaml.safe_dump({k: v for k, v in dataclasses.asdict(s.cfg).items() if k in ('profile', 'name', 'seed') or k in changed(s.cfg)}, sort_keys=False, allow_unicode=True)
-        if not s.params_path.exists() or s.params_path.read_text(encoding='utf-8') != text: write_text(s.params_path, text)
-        made = s.dir/'manifest.json'
-        if s.stamp.exists() and (not made.exists() or made.stat().st_mtime_ns > s.stamp.stat().st_mtime_ns): s.stamp.unlink()
+        text = yaml.safe_dump(
+            {
+                k: v
+                for k, v in dataclasses.asdict(s.cfg).items()
+                if k in ("profile", "name", "seed") or k in changed(s.cfg)
+            },
+            sort_keys=False,
+            allow_unicode=True,
+        )
+        if not s.params_path.exists() or s.params_path.read_text(encoding="utf-8") != text:
+            write_text(s.params_path, text)
+        made = s.dir / "manifest.json"
+        if s.stamp.exists() and (not made.exists() or made.stat().st_mtime_ns > s.stamp.stat().st_mtime_ns):
+            s.stamp.unlink()
     return steps
 
 # %% ../nbs/graph.ipynb #5b8d4dac
 def on_gpus(
-    cfg,         # a stage's config
-    command:str, # what to run
-)->str: # a shell command
+    cfg,  # a stage's config
+    command: str,  # what to run
+) -> str:  # a shell command
     "The command with GPUs of its own, as many as the config asks for; as it is where the config uses none, or names one itself."
-    device, n = getattr(cfg, 'device', 'cpu'), getattr(cfg, 'devices', 1)
-    if device not in ('auto', 'cuda', 'all'): return command
-    return f'{shlex.quote(sys.executable)} -c "from landmark.parts.gpus import main; main()" {10**6 if device == "all" else max(1, n)} {shlex.quote(str(runs_dir()/".gpus"))} {command}'
+    device, n = getattr(cfg, "device", "cpu"), getattr(cfg, "devices", 1)
+    if device not in ("auto", "cuda", "all"):
+        return command
+    return f'{shlex.quote(sys.executable)} -c "from landmark.parts.gpus import main; main()" {10**6 if device == "all" else max(1, n)} {shlex.quote(str(runs_dir() / ".gpus"))} {command}'
+
 
 def command(
-    step:Step, # a step
-)->str: # a shell command
+    step: Step,  # a step
+) -> str:  # a shell command
     "How a step runs: its notebook, headless, with its parameters; the stamp is set last, and not while other machines have work left."
     q = lambda p: shlex.quote(str(p))
-    nb = project_root()/'nbs'/f'{STAGES[step.stage]}.ipynb'
-    run = on_gpus(step.cfg, f'{q(sys.executable)} -m papermill {q(nb)} {q(step.notebook)} -f {q(step.params_path)} -k python3 --log-output --no-progress-bar')
-    return f'mkdir -p {q(step.notebook.parent)} {q(step.stamp.parent)} && {run} && test -e {q(step.dir/"manifest.json")} && touch {q(step.stamp)}'
+    nb = project_root() / "nbs" / f"{STAGES[step.stage]}.ipynb"
+    run = on_gpus(
+        step.cfg,
+        f"{q(sys.executable)} -m papermill {q(nb)} {q(step.notebook)} -f {q(step.params_path)} -k python3 --log-output --no-progress-bar",
+    )
+    return f"mkdir -p {q(step.notebook.parent)} {q(step.stamp.parent)} && {run} && test -e {q(step.dir / 'manifest.json')} && touch {q(step.stamp)}"
 
 # %% ../nbs/graph.ipynb #0255ac39
-def list_runs()->pd.DataFrame: # run, state, age, size, time, metrics
+def list_runs() -> pd.DataFrame:  # run, state, age, size, time, metrics
     "Every artifact under `runs/`: finished or not, how old and how large; those set aside may be deleted."
     rows, now = [], time.time()
-    for state in sorted([*runs_dir().glob('*/seed*/*/*-????????/state.json'), *runs_dir().glob('*/seed*/*/.*.aside/state.json')]):
-        d = state.parent; done = (d/'manifest.json').exists()
-        man = read_json(d/'manifest.json') if done else {}
-        files = [p.stat() for p in d.rglob('*') if p.is_file()]
+    for state in sorted(
+        [
+            *runs_dir().glob("*/seed*/*/*-????????/state.json"),
+            *runs_dir().glob("*/seed*/*/.*.aside/state.json"),
+        ]
+    ):
+        d = state.parent
+        done = (d / "manifest.json").exists()
+        man = read_json(d / "manifest.json") if done else {}
+        files = [p.stat() for p in d.rglob("*") if p.is_file()]
         age = now - max((f.st_mtime for f in files), default=now)
-        rows.append(dict(run=str(d.relative_to(runs_dir())), state='set aside' if d.suffix == '.aside' else 'finished' if done else 'unfinished', age=_ago(age),
-                         MiB=round(sum(f.st_size for f in files)/2**20, 1), seconds=man.get('seconds', ''), peak_MiB=man.get('peak_mib', '')))
-    return pd.DataFrame(rows, columns=['run', 'state', 'age', 'MiB', 'seconds', 'peak_MiB'])
+        rows.append(
+            dict(
+                run=str(d.relative_to(runs_dir())),
+                state="set aside" if d.suffix == ".aside" else "finished" if done else "unfinished",
+                age=_ago(age),
+                MiB=round(sum(f.st_size for f in files) / 2**20, 1),
+                seconds=man.get("seconds", ""),
+                peak_MiB=man.get("peak_mib", ""),
+            )
+        )
+    return pd.DataFrame(rows, columns=["run", "state", "age", "MiB", "seconds", "peak_MiB"])
 
-def _ago(s:float)->str:
-    return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.0f} h' if s < 172800 else f'{s/86400:.0f} days'
+
+def _ago(s: float) -> str:
+    return (
+        f"{s:.0f} s"
+        if s < 120
+        else f"{s / 60:.0f} min"
+        if s < 7200
+        else f"{s / 3600:.0f} h"
+        if s < 172800
+        else f"{s / 86400:.0f} days"
+    )
 
 # %% ../nbs/graph.ipynb #5ed991ec
 def main():
     "`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [SEED …]` shows what would run; `landmark_graph done PROFILE [SEED …]` prints the tables."
-    what, *rest = sys.argv[1:] or ['help']; os.environ.pop('LANDMARK_WORLD', None)        # a profile names its worlds itself
+    what, *rest = sys.argv[1:] or ["help"]
+    os.environ.pop("LANDMARK_WORLD", None)  # a profile names its worlds itself
     try:
-        if what == 'runs':
+        if what == "runs":
             df = list_runs()
-            aside = df.state.eq('set aside')
-            print(df[~aside].to_string(index=False) if len(df) else f'no runs yet in {runs_dir()}')
-            if aside.any(): print(f'artifacts set aside, made by other code or from other inputs: {aside.sum()} of them, {df.MiB[aside].sum():.0f} MiB; to delete them: rm -r {runs_dir()}/*/seed*/*/.*.aside')
+            aside = df.state.eq("set aside")
+            print(df[~aside].to_string(index=False) if len(df) else f"no runs yet in {runs_dir()}")
+            if aside.any():
+                print(
+                    f"artifacts set aside, made by other code or from other inputs: {aside.sum()} of them, {df.MiB[aside].sum():.0f} MiB; to delete them: rm -r {runs_dir()}/*/seed*/*/.*.aside"
+                )
             return
-        if what not in ('plan', 'done'): sys.exit(main.__doc__)
-        profile, seeds = (rest or ['mini'])[0], [int(s) for s in rest[1:]] or [1]
+        if what not in ("plan", "done"):
+            sys.exit(main.__doc__)
+        profile, seeds = (rest or ["mini"])[0], [int(s) for s in rest[1:]] or [1]
         steps = prepare(plan(profile, seeds))
-        if what == 'plan':
-            for s in steps: print(f'{"done" if s.stamp.exists() else "to do":6} seed {s.seed}  {s.stage}/{s.name}  {s.dir}')
+        if what == "plan":
+            for s in steps:
+                print(
+                    f"{'done' if s.stamp.exists() else 'to do':6} seed {s.seed}  {s.stage}/{s.name}  {s.dir}"
+                )
         else:
             for s in steps:
-                if s.stage == 'tables': print((s.dir/'tables.md').read_text(encoding='utf-8'))
-            print('executed notebooks:', *sorted({str(s.notebook.parent) for s in steps}))
-    except ParameterError as e: sys.exit(str(e))
+                if s.stage == "tables":
+                    print((s.dir / "tables.md").read_text(encoding="utf-8"))
+            print("executed notebooks:", *sorted({str(s.notebook.parent) for s in steps}))
+    except ParameterError as e:
+        sys.exit(str(e))

@@ -12,8 +12,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .parts.artifacts import artifact, digest_of, open_stage
-from .parts.core import ParameterError, is_tiny, log, pick_device, project_root, read_json, stage_config, stage_main, write_csv
-from .parts.data.layout import landmark_names, read_images, read_recognition_solution, read_truth, train_set
+from landmark.parts.core import (
+    ParameterError,
+    is_tiny,
+    log,
+    pick_device,
+    project_root,
+    read_json,
+    stage_config,
+    stage_main,
+    write_csv,
+)
+from landmark.parts.data.layout import (
+    landmark_names,
+    read_images,
+    read_recognition_solution,
+    read_truth,
+    train_set,
+)
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.search.knn import search
@@ -29,221 +45,344 @@ from .parts.local.verification import verify_pairs
 @stage_config
 class Config:
     "What recognition needs to know."
-    profile: str = "mini"    # names the folder of runs
-    name: str = "default"    # names this run
-    seed: int = 1            # seed of world and training
-    world: str = "default"   # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    descriptors: str = ""    # artifact of 04_extract with the splits test and v2_train
-    models: list[str] = field(default_factory=list)    # models in it; the last if none is named
-    weights: list[float] = field(default_factory=list) # join the models into one ensemble with these weights; none: the last of them alone
-    pca_dims: int = 0        # whiten with PCA learned on training descriptors, and keep so many dimensions; 0: do not
-    clean: str = ""          # artifact of 02_clean: only its images and labels vote; empty: all training images
-    verified: str = ""       # artifact of 01_verify whose local features of training images are used again; empty: extract those of the voters
-    delf: str = ""           # artifact of 01_verify that holds the trained DELF, for kind delf
-    voting_k: int = 3        # training images that vote, and are verified
-    vote: str = "original"   # original: 2·similarity − 1; similarity: the similarity itself
-    enough: int = 70         # inliers that count as a full vote
-    most: int = 0            # predictions of one label above which it is a distractor (Google Landmarks: 30); 0 chooses it on Public
-    n_non_landmarks: int = 5 # beyond the paper: similarities to the nearest non-landmark images to subtract; 0: leave this row out
-    kind: str = "rootsift"   # kind of local features: rootsift or delf
-    max_keypoints: int = 1000 # local features per image
-    max_side: int = 800      # larger images are reduced to this longest side
-    max_dist: float | None = None # largest distance of a match; None: as `verified` has it, or the kind
-    ratio: float | None = None    # ratio test, 0 for none; None: likewise
-    residual: float | None = None # largest residual, share of the partner's longest side; None: likewise
-    device: str = "auto"     # where to search: auto, cpu, cuda
-    memory_mib: int = 1024   # memory of a search beside its data
-    n_workers: int = 0       # processes and threads, 0 is one per core
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
+    descriptors: str = ""  # artifact of 04_extract with the splits test and v2_train
+    models: list[str] = field(default_factory=list)  # models in it; the last if none is named
+    weights: list[float] = field(
+        default_factory=list
+    )  # join the models into one ensemble with these weights; none: the last of them alone
+    pca_dims: int = (
+        0  # whiten with PCA learned on training descriptors, and keep so many dimensions; 0: do not
+    )
+    clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
+    verified: str = ""  # artifact of 01_verify whose local features of training images are used again; empty: extract those of the voters
+    delf: str = ""  # artifact of 01_verify that holds the trained DELF, for kind delf
+    voting_k: int = 3  # training images that vote, and are verified
+    vote: str = "original"  # original: 2·similarity − 1; similarity: the similarity itself
+    enough: int = 70  # inliers that count as a full vote
+    most: int = 0  # predictions of one label above which it is a distractor (Google Landmarks: 30); 0 chooses it on Public
+    n_non_landmarks: int = 5  # beyond the paper: similarities to the nearest non-landmark images to subtract; 0: leave this row out
+    kind: str = "rootsift"  # kind of local features: rootsift or delf
+    max_keypoints: int = 1000  # local features per image
+    max_side: int = 800  # larger images are reduced to this longest side
+    max_dist: float | None = None  # largest distance of a match; None: as `verified` has it, or the kind
+    ratio: float | None = None  # ratio test, 0 for none; None: likewise
+    residual: float | None = None  # largest residual, share of the partner's longest side; None: likewise
+    device: str = "auto"  # where to search: auto, cpu, cuda
+    memory_mib: int = 1024  # memory of a search beside its data
+    n_workers: int = 0  # processes and threads, 0 is one per core
 
 # %% ../nbs/06_recognize.ipynb #4d606281
-def _made_up(world:Path, out_dir:Path, seed:int)->Path:
+def _made_up(world: Path, out_dir: Path, seed: int) -> Path:
     "Invented descriptors for the test."
     truth = read_truth(world)
     for split in ("test", "v2_train"):
         x, part = [], truth[truth.split == split]
         for r in part.itertuples():
-            rng = np.random.default_rng([seed, int(r.true_landmark)+1] if r.true_landmark >= 0 else [seed, 0, *r.image_id.encode()])
-            x.append(rng.normal(size=32)/32**.5 + .2*np.random.default_rng([seed, *r.image_id.encode()]).normal(size=32))
-        write_store(out_dir/"arcface_v2"/split, part.image_id.tolist(), l2n(np.array(x)), dict(made_up=seed))
+            rng = np.random.default_rng(
+                [seed, int(r.true_landmark) + 1] if r.true_landmark >= 0 else [seed, 0, *r.image_id.encode()]
+            )
+            x.append(
+                rng.normal(size=32) / 32**0.5
+                + 0.2 * np.random.default_rng([seed, *r.image_id.encode()]).normal(size=32)
+            )
+        write_store(
+            out_dir / "arcface_v2" / split, part.image_id.tolist(), l2n(np.array(x)), dict(made_up=seed)
+        )
     return out_dir
 
 # %% ../nbs/06_recognize.ipynb #ba433409
 def inputs_of(
-    cfg:Config,
-    world:Path,      # the images' world
-    extracted:Path,  # artifact of 04_extract
-    clean:Path,      # artifact of 02_clean, or None
-)->tuple: # test descriptors, training descriptors, training table (image_id, landmark_id, path), model
+    cfg: Config,
+    world: Path,  # the images' world
+    extracted: Path,  # artifact of 04_extract
+    clean: Path,  # artifact of 02_clean, or None
+) -> tuple:  # test descriptors, training descriptors, training table (image_id, landmark_id, path), model
     "What takes part."
     models = choose_models(cfg, extracted, ("test", "v2_train"))
-    (model, stores), = join_models(cfg, extracted, models if cfg.weights else models[-1:]).items()
+    ((model, stores),) = join_models(cfg, extracted, models if cfg.weights else models[-1:]).items()
     test, store = stores["test"], stores["v2_train"]
-    table = train_set(world, "v2-clean" if clean else "v2", clean/"train_clean.csv" if clean else None)
+    table = train_set(world, "v2-clean" if clean else "v2", clean / "train_clean.csv" if clean else None)
     table = table[table.image_id.isin(set(store.ids))].reset_index(drop=True)
-    if not len(table): raise ParameterError("recognize: none of the training images has a descriptor in the store; were they extracted from another world?")
+    if not len(table):
+        raise ParameterError(
+            "recognize: none of the training images has a descriptor in the store; were they extracted from another world?"
+        )
     return test, Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table, model
 
 # %% ../nbs/06_recognize.ipynb #fca93084
 def check_local(
-    cfg:Config,
-    delf:Path,     # artifact of 01_verify with the trained DELF, or None
-    verified:Path, # artifact of 01_verify with local features, or None
+    cfg: Config,
+    delf: Path,  # artifact of 01_verify with the trained DELF, or None
+    verified: Path,  # artifact of 01_verify with local features, or None
 ):
     "Refuse local features that cannot be made here, or do not fit those of cleaning."
-    if cfg.kind not in UNIT: raise ParameterError(f"recognize: kind is {cfg.kind!r}; allowed: {', '.join(UNIT)}")
-    if cfg.kind == "delf" and not delf: raise ParameterError("recognize: kind is delf, which needs a trained one: give `delf`, the artifact of a verification of kind delf, such as @verify/delf")
-    if delf and cfg.kind != "delf": raise ParameterError(f"recognize: `delf` is given, but kind is {cfg.kind}; set `kind: delf`, or leave `delf` empty")
-    if delf and not (delf/"delf"/"card.json").exists(): raise ParameterError(f"recognize: delf is {cfg.delf!r}, but {delf/'delf'} is not there; give the artifact of a verification that trained its DELF")
-    if not verified: return
-    meta = open_local(verified/"local").meta
-    differs = {k: meta.get(k) for k in ("kind", "max_keypoints", "max_side") if meta.get(k) != getattr(cfg, k)}
-    if differs: raise ParameterError(f"recognize: the local features in {verified} were made with {differs}, this run asks for {({k: getattr(cfg, k) for k in differs})}; use the same, or leave `verified` empty")
-    if delf and digest_of(delf) not in (digest_of(verified), *read_json(verified/"manifest.json")["inputs"].values()):
-        raise ParameterError(f"recognize: the local features in {verified} come from another DELF than the one in {delf}; give the one that made them, or leave `verified` empty")
+    if cfg.kind not in UNIT:
+        raise ParameterError(f"recognize: kind is {cfg.kind!r}; allowed: {', '.join(UNIT)}")
+    if cfg.kind == "delf" and not delf:
+        raise ParameterError(
+            "recognize: kind is delf, which needs a trained one: give `delf`, the artifact of a verification of kind delf, such as @verify/delf"
+        )
+    if delf and cfg.kind != "delf":
+        raise ParameterError(
+            f"recognize: `delf` is given, but kind is {cfg.kind}; set `kind: delf`, or leave `delf` empty"
+        )
+    if delf and not (delf / "delf" / "card.json").exists():
+        raise ParameterError(
+            f"recognize: delf is {cfg.delf!r}, but {delf / 'delf'} is not there; give the artifact of a verification that trained its DELF"
+        )
+    if not verified:
+        return
+    meta = open_local(verified / "local").meta
+    differs = {
+        k: meta.get(k) for k in ("kind", "max_keypoints", "max_side") if meta.get(k) != getattr(cfg, k)
+    }
+    if differs:
+        raise ParameterError(
+            f"recognize: the local features in {verified} were made with {differs}, this run asks for { ({k: getattr(cfg, k) for k in differs}) }; use the same, or leave `verified` empty"
+        )
+    if delf and digest_of(delf) not in (
+        digest_of(verified),
+        *read_json(verified / "manifest.json")["inputs"].values(),
+    ):
+        raise ParameterError(
+            f"recognize: the local features in {verified} come from another DELF than the one in {delf}; give the one that made them, or leave `verified` empty"
+        )
 
 # %% ../nbs/06_recognize.ipynb #2beadfae
 def rule_of(
-    cfg:Config,
-    verified:Path=None, # artifact of 01_verify
-): # a `Rule`
+    cfg: Config,
+    verified: Path = None,  # artifact of 01_verify
+):  # a `Rule`
     "The thresholds of cleaning or, without it, of the kind, with what the config changes."
-    theirs = read_json(verified/"manifest.json")["config"] if verified else {}
-    said = {k: theirs[k] for k in ("n_trials", "reject", "max_dist", "ratio", "residual") if theirs.get(k) is not None} | {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
+    theirs = read_json(verified / "manifest.json")["config"] if verified else {}
+    said = {
+        k: theirs[k]
+        for k in ("n_trials", "reject", "max_dist", "ratio", "residual")
+        if theirs.get(k) is not None
+    } | {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
     return rule_for(cfg.kind, **said)
 
 # %% ../nbs/06_recognize.ipynb #6367d1fe
 def describer(
-    cfg:Config,
-    delf:Path=None, # artifact of 01_verify
-): # (image files, ids, folder to write to) → `LocalStore`
+    cfg: Config,
+    delf: Path = None,  # artifact of 01_verify
+):  # (image files, ids, folder to write to) → `LocalStore`
     "What makes local features: RootSIFT, or the DELF of cleaning on its trunk's network."
     how = dict(max_keypoints=cfg.max_keypoints, max_side=cfg.max_side)
-    if not delf: return lambda paths, ids, out_dir: open_local(extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers))
+    if not delf:
+        return lambda paths, ids, out_dir: open_local(
+            extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers)
+        )
     from landmark.parts.nets.checkpoints import load_model
     from landmark.parts.local.delf import extract_many_delf, load_delf
-    ref = read_json(delf/"delf"/"card.json")["trunk"]
-    trunk = artifact(cfg, ref) if ref.startswith("@") else project_root()/ref
-    if not (trunk/"card.json").exists(): raise ParameterError(f"recognize: the DELF in {delf} stands on {ref}, but {trunk} holds no trained model (card.json)")
-    made = load_delf(delf/"delf", load_model(trunk).backbone.net)
-    return lambda paths, ids, out_dir: open_local(extract_many_delf(made, paths, ids, out_dir, **how, device=str(pick_device(cfg.device))))
+
+    ref = read_json(delf / "delf" / "card.json")["trunk"]
+    trunk = artifact(cfg, ref) if ref.startswith("@") else project_root() / ref
+    if not (trunk / "card.json").exists():
+        raise ParameterError(
+            f"recognize: the DELF in {delf} stands on {ref}, but {trunk} holds no trained model (card.json)"
+        )
+    made = load_delf(delf / "delf", load_model(trunk).backbone.net)
+    return lambda paths, ids, out_dir: open_local(
+        extract_many_delf(made, paths, ids, out_dir, **how, device=str(pick_device(cfg.device)))
+    )
 
 # %% ../nbs/06_recognize.ipynb #9206b1e4
 def verify_voters(
-    cfg:Config,
-    world:Path,         # the images' world
-    test_ids,           # image ids of the queries [q]
-    idxs:np.ndarray,    # their voters, positions in `table` [q, k]
-    table:pd.DataFrame, # training images
-    out_dir:Path,       # for local features
-    describe,           # from `describer`
-    verified:Path=None, # artifact of 01_verify
-)->np.ndarray: # inliers [q, k]
+    cfg: Config,
+    world: Path,  # the images' world
+    test_ids,  # image ids of the queries [q]
+    idxs: np.ndarray,  # their voters, positions in `table` [q, k]
+    table: pd.DataFrame,  # training images
+    out_dir: Path,  # for local features
+    describe,  # from `describer`
+    verified: Path = None,  # artifact of 01_verify
+) -> np.ndarray:  # inliers [q, k]
     "Inliers of each query with each of its voters."
     paths = read_images(world, "test").set_index("image_id").path.reindex(test_ids)
-    queries = describe(paths.tolist(), list(test_ids), out_dir/"local_test")
+    queries = describe(paths.tolist(), list(test_ids), out_dir / "local_test")
     voters, at = np.unique(idxs, return_inverse=True)
-    if verified: train = open_local(verified/"local"); at = rows_of(table.image_id.iloc[voters], train.ids, f"the local features of {verified}")[at]
-    else: train = describe(table.path.iloc[voters].tolist(), table.image_id.iloc[voters].tolist(), out_dir/"local_train")
+    if verified:
+        train = open_local(verified / "local")
+        at = rows_of(table.image_id.iloc[voters], train.ids, f"the local features of {verified}")[at]
+    else:
+        train = describe(
+            table.path.iloc[voters].tolist(), table.image_id.iloc[voters].tolist(), out_dir / "local_train"
+        )
     pairs = np.stack([np.repeat(np.arange(len(idxs)), idxs.shape[1]), at.reshape(-1)], 1)
-    return verify_pairs(queries, pairs, rule_of(cfg, verified), store_b=train, n_threads=cfg.n_workers, desc="verify voters")[1].reshape(idxs.shape)
+    return verify_pairs(
+        queries, pairs, rule_of(cfg, verified), store_b=train, n_threads=cfg.n_workers, desc="verify voters"
+    )[1].reshape(idxs.shape)
 
 # %% ../nbs/06_recognize.ipynb #afbac4c6
 BEYOND = "soft vote − non-landmarks"
 
+
 def non_landmark_pools(
-    nothing:np.ndarray, # which queries are known to show no landmark: rows of Public [q]
-    public:np.ndarray,  # rows of Public [q]
-)->list: # (queries, non-landmark images they are compared with), both as positions
+    nothing: np.ndarray,  # which queries are known to show no landmark: rows of Public [q]
+    public: np.ndarray,  # rows of Public [q]
+) -> list:  # (queries, non-landmark images they are compared with), both as positions
     "Private sees all of Public's non-landmark images; each half of Public sees those of the other half."
     half = np.where(nothing, nothing.cumsum(), (public & ~nothing).cumsum()) % 2
     pools = [(np.flatnonzero(public & (half == h)), np.flatnonzero(nothing & (half != h))) for h in (0, 1)]
     return [(q, non) for q, non in [*pools, (np.flatnonzero(~public), np.flatnonzero(nothing))] if len(q)]
 
+
 def recognise_beyond(
-    cfg:Config,
-    test, train,          # descriptors
-    labels:np.ndarray,    # landmark_id of training images
-    sims, idxs,           # voters of each query [q, k]
-    pools:list,           # from `non_landmark_pools`
-)->tuple: # landmark_id, score
+    cfg: Config,
+    test,
+    train,  # descriptors
+    labels: np.ndarray,  # landmark_id of training images
+    sims,
+    idxs,  # voters of each query [q, k]
+    pools: list,  # from `non_landmark_pools`
+) -> tuple:  # landmark_id, score
     "Soft vote of similarities less what is similar to non-landmark images."
     names, scores = np.zeros(len(test), labels.dtype), np.zeros(len(test), np.float32)
     voters, at = np.unique(idxs, return_inverse=True)
     at, how = at.reshape(idxs.shape), dict(device=cfg.device, memory_mib=cfg.memory_mib)
     for queries, non in pools:
         near = lambda x: search(x, test[non], min(cfg.n_non_landmarks, len(non)), **how)[0]
-        adjusted, order = minus_non_landmarks(sims[queries], at[queries], near(Rows(test, queries)), near(Rows(train, voters)))
-        names[queries], scores[queries] = recognise(adjusted, labels[voters][order], vote="similarity", voting_k=cfg.voting_k)
+        adjusted, order = minus_non_landmarks(
+            sims[queries], at[queries], near(Rows(test, queries)), near(Rows(train, voters))
+        )
+        names[queries], scores[queries] = recognise(
+            adjusted, labels[voters][order], vote="similarity", voting_k=cfg.voting_k
+        )
     return names, scores
 
 # %% ../nbs/06_recognize.ipynb #dc101f25
 def judge(
-    solution:pd.DataFrame, # image_id, landmarks, usage
-    labels, scores,        # one prediction per row
-)->dict: # usage → GAP and number of images that show a landmark
+    solution: pd.DataFrame,  # image_id, landmarks, usage
+    labels,
+    scores,  # one prediction per row
+) -> dict:  # usage → GAP and number of images that show a landmark
     "GAP on Public and Private."
     out = {}
     for u in ("Public", "Private"):
         rows = np.flatnonzero(solution.usage == u)
         truth = [set(solution.landmarks.iloc[i]) for i in rows]
-        out[u] = gap(np.asarray(labels)[rows], np.asarray(scores)[rows], truth, solution.image_id.to_numpy()[rows]), sum(map(bool, truth))
+        out[u] = (
+            gap(
+                np.asarray(labels)[rows], np.asarray(scores)[rows], truth, solution.image_id.to_numpy()[rows]
+            ),
+            sum(map(bool, truth)),
+        )
     return out
 
-def predictions_of(cfg, world, extracted, clean, verified, describe, out_dir, metrics)->tuple: # solution table, method → (labels, scores), what the pictures need
+
+def predictions_of(
+    cfg, world, extracted, clean, verified, describe, out_dir, metrics
+) -> tuple:  # solution table, method → (labels, scores), what the pictures need
     "All steps, each with its predictions."
     test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean)
-    if verified: rows_of(table.image_id, open_local(verified/"local").ids, f"the local features of {verified}")        # anybody may vote
+    if verified:
+        rows_of(
+            table.image_id, open_local(verified / "local").ids, f"the local features of {verified}"
+        )  # anybody may vote
     solution = read_recognition_solution(world)
     unread = ~solution.image_id.isin(set(test.ids))
-    if unread.any(): log(f"recognize: {int(unread.sum())} test images have no descriptor (they could not be read) and get no prediction")
+    if unread.any():
+        log(
+            f"recognize: {int(unread.sum())} test images have no descriptor (they could not be read) and get no prediction"
+        )
     asked = np.flatnonzero(~unread)
     x, labels = Rows(test, rows_of(solution.image_id.iloc[asked], test.ids)), table.landmark_id.to_numpy()
     k = min(cfg.voting_k, len(train))
     sims, idxs = search(x, train, k, cfg.device, memory_mib=cfg.memory_mib, desc="search")
-    inliers = verify_voters(cfg, world, solution.image_id.iloc[asked].tolist(), idxs, table, out_dir, describe, verified)
+    inliers = verify_voters(
+        cfg, world, solution.image_id.iloc[asked].tolist(), idxs, table, out_dir, describe, verified
+    )
     steps = {"soft vote": recognise(sims, labels[idxs], None, cfg.vote, cfg.enough, k)}
     steps["+ inliers"] = recognise(sims, labels[idxs], inliers, cfg.vote, cfg.enough, k)
-    truth, public = [set(solution.landmarks.iloc[i]) for i in asked], (solution.usage.iloc[asked] == "Public").to_numpy()
+    truth, public = (
+        [set(solution.landmarks.iloc[i]) for i in asked],
+        (solution.usage.iloc[asked] == "Public").to_numpy(),
+    )
     limit, curve = choose_limit(*steps["+ inliers"], truth, public)
     metrics["most"] = cfg.most or limit
-    if not cfg.most: log(f"recognize: a label may have {limit} of {len(asked)} predictions, chosen on Public")
+    if not cfg.most:
+        log(f"recognize: a label may have {limit} of {len(asked)} predictions, chosen on Public")
     scores, banned = distractor_rule(*steps["+ inliers"], metrics["most"])
     metrics["banned"] = len(banned)
     steps["+ distractor rule"] = steps["+ inliers"][0], scores
     other = "similarity" if cfg.vote == "original" else "original"
     steps[f"soft vote, {other}"] = recognise(sims, labels[idxs], None, other, cfg.enough, k)
     nothing = public & np.array([not t for t in truth])
-    if cfg.n_non_landmarks and nothing.sum() > 1: steps[BEYOND] = recognise_beyond(cfg, x, train, labels, sims, idxs, non_landmark_pools(nothing, public))
+    if cfg.n_non_landmarks and nothing.sum() > 1:
+        steps[BEYOND] = recognise_beyond(
+            cfg, x, train, labels, sims, idxs, non_landmark_pools(nothing, public)
+        )
     full = {m: (np.full(len(solution), -1), np.full(len(solution), np.nan)) for m in steps}
-    for m, (l, s) in steps.items(): full[m][0][asked], full[m][1][asked] = l, s
-    voters = pd.DataFrame(dict(query_id=np.repeat(solution.image_id.iloc[asked].to_numpy(), k), place=np.tile(np.arange(k), len(asked)), image_id=table.image_id.to_numpy()[idxs].reshape(-1),
-                               landmark_id=labels[idxs].reshape(-1), similarity=sims.reshape(-1).round(6), n_inliers=inliers.reshape(-1)))
+    for m, (l, s) in steps.items():
+        full[m][0][asked], full[m][1][asked] = l, s
+    voters = pd.DataFrame(
+        dict(
+            query_id=np.repeat(solution.image_id.iloc[asked].to_numpy(), k),
+            place=np.tile(np.arange(k), len(asked)),
+            image_id=table.image_id.to_numpy()[idxs].reshape(-1),
+            landmark_id=labels[idxs].reshape(-1),
+            similarity=sims.reshape(-1).round(6),
+            n_inliers=inliers.reshape(-1),
+        )
+    )
     return solution, full, voters, curve
 
 # %% ../nbs/06_recognize.ipynb #47a0db68
 def run(
-    cfg:Config, # what to recognise, and how
-)->Path: # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
+    cfg: Config,  # what to recognise, and how
+) -> Path:  # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
     "Predict a landmark for every test image and judge it."
     world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
-    clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in (cfg.clean, cfg.verified, cfg.delf))
-    check_local(cfg, delf, verified); rule_of(cfg, verified)
+    clean, verified, delf = (
+        artifact(cfg, ref) if ref else None for ref in (cfg.clean, cfg.verified, cfg.delf)
+    )
+    check_local(cfg, delf, verified)
+    rule_of(cfg, verified)
     with open_stage("recognize", cfg, inputs=[world, extracted, clean, verified, delf], code=__name__) as st:
-        if st.done: return st.dir
-        if made_up: extracted, st.metrics["made_up"] = _made_up(world, st.dir/"made_up", cfg.seed), True
-        solution, steps, voters, curve = predictions_of(cfg, world, extracted, clean, verified, describer(cfg, delf), st.dir, st.metrics)
+        if st.done:
+            return st.dir
+        if made_up:
+            extracted, st.metrics["made_up"] = _made_up(world, st.dir / "made_up", cfg.seed), True
+        solution, steps, voters, curve = predictions_of(
+            cfg, world, extracted, clean, verified, describer(cfg, delf), st.dir, st.metrics
+        )
         rows, per_query = [], []
         for m, (labels, scores) in steps.items():
-            rows += [(m, usage, "GAP", value, n, m == BEYOND) for usage, (value, n) in judge(solution, labels, scores).items()]
+            rows += [
+                (m, usage, "GAP", value, n, m == BEYOND)
+                for usage, (value, n) in judge(solution, labels, scores).items()
+            ]
             right = [int(l) in t for l, t in zip(labels, map(set, solution.landmarks))]
-            per_query.append(pd.DataFrame(dict(method=m, usage=solution.usage, query_id=solution.image_id, landmark_id=labels, score=scores, correct=right, has_landmark=solution.landmarks.map(bool))))
-        write_csv(pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n", "beyond"]), st.dir/"metrics.csv")
-        write_csv(pd.concat(per_query), st.dir/"per_query.csv")
-        write_recognition(st.dir/"predictions.csv", solution.image_id, *steps["+ distractor rule"])
-        write_csv(voters, st.dir/"voters.csv")
-        write_csv(pd.DataFrame(curve.items(), columns=["most", "public_gap"]), st.dir/"limits.csv")
+            per_query.append(
+                pd.DataFrame(
+                    dict(
+                        method=m,
+                        usage=solution.usage,
+                        query_id=solution.image_id,
+                        landmark_id=labels,
+                        score=scores,
+                        correct=right,
+                        has_landmark=solution.landmarks.map(bool),
+                    )
+                )
+            )
+        write_csv(
+            pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n", "beyond"]),
+            st.dir / "metrics.csv",
+        )
+        write_csv(pd.concat(per_query), st.dir / "per_query.csv")
+        write_recognition(st.dir / "predictions.csv", solution.image_id, *steps["+ distractor rule"])
+        write_csv(voters, st.dir / "voters.csv")
+        write_csv(pd.DataFrame(curve.items(), columns=["most", "public_gap"]), st.dir / "limits.csv")
     return st.dir
+
 
 def main():
     "Console script."

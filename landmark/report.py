@@ -12,271 +12,472 @@ from pathlib import Path
 
 from .graph import STAGES, plan
 from .parts.artifacts import code_hash, git_commit
-from .parts.core import ParameterError, log, project_root, read_json, runs_dir, write_csv, write_json, write_text
+from landmark.parts.core import (
+    ParameterError,
+    log,
+    project_root,
+    read_json,
+    runs_dir,
+    write_csv,
+    write_json,
+    write_text,
+)
 from .parts.plots import to_markdown
 
 # %% ../nbs/report.ipynb #950974e5
-_STYLE = '''body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#1c1c1c}
+_STYLE = """body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#1c1c1c}
 h1,h2,h3{line-height:1.2;margin-top:1.8em}blockquote{margin:0;padding:.1em 1em;border-left:4px solid #2a7f62;color:#444}
 pre,code{font:13px/1.45 ui-monospace,monospace}pre{background:#f6f6f4;padding:.7em 1em;overflow-x:auto;border-radius:4px}
 table{border-collapse:collapse;margin:1em 0;font-size:14px;display:block;overflow-x:auto}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left}
 img{max-width:100%}details{margin:.6em 0}summary{cursor:pointer;color:#2a7f62;font-size:14px}a{color:#1d5fa8}
 .stderr pre{background:#fbf3ec;font-size:12px}nav{font-size:14px;margin-bottom:1.5em}.toc{font-size:14px;line-height:1.8;color:#888}.toc a{white-space:nowrap}h2[id]{scroll-margin-top:1rem}
 .shots{display:flex;flex-wrap:wrap;gap:14px}.shots a{width:226px;font-size:13px;line-height:1.35;text-decoration:none;color:#444}.shots img{width:226px;height:130px;object-fit:contain;object-position:left top;border:1px solid #e2e2df;border-radius:4px;background:#fff;display:block;margin-bottom:4px}math{font-size:1.05em}
-.highlight .k,.highlight .kn,.highlight .ow{color:#8a2f7a}.highlight .c1{color:#6b7a6b}.highlight .s1,.highlight .s2,.highlight .sd{color:#2b6a4d}.highlight .mi,.highlight .mf{color:#1d5fa8}'''
+.highlight .k,.highlight .kn,.highlight .ow{color:#8a2f7a}.highlight .c1{color:#6b7a6b}.highlight .s1,.highlight .s2,.highlight .sd{color:#2b6a4d}.highlight .mi,.highlight .mf{color:#1d5fa8}"""
+
 
 def page(
-    title:str, # title of the page
-    body:str,  # HTML
-    nav:str='<a href="index.html">all pages</a>', # HTML on top
-)->str: # a whole page, needing nothing else but its figures
+    title: str,  # title of the page
+    body: str,  # HTML
+    nav: str = '<a href="index.html">all pages</a>',  # HTML on top
+) -> str:  # a whole page, needing nothing else but its figures
     "Wrap a body into a page."
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-            f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><nav>{nav}</nav>\n{body}\n</body></html>\n')
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><nav>{nav}</nav>\n{body}\n</body></html>\n"
+    )
+
 
 def with_contents(
-    body:str, # HTML
-)->str: # the same with anchors, and a line of links below the title
+    body: str,  # HTML
+) -> str:  # the same with anchors, and a line of links below the title
     "Give every section an address; from three sections on, list them on top."
     heads = []
+
     def name(m):
-        words = re.sub('<[^>]+>', '', m.group(1)); slug = re.sub(r'[^\w]+', '-', html.unescape(words).lower()).strip('-')
-        slug += f'-{sum(s == slug for s, _ in heads) + 1}'*any(s == slug for s, _ in heads); heads.append((slug, words))
+        words = re.sub("<[^>]+>", "", m.group(1))
+        slug = re.sub(r"[^\w]+", "-", html.unescape(words).lower()).strip("-")
+        slug += f"-{sum(s == slug for s, _ in heads) + 1}" * any(s == slug for s, _ in heads)
+        heads.append((slug, words))
         return f'<h2 id="{slug}">{m.group(1)}</h2>'
-    body = re.sub(r'<h2>(.*?)</h2>', name, body, flags=re.S)
-    toc = '<p class="toc">' + ' · '.join(f'<a href="#{s}">{w}</a>' for s, w in heads) + '</p>\n'
-    return re.sub(r'(</h1>\s*(?:<blockquote>.*?</blockquote>\s*)?)', lambda m: m.group(1) + toc, body, count=1, flags=re.S) if len(heads) > 2 else body
+
+    body = re.sub(r"<h2>(.*?)</h2>", name, body, flags=re.S)
+    toc = '<p class="toc">' + " · ".join(f'<a href="#{s}">{w}</a>' for s, w in heads) + "</p>\n"
+    return (
+        re.sub(
+            r"(</h1>\s*(?:<blockquote>.*?</blockquote>\s*)?)",
+            lambda m: m.group(1) + toc,
+            body,
+            count=1,
+            flags=re.S,
+        )
+        if len(heads) > 2
+        else body
+    )
+
 
 def fold(
-    text:str, # HTML
-    most:int=20, # rows that a table may show
-)->str: # the same with long tables folded up
+    text: str,  # HTML
+    most: int = 20,  # rows that a table may show
+) -> str:  # the same with long tables folded up
     "A table of sixty rows is one click away, not in the way."
-    def put(m):
-        rows = m.group(0).count('<tr') - m.group(0).count('<thead')
-        return m.group(0) if rows <= most else f'<details><summary>a table of {rows} rows</summary>{m.group(0)}</details>'
-    return re.sub(r'<table.*?</table>', put, text, flags=re.S)
 
-def _math(tex:str, block:bool)->str:
+    def put(m):
+        rows = m.group(0).count("<tr") - m.group(0).count("<thead")
+        return (
+            m.group(0)
+            if rows <= most
+            else f"<details><summary>a table of {rows} rows</summary>{m.group(0)}</details>"
+        )
+
+    return re.sub(r"<table.*?</table>", put, text, flags=re.S)
+
+
+def _math(tex: str, block: bool) -> str:
     try:
         from latex2mathml.converter import convert
-        return convert(tex, display='block' if block else 'inline')
-    except Exception: return f'<code>{html.escape(tex)}</code>' # a formula the converter does not know stays readable as TeX
 
-def _markdown(text:str)->str:
+        return convert(tex, display="block" if block else "inline")
+    except Exception:
+        return (
+            f"<code>{html.escape(tex)}</code>"  # a formula the converter does not know stays readable as TeX
+        )
+
+
+def _markdown(text: str) -> str:
     import mistune
+
     held = []
-    def hold(m, block): held.append(_math(m.group(1).strip(), block)); return f'\x02{len(held)-1}\x03'
-    parts = re.split(r'(```.*?```|`[^`\n]+`)', text, flags=re.S)     # formulas are looked for outside code only
+
+    def hold(m, block):
+        held.append(_math(m.group(1).strip(), block))
+        return f"\x02{len(held) - 1}\x03"
+
+    parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)  # formulas are looked for outside code only
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r'\$\$(.+?)\$\$', lambda m: hold(m, True), parts[i], flags=re.S)
-        parts[i] = re.sub(r'(?<![\w$\\])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])', lambda m: hold(m, False), parts[i])
-    out = mistune.create_markdown(escape=False, plugins=['table', 'strikethrough'])(''.join(parts))
-    return re.sub('\x02(\\d+)\x03', lambda m: held[int(m.group(1))], out)
+        parts[i] = re.sub(r"\$\$(.+?)\$\$", lambda m: hold(m, True), parts[i], flags=re.S)
+        parts[i] = re.sub(
+            r"(?<![\w$\\])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", lambda m: hold(m, False), parts[i]
+        )
+    out = mistune.create_markdown(escape=False, plugins=["table", "strikethrough"])("".join(parts))
+    return re.sub("\x02(\\d+)\x03", lambda m: held[int(m.group(1))], out)
 
 # %% ../nbs/report.ipynb #6ed50c70
 def save_png(
-    data:bytes, # a PNG
-    path:Path,  # where to
+    data: bytes,  # a PNG
+    path: Path,  # where to
 ):
     "Write a figure with at most 256 colours."
     from PIL import Image
-    im = Image.open(io.BytesIO(data)).convert('RGB')
-    if im.width > 1600: im = im.resize((1600, round(im.height*1600/im.width)))
+
+    im = Image.open(io.BytesIO(data)).convert("RGB")
+    if im.width > 1600:
+        im = im.resize((1600, round(im.height * 1600 / im.width)))
     path.parent.mkdir(parents=True, exist_ok=True)
     im.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
+
 def screen(
-    text:str, # what a program wrote
-)->str: # what stands on the screen at the end
+    text: str,  # what a program wrote
+) -> str:  # what stands on the screen at the end
     "Carriage returns, and cursors that move up, as nested progress bars use them."
-    lines, row, fresh = [''], 0, False
-    for m in re.finditer(r'\x1b\[(?P<up>\d*)A|\x1b\[[\d;?]*[@-~]|(?P<back>\r)|(?P<down>\n)|(?P<text>[^\x1b\r\n]+)', text):
-        if m['up'] is not None: row = max(0, row - int(m['up'] or 1))
-        elif m['back']: fresh = True
-        elif m['down']:
-            row += 1; fresh = True
-            if row == len(lines): lines.append('')
-        elif m['text']: lines[row] = m['text'] if fresh else lines[row] + m['text']; fresh = False
-    return '\n'.join(l.rstrip() for l in lines).strip('\n')
+    lines, row, fresh = [""], 0, False
+    for m in re.finditer(
+        r"\x1b\[(?P<up>\d*)A|\x1b\[[\d;?]*[@-~]|(?P<back>\r)|(?P<down>\n)|(?P<text>[^\x1b\r\n]+)", text
+    ):
+        if m["up"] is not None:
+            row = max(0, row - int(m["up"] or 1))
+        elif m["back"]:
+            fresh = True
+        elif m["down"]:
+            row += 1
+            fresh = True
+            if row == len(lines):
+                lines.append("")
+        elif m["text"]:
+            lines[row] = m["text"] if fresh else lines[row] + m["text"]
+            fresh = False
+    return "\n".join(l.rstrip() for l in lines).strip("\n")
 
-def _parameters(table:str)->str: # HTML
+
+def _parameters(table: str) -> str:  # HTML
     "A config's table: first what was changed."
-    head, line, *rows = table.splitlines(); is_changed = lambda r: '| **' in r
-    show = lambda rows: _markdown('\n'.join([head, line, *rows]))
+    head, line, *rows = table.splitlines()
+    is_changed = lambda r: "| **" in r
+    show = lambda rows: _markdown("\n".join([head, line, *rows]))
     changed, same = [r for r in rows if is_changed(r)], [r for r in rows if not is_changed(r)]
-    return (show(changed) if changed else '') + f'<details><summary>{len(same)} parameters at their defaults</summary>{show(same)}</details>'
+    return (
+        show(changed) if changed else ""
+    ) + f"<details><summary>{len(same)} parameters at their defaults</summary>{show(same)}</details>"
 
-def _outputs(cell, stem:str, k:int, fig_dir:Path, fig_url:str)->str:
+
+def _outputs(cell, stem: str, k: int, fig_dir: Path, fig_url: str) -> str:
     out, streams = [], {}
-    for o in cell.get('outputs', []):
-        if o['output_type'] == 'stream': streams[o['name']] = streams.get(o['name'], '') + o['text']; continue
-        if o['output_type'] == 'error': out.append(f'<pre>{html.escape(re.sub(chr(27) + r"[^m]*m", "", chr(10).join(o["traceback"])))}</pre>'); continue
-        data = o.get('data', {})
-        if 'image/png' in data:
+    for o in cell.get("outputs", []):
+        if o["output_type"] == "stream":
+            streams[o["name"]] = streams.get(o["name"], "") + o["text"]
+            continue
+        if o["output_type"] == "error":
+            out.append(
+                f"<pre>{html.escape(re.sub(chr(27) + r'[^m]*m', '', chr(10).join(o['traceback'])))}</pre>"
+            )
+            continue
+        data = o.get("data", {})
+        if "image/png" in data:
             import base64
-            name = f'{stem}-{k}-{len(out)}.png'; save_png(base64.b64decode(data['image/png']), fig_dir/name)
-            alt = re.sub(r'\s+', ' ', ''.join(data.get('text/plain', 'figure')))[:80]
+
+            name = f"{stem}-{k}-{len(out)}.png"
+            save_png(base64.b64decode(data["image/png"]), fig_dir / name)
+            alt = re.sub(r"\s+", " ", "".join(data.get("text/plain", "figure")))[:80]
             out.append(f'<p><img src="{fig_url}/{name}" alt="{html.escape(alt)}"></p>')
-        elif 'text/markdown' in data: md = data['text/markdown']; out.append(_parameters(md) if md.startswith('| parameter | value | default |') else fold(_markdown(md)))
-        elif 'text/html' in data: out.append(fold(re.sub(r'<style.*?</style>| border="1"', '', data['text/html'], flags=re.S)))
-        elif 'text/plain' in data: out.append(f'<pre>{html.escape(data["text/plain"])}</pre>')
+        elif "text/markdown" in data:
+            md = data["text/markdown"]
+            out.append(
+                _parameters(md) if md.startswith("| parameter | value | default |") else fold(_markdown(md))
+            )
+        elif "text/html" in data:
+            out.append(fold(re.sub(r'<style.*?</style>| border="1"', "", data["text/html"], flags=re.S)))
+        elif "text/plain" in data:
+            out.append(f"<pre>{html.escape(data['text/plain'])}</pre>")
     for name, text in streams.items():
         text = screen(text)
-        if text: out.append(f'<details class="stderr"><summary>log</summary><pre>{html.escape(text)}</pre></details>' if name == 'stderr' else f'<pre>{html.escape(text)}</pre>')
-    return ''.join(f'<div class="out">{o}</div>' for o in out)
+        if text:
+            out.append(
+                f'<details class="stderr"><summary>log</summary><pre>{html.escape(text)}</pre></details>'
+                if name == "stderr"
+                else f"<pre>{html.escape(text)}</pre>"
+            )
+    return "".join(f'<div class="out">{o}</div>' for o in out)
 
 # %% ../nbs/report.ipynb #985e65fb
-def _code(source:str)->str:
-    from pygments import highlight; from pygments.formatters import HtmlFormatter; from pygments.lexers import PythonLexer
+def _code(source: str) -> str:
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
     return highlight(source, PythonLexer(), HtmlFormatter())
 
+
 def render(
-    notebook:Path, # an executed notebook
-    out:Path,      # the page to write; figures go to `figures/` beside it
-    nav:str='<a href="index.html">all pages</a>', # HTML on top
-)->str: # the notebook's title
+    notebook: Path,  # an executed notebook
+    out: Path,  # the page to write; figures go to `figures/` beside it
+    nav: str = '<a href="index.html">all pages</a>',  # HTML on top
+) -> str:  # the notebook's title
     "Render an executed notebook as a page."
     import nbformat
-    nb, parts, title = nbformat.read(notebook, 4), [], ''
+
+    nb, parts, title = nbformat.read(notebook, 4), [], ""
     for k, c in enumerate(nb.cells):
-        if c.cell_type == 'markdown':
-            if (m := re.match(r'# (.+)', c.source)) and not title: title = m.group(1)
-            parts.append(_markdown(c.source)); continue
-        directives, source = re.findall(r'^#\|\s*(\w+)', c.source, flags=re.M), re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip()
-        outputs = _outputs(c, out.stem, k, out.parent/'figures', 'figures')
-        if 'hide' in directives or 'default_exp' in directives or not source: parts.append(outputs); continue
-        names = re.findall(r'^(?:def|class) (\w+)', source, flags=re.M)
-        if 'export' in directives or len(source.splitlines()) > 12:
-            what = ', '.join(n for n in names if not n.startswith('_')) or ('imports' if 'import' in source else 'code')
-            parts.append(f'<details><summary>{html.escape(what)}</summary>{_code(source)}</details>{outputs}')
-        else: parts.append(_code(source) + outputs)
-    body = '\n'.join(parts).replace(f'{project_root()}/', '') # a page names no folder of one machine
-    title = title or Path(notebook).stem; write_text(out, page(title, with_contents(body), nav))
+        if c.cell_type == "markdown":
+            if (m := re.match(r"# (.+)", c.source)) and not title:
+                title = m.group(1)
+            parts.append(_markdown(c.source))
+            continue
+        directives, source = (
+            re.findall(r"^#\|\s*(\w+)", c.source, flags=re.M),
+            re.sub(r"^#\|.*\n?", "", c.source, flags=re.M).strip(),
+        )
+        outputs = _outputs(c, out.stem, k, out.parent / "figures", "figures")
+        if "hide" in directives or "default_exp" in directives or not source:
+            parts.append(outputs)
+            continue
+        names = re.findall(r"^(?:def|class) (\w+)", source, flags=re.M)
+        if "export" in directives or len(source.splitlines()) > 12:
+            what = ", ".join(n for n in names if not n.startswith("_")) or (
+                "imports" if "import" in source else "code"
+            )
+            parts.append(f"<details><summary>{html.escape(what)}</summary>{_code(source)}</details>{outputs}")
+        else:
+            parts.append(_code(source) + outputs)
+    body = "\n".join(parts).replace(f"{project_root()}/", "")  # a page names no folder of one machine
+    title = title or Path(notebook).stem
+    write_text(out, page(title, with_contents(body), nav))
     return title
 
 # %% ../nbs/report.ipynb #8c38e53b
 def world_of(
-    step, # a step of the graph
-)->str: # name of the data step below it
+    step,  # a step of the graph
+) -> str:  # name of the data step below it
     "Which world a step stands on."
-    return step.name if step.stage == 'data' else next((w for u in step.upstream if (w := world_of(u))), '')
+    return step.name if step.stage == "data" else next((w for u in step.upstream if (w := world_of(u))), "")
+
 
 def pages_of(
-    steps:list, # steps of one seed
-)->list: # those that get a page
+    steps: list,  # steps of one seed
+) -> list:  # those that get a page
     "Every run on the main world, and the first control of every stage."
-    worlds = [world_of(s) for s in steps]; main = max(worlds, key=worlds.count, default=''); seen, out = set(), []
+    worlds = [world_of(s) for s in steps]
+    main = max(worlds, key=worlds.count, default="")
+    seen, out = set(), []
     for s, w in zip(steps, worlds):
-        if w == main or s.stage in ('data', 'tables') or s.stage not in seen: out.append(s)
-        if w != main: seen.add(s.stage)
+        if w == main or s.stage in ("data", "tables") or s.stage not in seen:
+            out.append(s)
+        if w != main:
+            seen.add(s.stage)
     return out
 
+
 def relink(
-    text:str,   # a page
-    pages:dict, # notebook → its page
-)->str: # the page, its links to notebooks pointing to pages, or to the notebooks as seen from `reports/<profile>/`
+    text: str,  # a page
+    pages: dict,  # notebook → its page
+) -> str:  # the page, its links to notebooks pointing to pages, or to the notebooks as seen from `reports/<profile>/`
     "Links that work where the page lies."
-    def put(m): return f'<a href="{pages.get(posixpath.basename(m.group(1))) or posixpath.normpath("../../nbs/" + m.group(1) + ".ipynb")}"'
+
+    def put(m):
+        return f'<a href="{pages.get(posixpath.basename(m.group(1))) or posixpath.normpath("../../nbs/" + m.group(1) + ".ipynb")}"'
+
     return re.sub(r'<a href="(?!https?:|\.\./)([^"#:]+)\.ipynb"', put, text)
 
 # %% ../nbs/report.ipynb #f36fa257
-def _quote(notebook:Path)->str:
+def _quote(notebook: Path) -> str:
     "The sentence that a notebook opens with."
     import nbformat
-    return next((m.group(1) for c in nbformat.read(notebook, 4).cells if (m := re.search(r'^> (.+)', c.source, flags=re.M))), '')
 
-def _index(profile:str, seeds, steps:list, shown:dict, home:Path)->str: # HTML
+    return next(
+        (
+            m.group(1)
+            for c in nbformat.read(notebook, 4).cells
+            if (m := re.search(r"^> (.+)", c.source, flags=re.M))
+        ),
+        "",
+    )
+
+
+def _index(profile: str, seeds, steps: list, shown: dict, home: Path) -> str:  # HTML
     "The front page of a report; `shown` holds (stage, name) → (page, title)."
     rows, shots, key = [], [], lambda s: (s.stage, s.name)
     for stage in dict.fromkeys(s.stage for s in sorted(steps, key=lambda s: STAGES[s.stage])):
-        of = sorted((s for s in steps if s.stage == stage), key=lambda s: key(s) not in shown); man = {s.name: read_json(s.dir/'manifest.json') for s in of}
-        link = lambda s: f'<a href="{shown[key(s)][0]}">{html.escape(s.name)}</a>' if key(s) in shown else html.escape(s.name)
-        first = of[0]; url, title = shown[key(first)]; title = html.escape(title)
-        rows.append(f'<tr><td><a href="{url}">{title}</a></td><td>{html.escape(_quote(first.notebook))}</td><td>{" · ".join(link(s) for s in of)}</td>'
-                    f'<td>{sum(m["seconds"] for m in man.values()):,.0f} s</td><td>{max(m["peak_mib"] for m in man.values()):,} MiB</td></tr>')
-        figures = sorted((home/'figures').glob(f'{Path(url).stem}-*.png'), key=lambda p: [int(x) for x in re.findall(r'\d+', p.stem.rpartition(first.name)[2])])
-        if figures: shots.append(f'<a href="{url}"><img src="figures/{figures[-1].name}" alt="a figure of {title}">{title}</a>')
-    tables = (home/'tables'/'tables.md').read_text(encoding='utf-8') if (home/'tables').exists() else ''
-    return (f'<h1>Report of the profile {html.escape(profile)}</h1><p>Seeds {", ".join(map(str, seeds))}; the pages show seed {seeds[0]}, the tables all. '
-            f'Runs without a link differ from a page in their world only; their numbers stand in the tables.</p><div class="shots">{"".join(shots)}</div>'
-            f'<h2>Pages</h2><table><tr><th>page</th><th>what it does</th><th>runs</th><th>time</th><th>memory</th></tr>{"".join(rows)}</table>{fold(_markdown(tables))}')
+        of = sorted((s for s in steps if s.stage == stage), key=lambda s: key(s) not in shown)
+        man = {s.name: read_json(s.dir / "manifest.json") for s in of}
+        link = lambda s: (
+            f'<a href="{shown[key(s)][0]}">{html.escape(s.name)}</a>'
+            if key(s) in shown
+            else html.escape(s.name)
+        )
+        first = of[0]
+        url, title = shown[key(first)]
+        title = html.escape(title)
+        rows.append(
+            f'<tr><td><a href="{url}">{title}</a></td><td>{html.escape(_quote(first.notebook))}</td><td>{" · ".join(link(s) for s in of)}</td>'
+            f"<td>{sum(m['seconds'] for m in man.values()):,.0f} s</td><td>{max(m['peak_mib'] for m in man.values()):,} MiB</td></tr>"
+        )
+        figures = sorted(
+            (home / "figures").glob(f"{Path(url).stem}-*.png"),
+            key=lambda p: [int(x) for x in re.findall(r"\d+", p.stem.rpartition(first.name)[2])],
+        )
+        if figures:
+            shots.append(
+                f'<a href="{url}"><img src="figures/{figures[-1].name}" alt="a figure of {title}">{title}</a>'
+            )
+    tables = (home / "tables" / "tables.md").read_text(encoding="utf-8") if (home / "tables").exists() else ""
+    return (
+        f"<h1>Report of the profile {html.escape(profile)}</h1><p>Seeds {', '.join(map(str, seeds))}; the pages show seed {seeds[0]}, the tables all. "
+        f'Runs without a link differ from a page in their world only; their numbers stand in the tables.</p><div class="shots">{"".join(shots)}</div>'
+        f"<h2>Pages</h2><table><tr><th>page</th><th>what it does</th><th>runs</th><th>time</th><th>memory</th></tr>{''.join(rows)}</table>{fold(_markdown(tables))}"
+    )
 
 # %% ../nbs/report.ipynb #e715d9e2
 def report(
-    profile:str, # which runs
+    profile: str,  # which runs
     seeds=(1,),  # the tables speak of all of them, the pages show the first
-)->Path: # reports/<profile>
+) -> Path:  # reports/<profile>
     "Render every finished step of a profile; what was there before is replaced as a whole."
-    steps, home = plan(profile, seeds), project_root()/'reports'/profile
-    missing = [f'{s.stage}/{s.name} (seed {s.seed})' for s in steps if not s.stamp.exists()]
-    if missing: raise ParameterError(f'{len(missing)} steps of profile {profile} have not run with this code: {", ".join(missing[:5])}; run `make demo PROFILE={profile} SEEDS="{" ".join(map(str, seeds))}"` first')
+    steps, home = plan(profile, seeds), project_root() / "reports" / profile
+    missing = [f"{s.stage}/{s.name} (seed {s.seed})" for s in steps if not s.stamp.exists()]
+    if missing:
+        raise ParameterError(
+            f'{len(missing)} steps of profile {profile} have not run with this code: {", ".join(missing[:5])}; run `make demo PROFILE={profile} SEEDS="{" ".join(map(str, seeds))}"` first'
+        )
     tmp, mine = Path(tempfile.mkdtemp(dir=runs_dir())), [s for s in steps if s.seed == seeds[0]]
-    render_pages(profile, seeds, mine, tmp); write_searches(profile, seeds[0], tmp/'tables')
-    write_json(tmp/'report.json', dict(profile=profile, seeds=list(seeds), commit=git_commit(), code={s: code_hash(f'landmark.{s}') for s in sorted({s.stage for s in steps})}))
+    render_pages(profile, seeds, mine, tmp)
+    write_searches(profile, seeds[0], tmp / "tables")
+    write_json(
+        tmp / "report.json",
+        dict(
+            profile=profile,
+            seeds=list(seeds),
+            commit=git_commit(),
+            code={s: code_hash(f"landmark.{s}") for s in sorted({s.stage for s in steps})},
+        ),
+    )
     home.parent.mkdir(exist_ok=True)
-    if home.exists(): shutil.rmtree(home)
-    shutil.move(tmp, home); home.chmod(0o755)
+    if home.exists():
+        shutil.rmtree(home)
+    shutil.move(tmp, home)
+    home.chmod(0o755)
     return home
 
+
 def render_pages(
-    profile:str, seeds, # for the index
-    steps:list,         # finished steps of one seed
-    out:Path,           # an empty folder
+    profile: str,
+    seeds,  # for the index
+    steps: list,  # finished steps of one seed
+    out: Path,  # an empty folder
 ):
     "All pages of a report and their index."
-    chosen = sorted(pages_of(steps), key=lambda s: STAGES[s.stage]); name = lambda s: f'{STAGES[s.stage]}-{s.name}.html'; shown = {}
+    chosen = sorted(pages_of(steps), key=lambda s: STAGES[s.stage])
+    name = lambda s: f"{STAGES[s.stage]}-{s.name}.html"
+    shown = {}
     for k, s in enumerate(chosen):
-        beside = [f'<a href="{name(chosen[j])}">{arrow} {html.escape(name(chosen[j])[:-5])}</a>' for j, arrow in ((k-1, '←'), (k+1, '→')) if 0 <= j < len(chosen)]
-        shown[s.stage, s.name] = name(s), render(s.notebook, out/name(s), ' · '.join(['<a href="index.html">all pages</a>', *beside]))
-        if s.stage == 'tables': shutil.copytree(s.dir, out/'tables', ignore=shutil.ignore_patterns('manifest.json', 'state.json'))
+        beside = [
+            f'<a href="{name(chosen[j])}">{arrow} {html.escape(name(chosen[j])[:-5])}</a>'
+            for j, arrow in ((k - 1, "←"), (k + 1, "→"))
+            if 0 <= j < len(chosen)
+        ]
+        shown[s.stage, s.name] = (
+            name(s),
+            render(s.notebook, out / name(s), " · ".join(['<a href="index.html">all pages</a>', *beside])),
+        )
+        if s.stage == "tables":
+            shutil.copytree(
+                s.dir, out / "tables", ignore=shutil.ignore_patterns("manifest.json", "state.json")
+            )
     first = {STAGES[s.stage]: name(s) for s in reversed(chosen)}
-    for s in chosen: write_text(out/name(s), relink((out/name(s)).read_text(encoding='utf-8'), first))
-    env = read_json(steps[-1].dir/'manifest.json')['environment']; body = _index(profile, seeds, steps, shown, out)
-    body = body.replace('</p>', f' Python {env["python"]}, {env["cores"]} cores, {html.escape(env["gpu"] or "no GPU")}.</p>', 1)
-    write_text(out/'index.html', page(f'landmark: {profile}', with_contents(body), nav=''))
+    for s in chosen:
+        write_text(out / name(s), relink((out / name(s)).read_text(encoding="utf-8"), first))
+    env = read_json(steps[-1].dir / "manifest.json")["environment"]
+    body = _index(profile, seeds, steps, shown, out)
+    body = body.replace(
+        "</p>",
+        f" Python {env['python']}, {env['cores']} cores, {html.escape(env['gpu'] or 'no GPU')}.</p>",
+        1,
+    )
+    write_text(out / "index.html", page(f"landmark: {profile}", with_contents(body), nav=""))
+
 
 def stale(
-    home:Path, # reports/<profile>
-)->list: # names of stages whose code has changed since
+    home: Path,  # reports/<profile>
+) -> list:  # names of stages whose code has changed since
     "Which stages' code is newer than a report."
-    return [s for s, h in read_json(home/'report.json')['code'].items() if code_hash(f'landmark.{s}') != h]
+    return [s for s, h in read_json(home / "report.json")["code"].items() if code_hash(f"landmark.{s}") != h]
 
 # %% ../nbs/report.ipynb #158d596f
 def write_searches(
-    profile:str, # folder under `params`
-    seed:int,    # world and training
-    out:Path,    # folder of the tables
+    profile: str,  # folder under `params`
+    seed: int,  # world and training
+    out: Path,  # folder of the tables
 ):
     "Tables of a profile's searches that are finished: search-<name>.csv and .md."
     from landmark import search
-    for name in sorted(p.stem for p in (project_root()/'params'/profile/'search').glob('*.yaml')):
+
+    for name in sorted(p.stem for p in (project_root() / "params" / profile / "search").glob("*.yaml")):
         t, n = search.table(profile, name, [seed]), len(search.trials(profile, name))
-        if t.trial.nunique() < n: log(f'report: {n - t.trial.nunique()} of {n} trials of the search {name} have not run with this code, so it is left out; `landmark_search run {profile} {name}`'); continue
-        t = t.drop(columns=['trial', 'seeds']).assign(score=(100*t.score).round(2), seconds=t.seconds.round()).rename(columns=dict(score='mAP@100 Public'))
-        write_csv(t, out/f'search-{name}.csv'); write_text(out/f'search-{name}.md', to_markdown(t) + '\n')
+        if t.trial.nunique() < n:
+            log(
+                f"report: {n - t.trial.nunique()} of {n} trials of the search {name} have not run with this code, so it is left out; `landmark_search run {profile} {name}`"
+            )
+            continue
+        t = (
+            t.drop(columns=["trial", "seeds"])
+            .assign(score=(100 * t.score).round(2), seconds=t.seconds.round())
+            .rename(columns=dict(score="mAP@100 Public"))
+        )
+        write_csv(t, out / f"search-{name}.csv")
+        write_text(out / f"search-{name}.md", to_markdown(t) + "\n")
 
 # %% ../nbs/report.ipynb #e118bad0
-_MARK = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- /table -->)', re.S)
+_MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.S)
 
-def readme()->str: # Markdown
+
+def readme() -> str:  # Markdown
     "The README's text, from `nbs/index.ipynb` and the committed reports."
     import nbformat
-    root = project_root(); nb = nbformat.read(root/'nbs'/'index.ipynb', 4)
-    cells = [c.source if c.cell_type == 'markdown' else f'```python\n{c.source}\n```' for c in nb.cells
-             if not (c.cell_type == 'code' and re.search(r'^#\|\s*(hide|default_exp)', c.source, flags=re.M))]
+
+    root = project_root()
+    nb = nbformat.read(root / "nbs" / "index.ipynb", 4)
+    cells = [
+        c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```"
+        for c in nb.cells
+        if not (c.cell_type == "code" and re.search(r"^#\|\s*(hide|default_exp)", c.source, flags=re.M))
+    ]
+
     def fill(m):
-        path = root/'reports'/m.group(2)
-        text = path.read_text(encoding='utf-8').strip() if path.exists() else '*not run yet*'
-        return f'{m.group(1)}{text}\n{m.group(3)}'
-    text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', lambda m: f']({posixpath.normpath("nbs/" + m.group(1))})', '\n\n'.join(cells)) # links as seen from the root
-    return '<!-- written by `make readme` from nbs/index.ipynb and reports/; do not edit -->\n\n' + _MARK.sub(fill, text) + '\n'
+        path = root / "reports" / m.group(2)
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else "*not run yet*"
+        return f"{m.group(1)}{text}\n{m.group(3)}"
+
+    text = re.sub(
+        r"\]\((?!https?:|#)([^)]+)\)",
+        lambda m: f"]({posixpath.normpath('nbs/' + m.group(1))})",
+        "\n\n".join(cells),
+    )  # links as seen from the root
+    return (
+        "<!-- written by `make readme` from nbs/index.ipynb and reports/; do not edit -->\n\n"
+        + _MARK.sub(fill, text)
+        + "\n"
+    )
+
 
 def main():
     "`landmark_report PROFILE [SEED …]` renders reports/PROFILE; `landmark_report readme` writes README.md."
-    what, *rest = sys.argv[1:] or ['help']
-    if what in ('help', '-h', '--help'): print(main.__doc__); return
+    what, *rest = sys.argv[1:] or ["help"]
+    if what in ("help", "-h", "--help"):
+        print(main.__doc__)
+        return
     try:
-        if what == 'readme': write_text(project_root()/'README.md', readme()); print('wrote README.md')
-        else: print(f'wrote {report(what, [int(s) for s in rest] or [1])}/index.html')
-    except ParameterError as e: sys.exit(str(e))
+        if what == "readme":
+            write_text(project_root() / "README.md", readme())
+            print("wrote README.md")
+        else:
+            print(f"wrote {report(what, [int(s) for s in rest] or [1])}/index.html")
+    except ParameterError as e:
+        sys.exit(str(e))

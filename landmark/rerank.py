@@ -15,13 +15,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
-from .parts.core import ParameterError, atomic_path, is_tiny, log, progress, stage_config, stage_main, write_csv
-from .parts.data.layout import benchmarks, read_ids, read_images, read_retrieval_solution, read_revisited, read_truth, train_set
+from landmark.parts.core import (
+    ParameterError,
+    atomic_path,
+    is_tiny,
+    log,
+    progress,
+    stage_config,
+    stage_main,
+    write_csv,
+)
+from landmark.parts.data.layout import (
+    benchmarks,
+    read_ids,
+    read_images,
+    read_retrieval_solution,
+    read_revisited,
+    read_truth,
+    train_set,
+)
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.metrics import map_at_k, mean_of, revisited
 from .parts.rerank.methods import METHODS, Problem, rank
-from .parts.rerank import beyond                 # registers the methods beyond the paper
+from .parts.rerank import beyond  # registers the methods beyond the paper
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
 from .parts.data.submission import write_retrieval
 
@@ -29,224 +46,366 @@ from .parts.data.submission import write_retrieval
 @stage_config
 class Config:
     "What re-ranking needs to know."
-    profile: str = "mini"    # names the folder of runs
-    name: str = "default"    # names this run
-    seed: int = 1            # seed of world and training
-    world: str = "default"   # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    descriptors: str = ""    # artifact of 04_extract: one folder per model, one store per split in it
-    models: list[str] = field(default_factory=list)   # models in it; all if none is named
-    weights: list[float] = field(default_factory=list) # join the models into one ensemble with these weights; none: each by itself
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
+    descriptors: str = ""  # artifact of 04_extract: one folder per model, one store per split in it
+    models: list[str] = field(default_factory=list)  # models in it; all if none is named
+    weights: list[float] = field(
+        default_factory=list
+    )  # join the models into one ensemble with these weights; none: each by itself
     methods: list[str] = field(default_factory=list)  # registered methods; all if none is named
-    clean: str = ""          # artifact of 02_clean: only its images and labels vote; empty: all training images
+    clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
     queries: str = "scored"  # scored: queries that have an answer; all: every test image
-    submit: list[str] = field(default_factory=list)   # methods whose lists are written as a submission, too
-    topk: int = 100          # length of the lists
-    alpha: float = 3.0       # αQE, DBA: exponent of the similarities
-    n_qe: int = 10           # αQE, DBA: neighbours
-    k_graph: int = 50        # diffusion: neighbours that make an edge
-    truncation: int = 1000   # diffusion: images a row is restricted to
-    gamma: float = 3.0       # diffusion: exponent of the similarities
-    diffusion_alpha: float = 0.99 # diffusion: how far similarity flows
-    k_egt: int = 100         # EGT: edges explored per image
-    t_egt: float = 1e30      # EGT: threshold; 1e30 stands for infinity
-    voting_k: int = 3        # training images that vote for a label
-    insert_thresh: float = 0.6 # insert-step: confidences of query and image together; 0 chooses it on Public
-    pca_dims: int = 0        # whiten with PCA learned on training descriptors, and keep so many dimensions; 0: do not
-    device: str = "auto"     # where to search: auto, cpu, cuda
-    memory_mib: int = 1024   # memory of a search beside its data
-    shard: int = 0           # with n_shards: the part of the searches that this machine does first
-    n_shards: int = 1        # machines that share the searches
+    submit: list[str] = field(default_factory=list)  # methods whose lists are written as a submission, too
+    topk: int = 100  # length of the lists
+    alpha: float = 3.0  # αQE, DBA: exponent of the similarities
+    n_qe: int = 10  # αQE, DBA: neighbours
+    k_graph: int = 50  # diffusion: neighbours that make an edge
+    truncation: int = 1000  # diffusion: images a row is restricted to
+    gamma: float = 3.0  # diffusion: exponent of the similarities
+    diffusion_alpha: float = 0.99  # diffusion: how far similarity flows
+    k_egt: int = 100  # EGT: edges explored per image
+    t_egt: float = 1e30  # EGT: threshold; 1e30 stands for infinity
+    voting_k: int = 3  # training images that vote for a label
+    insert_thresh: float = 0.6  # insert-step: confidences of query and image together; 0 chooses it on Public
+    pca_dims: int = (
+        0  # whiten with PCA learned on training descriptors, and keep so many dimensions; 0: do not
+    )
+    device: str = "auto"  # where to search: auto, cpu, cuda
+    memory_mib: int = 1024  # memory of a search beside its data
+    shard: int = 0  # with n_shards: the part of the searches that this machine does first
+    n_shards: int = 1  # machines that share the searches
 
 # %% ../nbs/05_rerank.ipynb #6e8dd8d0
-def methods_of(cfg:Config)->list: # names
+def methods_of(cfg: Config) -> list:  # names
     "The methods asked for, or all."
     unknown = [m for m in cfg.methods if m not in METHODS]
-    if unknown: raise ParameterError(f"rerank: there is no method {', '.join(unknown)}; registered are {', '.join(METHODS)}")
+    if unknown:
+        raise ParameterError(
+            f"rerank: there is no method {', '.join(unknown)}; registered are {', '.join(METHODS)}"
+        )
     asked = list(cfg.methods or METHODS)
-    if absent := [m for m in cfg.submit if m not in asked]: raise ParameterError(f"rerank: `submit` names {', '.join(absent)}, which is not among the methods of this run: {', '.join(asked)}")
-    if not 0 <= cfg.shard < cfg.n_shards: raise ParameterError(f"rerank: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
+    if absent := [m for m in cfg.submit if m not in asked]:
+        raise ParameterError(
+            f"rerank: `submit` names {', '.join(absent)}, which is not among the methods of this run: {', '.join(asked)}"
+        )
+    if not 0 <= cfg.shard < cfg.n_shards:
+        raise ParameterError(f"rerank: `shard` is {cfg.shard} of {cfg.n_shards}; it counts from 0")
     return asked
 
 # %% ../nbs/05_rerank.ipynb #19cea9c4
-def _made_up(world:Path, out_dir:Path, seed:int)->Path:
+def _made_up(world: Path, out_dir: Path, seed: int) -> Path:
     "Invented descriptors for the test."
     truth = read_truth(world)
-    for model, noise in (("arcface_v1", .3), ("arcface_v2", .22)):
+    for model, noise in (("arcface_v1", 0.3), ("arcface_v2", 0.22)):
         for split, part in truth.groupby("split"):
-            if split == "v1_train" or (model, split) == ("arcface_v1", "v2_train"): continue
+            if split == "v1_train" or (model, split) == ("arcface_v1", "v2_train"):
+                continue
             x = []
             for r in part.itertuples():
-                rng = np.random.default_rng([seed, int(r.true_landmark)+1, *str(r.aspect).encode()] if r.true_landmark >= 0 else [seed, 0, *r.image_id.encode()])
-                x.append(rng.normal(size=32)/32**.5 + noise*np.random.default_rng([seed, *(r.image_id+model).encode()]).normal(size=32))
-            write_store(out_dir/model/split, part.image_id.tolist(), l2n(np.array(x)), dict(made_up=model, seed=seed))
+                rng = np.random.default_rng(
+                    [seed, int(r.true_landmark) + 1, *str(r.aspect).encode()]
+                    if r.true_landmark >= 0
+                    else [seed, 0, *r.image_id.encode()]
+                )
+                x.append(
+                    rng.normal(size=32) / 32**0.5
+                    + noise * np.random.default_rng([seed, *(r.image_id + model).encode()]).normal(size=32)
+                )
+            write_store(
+                out_dir / model / split,
+                part.image_id.tolist(),
+                l2n(np.array(x)),
+                dict(made_up=model, seed=seed),
+            )
     return out_dir
 
 # %% ../nbs/05_rerank.ipynb #0e5b78a0
 def voters(
-    cfg:Config,    # which training images
-    world:Path,    # the images' world
-    store,         # descriptors of v2_train, or None
-    clean:Path=None, # artifact of 02_clean
-)->tuple: # descriptors, labels; None, None without a store
+    cfg: Config,  # which training images
+    world: Path,  # the images' world
+    store,  # descriptors of v2_train, or None
+    clean: Path = None,  # artifact of 02_clean
+) -> tuple:  # descriptors, labels; None, None without a store
     "Training images that vote, and their labels."
-    if store is None: return None, None
-    table = train_set(world, "v2-clean" if clean else "v2", clean/"train_clean.csv" if clean else None)
-    there = table.image_id.isin(set(store.ids))          # images that could not be read have no descriptor
-    if not there.any(): raise ParameterError("rerank: none of the training images has a descriptor in the store; were they extracted from another world?")
+    if store is None:
+        return None, None
+    table = train_set(world, "v2-clean" if clean else "v2", clean / "train_clean.csv" if clean else None)
+    there = table.image_id.isin(set(store.ids))  # images that could not be read have no descriptor
+    if not there.any():
+        raise ParameterError(
+            "rerank: none of the training images has a descriptor in the store; were they extracted from another world?"
+        )
     table = table[there]
-    return Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table.landmark_id.to_numpy()
+    return Rows(
+        store, rows_of(table.image_id, store.ids, "the training descriptors")
+    ), table.landmark_id.to_numpy()
+
 
 def landmark_queries(
-    cfg:Config,  # scored or all
-    world:Path,  # with the retrieval solution
-    test, index, # stores of test and index images
-)->tuple: # table query_id, usage; rows in `test`; relevant positions in `index` per query
+    cfg: Config,  # scored or all
+    world: Path,  # with the retrieval solution
+    test,
+    index,  # stores of test and index images
+) -> tuple:  # table query_id, usage; rows in `test`; relevant positions in `index` per query
     "The queries of Google Landmarks retrieval, and what answers them."
     solution = read_retrieval_solution(world)
-    if cfg.queries not in ("scored", "all"): raise ParameterError(f"rerank: queries is {cfg.queries!r}; allowed: scored, all")
-    if cfg.queries == "scored": solution = solution[solution.usage != "Ignored"]
+    if cfg.queries not in ("scored", "all"):
+        raise ParameterError(f"rerank: queries is {cfg.queries!r}; allowed: scored, all")
+    if cfg.queries == "scored":
+        solution = solution[solution.usage != "Ignored"]
     have = set(test.ids)
     unread = ~solution.image_id.isin(have)
-    if unread.any(): log(f"rerank: {int(unread.sum())} queries have no descriptor (their images could not be read); each counts 0")
+    if unread.any():
+        log(
+            f"rerank: {int(unread.sum())} queries have no descriptor (their images could not be read); each counts 0"
+        )
     asked = solution[~unread]
     position = {i: p for p, i in enumerate(index.ids.tolist())}
-    positives = [[position.get(i, -2-n) for n, i in enumerate(images)] for images in asked.images]     # an unread index image stays to be found
-    return asked.rename(columns=dict(image_id="query_id"))[["query_id", "usage"]].reset_index(drop=True), rows_of(asked.image_id, test.ids), positives, solution[unread].usage
+    positives = [
+        [position.get(i, -2 - n) for n, i in enumerate(images)] for images in asked.images
+    ]  # an unread index image stays to be found
+    return (
+        asked.rename(columns=dict(image_id="query_id"))[["query_id", "usage"]].reset_index(drop=True),
+        rows_of(asked.image_id, test.ids),
+        positives,
+        solution[unread].usage,
+    )
 
 # %% ../nbs/05_rerank.ipynb #bbf054a0
-def _search_options(cfg)->dict:
+def _search_options(cfg) -> dict:
     "Where and how a problem searches."
-    return dict(how=dict(device=cfg.device, memory_mib=cfg.memory_mib), share=(cfg.shard, cfg.n_shards),
-                folder=stage_dir("rerank", cfg).parent.parent/"lists"/code_hash("landmark.parts.search.kept_lists"))
+    return dict(
+        how=dict(device=cfg.device, memory_mib=cfg.memory_mib),
+        share=(cfg.shard, cfg.n_shards),
+        folder=stage_dir("rerank", cfg).parent.parent
+        / "lists"
+        / code_hash("landmark.parts.search.kept_lists"),
+    )
+
 
 def landmark_problem(
-    cfg:Config,    # the stage's
-    world:Path,    # with the retrieval solution
-    stores:dict,   # split → store, of one model
-    clean:Path=None, # artifact of 02_clean
-)->tuple: # problem; table query_id, usage; relevant positions per query; usage of queries without a descriptor
+    cfg: Config,  # the stage's
+    world: Path,  # with the retrieval solution
+    stores: dict,  # split → store, of one model
+    clean: Path = None,  # artifact of 02_clean
+) -> (
+    tuple
+):  # problem; table query_id, usage; relevant positions per query; usage of queries without a descriptor
     "What is ranked on Google Landmarks, and what judges it; None without the splits."
-    if not {"test", "index"} <= set(stores): return None
+    if not {"test", "index"} <= set(stores):
+        return None
     table, rows, positives, unread = landmark_queries(cfg, world, stores["test"], stores["index"])
-    return Problem(Rows(stores["test"], rows), stores["index"], *voters(cfg, world, stores.get("v2_train"), clean), **_search_options(cfg)), table, positives, unread
+    return (
+        Problem(
+            Rows(stores["test"], rows),
+            stores["index"],
+            *voters(cfg, world, stores.get("v2_train"), clean),
+            **_search_options(cfg),
+        ),
+        table,
+        positives,
+        unread,
+    )
+
 
 def revisited_problem(
-    cfg:Config,    # the stage's
-    world:Path,    # with the ground truth
-    stores:dict,   # split → store, of one model
-    bench:str,     # its name, such as roxford5k
-)->tuple: # problem; ground truth
+    cfg: Config,  # the stage's
+    world: Path,  # with the ground truth
+    stores: dict,  # split → store, of one model
+    bench: str,  # its name, such as roxford5k
+) -> tuple:  # problem; ground truth
     "The same for a revisited benchmark: no labels."
-    if not {f"{bench}_query", f"{bench}_index"} <= set(stores): return None
+    if not {f"{bench}_query", f"{bench}_index"} <= set(stores):
+        return None
     truth, queries, index = read_revisited(world, bench), stores[f"{bench}_query"], stores[f"{bench}_index"]
-    return Problem(Rows(queries, rows_of(truth["qimlist"], queries.ids, f"the queries of {bench}")), Rows(index, rows_of(truth["imlist"], index.ids, f"the index of {bench}")), **_search_options(cfg)), truth
+    return Problem(
+        Rows(queries, rows_of(truth["qimlist"], queries.ids, f"the queries of {bench}")),
+        Rows(index, rows_of(truth["imlist"], index.ids, f"the index of {bench}")),
+        **_search_options(cfg),
+    ), truth
 
 # %% ../nbs/05_rerank.ipynb #0e3c1dd7
 THRESHOLDS = np.round(np.arange(0.1, 2.0, 0.1), 2)
 
+
 def sweep_thresholds(
-    problem:Problem,       # with training labels
-    positives:list,        # relevant positions per query
-    usage:np.ndarray,      # Public, Private or Ignored per query
-    topk:int, voting_k:int,
-)->pd.DataFrame: # threshold, usage, value
+    problem: Problem,  # with training labels
+    positives: list,  # relevant positions per query
+    usage: np.ndarray,  # Public, Private or Ignored per query
+    topk: int,
+    voting_k: int,
+) -> pd.DataFrame:  # threshold, usage, value
     "mAP@100 of sort-step and insert-step over the threshold."
     rows = []
     for t in THRESHOLDS:
-        _, aps = map_at_k(rank(problem, "sort+insert", topk, insert_thresh=t, voting_k=voting_k), positives, topk, per_query=True)
+        _, aps = map_at_k(
+            rank(problem, "sort+insert", topk, insert_thresh=t, voting_k=voting_k),
+            positives,
+            topk,
+            per_query=True,
+        )
         rows += [(t, u, mean_of(aps[usage == u])) for u in ("Public", "Private")]
     return pd.DataFrame(rows, columns=["threshold", "usage", "value"])
 
-def best_threshold(curve:pd.DataFrame)->float:
+
+def best_threshold(curve: pd.DataFrame) -> float:
     "The best threshold on Public; of equals the largest, which inserts least."
     public = curve[curve.usage == "Public"]
-    if not public.value.notna().any(): raise ParameterError("rerank: insert_thresh 0 chooses the threshold on Public queries, but there is none; give a number")
+    if not public.value.notna().any():
+        raise ParameterError(
+            "rerank: insert_thresh 0 chooses the threshold on Public queries, but there is none; give a number"
+        )
     return float(public[public.value >= public.value.max() - 1e-12].threshold.max())
 
 # %% ../nbs/05_rerank.ipynb #535e3e8d
 class Times:
     "What every search and method took, on disk after each."
+
     columns = ["model", "benchmark", "step", "n", "k", "seconds"]
-    def __init__(self, path:Path): self.path, self.rows = path, {tuple(r[:3]): r[3:] for r in pd.read_csv(path, dtype=dict(model=str)).values.tolist()} if path.exists() else {}
+
+    def __init__(self, path: Path):
+        self.path, self.rows = (
+            path,
+            {tuple(r[:3]): r[3:] for r in pd.read_csv(path, dtype=dict(model=str)).values.tolist()}
+            if path.exists()
+            else {},
+        )
+
     def note(self, model, benchmark, step, n, k, seconds):
         self.rows[model, benchmark, step] = [n, k, round(seconds, 3)]
         write_csv(pd.DataFrame([[*a, *b] for a, b in self.rows.items()], columns=self.columns), self.path)
 
-def runnable(cfg, problem)->list: # names
+
+def runnable(cfg, problem) -> list:  # names
     "The methods asked for that the problem's labels allow."
     return [m for m in methods_of(cfg) if problem.train is not None or not METHODS[m].needs_labels]
+
 
 def _prepare(paths, problem, topk, params, note):
     "Search what the methods need whose lists are not there yet."
     problem.prepare([m for m, path in paths.items() if not path.exists()], topk, **params)
-    for (a, b), seconds in problem.seconds.items(): note(f"search {a} in {b}", *problem.lists[a, b][1].shape, seconds)
+    for (a, b), seconds in problem.seconds.items():
+        note(f"search {a} in {b}", *problem.lists[a, b][1].shape, seconds)
+
 
 def _ranked(path, problem, method, topk, params, note):
     "A method's lists, from disk if they are there."
     if not path.exists():
         start = time.perf_counter()
         ranks = rank(problem, method, topk, **params)
-        note(method, *ranks.shape, time.perf_counter()-start)                    # before the lists: whoever has them has their time
-        with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, ranks)
+        note(
+            method, *ranks.shape, time.perf_counter() - start
+        )  # before the lists: whoever has them has their time
+        with atomic_path(path) as tmp, open(tmp, "wb") as f:
+            np.save(f, ranks)
     return np.load(path)
 
 # %% ../nbs/05_rerank.ipynb #14507533
 def rank_landmarks(cfg, world, model, stores, clean, out, params, times):
     "mAP@100 on Google Landmarks: rows of metrics, rows per query."
-    if not (made := landmark_problem(cfg, world, stores, clean)): return [], []
-    (problem, table, positives, unread), home, note = made, out/"ranks"/model, partial(times.note, model, "gld")
-    paths = {m: home/f"{m}.npy" for m in runnable(cfg, problem)}
-    write_csv(table, home/"queries.csv")
+    if not (made := landmark_problem(cfg, world, stores, clean)):
+        return [], []
+    (problem, table, positives, unread), home, note = (
+        made,
+        out / "ranks" / model,
+        partial(times.note, model, "gld"),
+    )
+    paths = {m: home / f"{m}.npy" for m in runnable(cfg, problem)}
+    write_csv(table, home / "queries.csv")
     params, usage = dict(params), table.usage.to_numpy()
     _prepare(paths, problem, cfg.topk, params, note)
     if "sort+insert" in paths:
-        if not (home/"thresholds.csv").exists():
+        if not (home / "thresholds.csv").exists():
             start = time.perf_counter()
             curve = sweep_thresholds(problem, positives, usage, cfg.topk, cfg.voting_k)
-            note("thresholds", len(table), cfg.topk, time.perf_counter()-start)
-            write_csv(curve, home/"thresholds.csv")
-        curve = pd.read_csv(home/"thresholds.csv")
-        if not cfg.insert_thresh: params["insert_thresh"] = best_threshold(curve); log(f"rerank: insert_thresh {params['insert_thresh']} for {model}, chosen on Public")
+            note("thresholds", len(table), cfg.topk, time.perf_counter() - start)
+            write_csv(curve, home / "thresholds.csv")
+        curve = pd.read_csv(home / "thresholds.csv")
+        if not cfg.insert_thresh:
+            params["insert_thresh"] = best_threshold(curve)
+            log(f"rerank: insert_thresh {params['insert_thresh']} for {model}, chosen on Public")
     metrics, per_query = [], []
     for name, path in progress(paths.items(), f"rank {model}", len(paths)):
         ranks = _ranked(path, problem, name, cfg.topk, params, note)
-        if name in cfg.submit: write_retrieval(out/f"submission-{model}-{name}.csv", table.query_id, ranks, stores["index"].ids, read_ids(world, "test"))
+        if name in cfg.submit:
+            write_retrieval(
+                out / f"submission-{model}-{name}.csv",
+                table.query_id,
+                ranks,
+                stores["index"].ids,
+                read_ids(world, "test"),
+            )
         _, aps = map_at_k(ranks, positives, cfg.topk, per_query=True)
         for u in ("Public", "Private"):
             scored = np.r_[aps[(usage == u) & np.isfinite(aps)], np.zeros(int((unread == u).sum()))]
             metrics.append((model, name, f"gld_{u.lower()}", f"mAP@{cfg.topk}", mean_of(scored), len(scored)))
-            per_query += [(model, name, f"gld_{u.lower()}", f"mAP@{cfg.topk}", q, ap) for q, ap in zip(table.query_id[usage == u], aps[usage == u]) if np.isfinite(ap)]
+            per_query += [
+                (model, name, f"gld_{u.lower()}", f"mAP@{cfg.topk}", q, ap)
+                for q, ap in zip(table.query_id[usage == u], aps[usage == u])
+                if np.isfinite(ap)
+            ]
     return metrics, per_query
 
 # %% ../nbs/05_rerank.ipynb #eced3d42
 def rank_revisited(cfg, world, model, stores, bench, out, params, times):
     "mAP and mP@k of Easy, Medium and Hard: rows of metrics, rows per query."
-    if not (made := revisited_problem(cfg, world, stores, bench)): return [], []
+    if not (made := revisited_problem(cfg, world, stores, bench)):
+        return [], []
     (problem, truth), note = made, partial(times.note, model, bench)
-    paths, topk = {m: out/"ranks"/model/f"{bench}-{m}.npy" for m in runnable(cfg, problem)}, len(problem.index)
+    paths, topk = (
+        {m: out / "ranks" / model / f"{bench}-{m}.npy" for m in runnable(cfg, problem)},
+        len(problem.index),
+    )
     _prepare(paths, problem, topk, params, note)
     metrics, per_query = [], []
     for name, path in paths.items():
         got = revisited(_ranked(path, problem, name, topk, params, note), truth["gnd"])
         for p, r in got.items():
             n = int(np.isfinite(r["aps"]).sum())
-            metrics += [(model, name, bench, f"mAP {p}", r["map"], n)] + [(model, name, bench, f"mP@{k} {p}", v, n) for k, v in zip((1, 5, 10), r["mpk"])]
-            per_query += [(model, name, bench, f"mAP {p}", q, ap) for q, ap in zip(truth["qimlist"], r["aps"]) if np.isfinite(ap)]
+            metrics += [(model, name, bench, f"mAP {p}", r["map"], n)] + [
+                (model, name, bench, f"mP@{k} {p}", v, n) for k, v in zip((1, 5, 10), r["mpk"])
+            ]
+            per_query += [
+                (model, name, bench, f"mAP {p}", q, ap)
+                for q, ap in zip(truth["qimlist"], r["aps"])
+                if np.isfinite(ap)
+            ]
     return metrics, per_query
 
 # %% ../nbs/05_rerank.ipynb #1a628f08
 def search_lists(cfg, world, models, clean, params):
     "Search all that ranking will ask for. Several machines share this before one of them ranks."
     for stores in models.values():
-        made = [(landmark_problem(cfg, world, stores, clean), cfg.topk), *((revisited_problem(cfg, world, stores, b), None) for b in benchmarks(world))]
+        made = [
+            (landmark_problem(cfg, world, stores, clean), cfg.topk),
+            *((revisited_problem(cfg, world, stores, b), None) for b in benchmarks(world)),
+        ]
         for m, topk in made:
-            if m: m[0].prepare(runnable(cfg, m[0]), topk or len(m[0].index), **params)
+            if m:
+                m[0].prepare(runnable(cfg, m[0]), topk or len(m[0].index), **params)
 
-PARAMS = ("alpha", "n_qe", "k_graph", "truncation", "gamma", "diffusion_alpha", "k_egt", "t_egt", "voting_k", "insert_thresh")
+
+PARAMS = (
+    "alpha",
+    "n_qe",
+    "k_graph",
+    "truncation",
+    "gamma",
+    "diffusion_alpha",
+    "k_egt",
+    "t_egt",
+    "voting_k",
+    "insert_thresh",
+)
+
 
 def run(
-    cfg:Config, # what to rank, and how
-)->Path: # the artifact: metrics.csv, per_query.csv, ranks/
+    cfg: Config,  # what to rank, and how
+) -> Path:  # the artifact: metrics.csv, per_query.csv, ranks/
     "Rank all queries with every model and method, and judge the lists."
     methods_of(cfg)
     world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
@@ -254,25 +413,51 @@ def run(
     clean = artifact(cfg, cfg.clean) if cfg.clean else None
     params = {k: getattr(cfg, k) for k in PARAMS}
     models = lambda: join_models(cfg, extracted, choose_models(cfg, extracted))
-    if cfg.n_shards > 1 and not made_up and not (stage_dir("rerank", cfg)/"manifest.json").exists(): search_lists(cfg, world, models(), clean, params)
+    if cfg.n_shards > 1 and not made_up and not (stage_dir("rerank", cfg) / "manifest.json").exists():
+        search_lists(cfg, world, models(), clean, params)
     with open_stage("rerank", cfg, inputs=[world, extracted, clean], code=__name__) as st:
-        if st.done: return st.dir
-        if made_up: extracted, st.metrics["made_up"] = _made_up(world, st.dir/"made_up", cfg.seed), True
-        metrics, per_query, times = [], [], Times(st.dir/"times.csv")
+        if st.done:
+            return st.dir
+        if made_up:
+            extracted, st.metrics["made_up"] = _made_up(world, st.dir / "made_up", cfg.seed), True
+        metrics, per_query, times = [], [], Times(st.dir / "times.csv")
         for model, stores in models().items():
             parts = [rank_landmarks(cfg, world, model, stores, clean, st.dir, params, times)]
-            parts += [rank_revisited(cfg, world, model, stores, b, st.dir, params, times) for b in benchmarks(world)]
-            for m, p in parts: metrics += m; per_query += p
-            skipped = [m for m in methods_of(cfg) if METHODS[m].needs_labels] if "v2_train" not in stores else []
-            if skipped: log(f"rerank: {model} has no descriptors of v2_train, so {', '.join(skipped)} did not run")
-        if not metrics: raise ParameterError(f"rerank: {extracted} holds no index and queries that belong together; extract the splits index and test, or those of a benchmark")
-        table = pd.DataFrame(metrics, columns=["model", "method", "benchmark", "metric", "value", "n_queries"])
-        write_csv(table.assign(title=table.method.map(lambda m: METHODS[m].title), beyond=table.method.map(lambda m: METHODS[m].beyond)), st.dir/"metrics.csv")
-        write_csv(pd.DataFrame(per_query, columns=["model", "method", "benchmark", "metric", "query_id", "ap"]), st.dir/"per_query.csv")
+            parts += [
+                rank_revisited(cfg, world, model, stores, b, st.dir, params, times) for b in benchmarks(world)
+            ]
+            for m, p in parts:
+                metrics += m
+                per_query += p
+            skipped = (
+                [m for m in methods_of(cfg) if METHODS[m].needs_labels] if "v2_train" not in stores else []
+            )
+            if skipped:
+                log(f"rerank: {model} has no descriptors of v2_train, so {', '.join(skipped)} did not run")
+        if not metrics:
+            raise ParameterError(
+                f"rerank: {extracted} holds no index and queries that belong together; extract the splits index and test, or those of a benchmark"
+            )
+        table = pd.DataFrame(
+            metrics, columns=["model", "method", "benchmark", "metric", "value", "n_queries"]
+        )
+        write_csv(
+            table.assign(
+                title=table.method.map(lambda m: METHODS[m].title),
+                beyond=table.method.map(lambda m: METHODS[m].beyond),
+            ),
+            st.dir / "metrics.csv",
+        )
+        write_csv(
+            pd.DataFrame(per_query, columns=["model", "method", "benchmark", "metric", "query_id", "ap"]),
+            st.dir / "per_query.csv",
+        )
         st.metrics.update(models=len({m[0] for m in metrics}), methods=len({m[1] for m in metrics}))
-        chosen = sorted((st.dir/"ranks").glob("*/thresholds.csv"))
-        if chosen and not cfg.insert_thresh: st.metrics["insert_thresh"] = best_threshold(pd.read_csv(chosen[-1]))
+        chosen = sorted((st.dir / "ranks").glob("*/thresholds.csv"))
+        if chosen and not cfg.insert_thresh:
+            st.metrics["insert_thresh"] = best_threshold(pd.read_csv(chosen[-1]))
     return st.dir
+
 
 def main():
     "Console script."

@@ -14,7 +14,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from . import graph, train
 from .parts.artifacts import code_hash
-from .parts.core import ParameterError, hash8, log, make_config, pick_device, project_root, read_json, read_yaml, write_csv, write_json
+from landmark.parts.core import (
+    ParameterError,
+    hash8,
+    log,
+    make_config,
+    pick_device,
+    project_root,
+    read_json,
+    read_yaml,
+    write_csv,
+    write_json,
+)
 from .parts.data.layout import read_images, read_retrieval_solution
 from .parts.data.worlds import find_world
 from .parts.nets.checkpoints import load_model
@@ -25,187 +36,324 @@ from .parts.metrics import map_at_k
 
 # %% ../nbs/search.ipynb #91a8144a
 def draw(
-    spec,                     # a list, or {log: [a, b]} or {uniform: [a, b]}
-    rng:np.random.Generator,  # source of chance
-): # a value
+    spec,  # a list, or {log: [a, b]} or {uniform: [a, b]}
+    rng: np.random.Generator,  # source of chance
+):  # a value
     "A random value of a parameter."
-    if isinstance(spec, list) and spec: return spec[rng.integers(len(spec))]
-    kind, ends = next(iter(spec.items())) if isinstance(spec, dict) and len(spec) == 1 else ('', ())
-    if kind not in ('log', 'uniform') or len(ends) != 2 or not ends[0] < ends[1] or (kind == 'log' and ends[0] <= 0):
-        raise ParameterError(f'{spec!r} cannot be drawn from; allowed are a list of values, {{log: [a, b]}} and {{uniform: [a, b]}} with a < b')
+    if isinstance(spec, list) and spec:
+        return spec[rng.integers(len(spec))]
+    kind, ends = next(iter(spec.items())) if isinstance(spec, dict) and len(spec) == 1 else ("", ())
+    if (
+        kind not in ("log", "uniform")
+        or len(ends) != 2
+        or not ends[0] < ends[1]
+        or (kind == "log" and ends[0] <= 0)
+    ):
+        raise ParameterError(
+            f"{spec!r} cannot be drawn from; allowed are a list of values, {{log: [a, b]}} and {{uniform: [a, b]}} with a < b"
+        )
     a, b = ends
-    if kind == 'uniform' and isinstance(a, int) and isinstance(b, int): return int(rng.integers(a, b+1))
-    x = math.exp(rng.uniform(math.log(a), math.log(b))) if kind == 'log' else rng.uniform(a, b)
-    return float(f'{x:.3g}')
+    if kind == "uniform" and isinstance(a, int) and isinstance(b, int):
+        return int(rng.integers(a, b + 1))
+    x = math.exp(rng.uniform(math.log(a), math.log(b))) if kind == "log" else rng.uniform(a, b)
+    return float(f"{x:.3g}")
+
 
 def expand(
-    search:dict, # what a search file says
-)->list: # changes of each trial
+    search: dict,  # what a search file says
+) -> list:  # changes of each trial
     "Every trial of a search."
-    if ('grid' in search) == ('random' in search): raise ParameterError('a search has either `grid` or `random`')
-    if 'grid' in search:
-        lists = {k: v if isinstance(v, list) else [v] for k, v in search['grid'].items()}
+    if ("grid" in search) == ("random" in search):
+        raise ParameterError("a search has either `grid` or `random`")
+    if "grid" in search:
+        lists = {k: v if isinstance(v, list) else [v] for k, v in search["grid"].items()}
         return [dict(zip(lists, row)) for row in itertools.product(*lists.values())]
-    specs = dict(search['random']); n, seed = specs.pop('n', 0), specs.pop('seed', 1)
-    if not n >= 1 or not specs: raise ParameterError('`random` needs `n`, the number of draws, and parameters to draw')
+    specs = dict(search["random"])
+    n, seed = specs.pop("n", 0), specs.pop("seed", 1)
+    if not n >= 1 or not specs:
+        raise ParameterError("`random` needs `n`, the number of draws, and parameters to draw")
     chance = lambda i, k: np.random.default_rng([seed, i, int(hash8(k), 16)])
     return [{k: draw(v, chance(i, k)) for k, v in specs.items()} for i in range(n)]
 
 # %% ../nbs/search.ipynb #52ecafd3
-KNOWN = ('base', 'change', 'grid', 'random', 'n_index')
+KNOWN = ("base", "change", "grid", "random", "n_index")
+
 
 def read_search(
-    profile:str, # folder under `params`
-    name:str,    # name of the search
-)->dict: # what the file says
+    profile: str,  # folder under `params`
+    name: str,  # name of the search
+) -> dict:  # what the file says
     "Read a search file."
-    home = project_root()/'params'/profile/'search'; path = home/f'{name}.yaml'
-    if not path.exists(): raise ParameterError(f'there is no search {name!r} in {home}; there are {", ".join(sorted(p.stem for p in home.glob("*.yaml"))) or "none"}')
-    search = read_yaml(path); unknown = set(search) - set(KNOWN)
-    if unknown or 'base' not in search: raise ParameterError(f'{path} has {", ".join(sorted(unknown)) or "no `base`"}; a search consists of {", ".join(KNOWN)}')
+    home = project_root() / "params" / profile / "search"
+    path = home / f"{name}.yaml"
+    if not path.exists():
+        raise ParameterError(
+            f"there is no search {name!r} in {home}; there are {', '.join(sorted(p.stem for p in home.glob('*.yaml'))) or 'none'}"
+        )
+    search = read_yaml(path)
+    unknown = set(search) - set(KNOWN)
+    if unknown or "base" not in search:
+        raise ParameterError(
+            f"{path} has {', '.join(sorted(unknown)) or 'no `base`'}; a search consists of {', '.join(KNOWN)}"
+        )
     return search
 
+
 def trials(
-    profile:str, # folder under `params`
-    name:str,    # name of the search
-)->dict: # name of each trial → its changes
+    profile: str,  # folder under `params`
+    name: str,  # name of the search
+) -> dict:  # name of each trial → its changes
     "The trials of a search, checked."
-    search = read_search(profile, name); files = graph.read_profile(profile)
-    if ('train', search['base']) not in files: raise ParameterError(f'params/{profile}/search/{name}.yaml builds on {search["base"]}, but there is no params/{profile}/train/{search["base"]}.yaml')
+    search = read_search(profile, name)
+    files = graph.read_profile(profile)
+    if ("train", search["base"]) not in files:
+        raise ParameterError(
+            f"params/{profile}/search/{name}.yaml builds on {search['base']}, but there is no params/{profile}/train/{search['base']}.yaml"
+        )
     found = {}
     try:
         for change in expand(search):
-            train.model_names(make_config(train.Config, files['train', search['base']] | search.get('change', {}) | change))
-            found[f'{name}-{hash8([search["base"], search.get("change", {}), change])}'] = change
-    except ParameterError as e: raise ParameterError(f'params/{profile}/search/{name}.yaml: {e}') from None
+            train.model_names(
+                make_config(train.Config, files["train", search["base"]] | search.get("change", {}) | change)
+            )
+            found[f"{name}-{hash8([search['base'], search.get('change', {}), change])}"] = change
+    except ParameterError as e:
+        raise ParameterError(f"params/{profile}/search/{name}.yaml: {e}") from None
     return found
 
 # %% ../nbs/search.ipynb #3e6566f5
 @dataclass
 class Trial(graph.Step):
     "A step of a search: a training, and its score."
-    n_index: int = 0 # index images it is judged on
+
+    n_index: int = 0  # index images it is judged on
 
     @property
-    def score_path(self)->Path: return self.home/'search'/f'{self.name}.json'
+    def score_path(self) -> Path:
+        return self.home / "search" / f"{self.name}.json"
+
 
 def plan(
-    profile:str, # folder under `params`
-    name:str,    # name of the search
+    profile: str,  # folder under `params`
+    name: str,  # name of the search
     seeds=(1,),  # seeds of world and training
-)->list: # steps, each after what it reads
+) -> list:  # steps, each after what it reads
     "The steps of a search."
-    search, found = read_search(profile, name), trials(profile, name); base = graph.read_profile(profile)['train', search['base']]
-    more = {('train', t): base | search.get('change', {}) | change for t, change in found.items()}
-    steps, how = graph.plan(profile, seeds, [f'train/{t}' for t in found], more), [search.get('n_index', 0), code_hash('landmark.search')]
-    as_trial = lambda s: Trial(s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), how[0])
-    return [as_trial(s) if s.name in found and s.stage == 'train' else s for s in steps]
+    search, found = read_search(profile, name), trials(profile, name)
+    base = graph.read_profile(profile)["train", search["base"]]
+    more = {("train", t): base | search.get("change", {}) | change for t, change in found.items()}
+    steps, how = (
+        graph.plan(profile, seeds, [f"train/{t}" for t in found], more),
+        [search.get("n_index", 0), code_hash("landmark.search")],
+    )
+    as_trial = lambda s: Trial(
+        s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), how[0]
+    )
+    return [as_trial(s) if s.name in found and s.stage == "train" else s for s in steps]
+
 
 def command(
-    step, # a step of the graph or a trial
-)->str: # a shell command
+    step,  # a step of the graph or a trial
+) -> str:  # a shell command
     "How a step runs; a trial trains, is judged, and sets its stamp."
-    if not isinstance(step, Trial): return graph.command(step)
+    if not isinstance(step, Trial):
+        return graph.command(step)
     q = lambda p: shlex.quote(str(p))
-    run = graph.on_gpus(step.cfg, f'{q(sys.executable)} -c "from landmark.search import main; main()" trial {q(step.params_path)} {q(step.score_path)} {step.n_index}')
-    return f'mkdir -p {q(step.stamp.parent)} && {run} && touch {q(step.stamp)}'
+    run = graph.on_gpus(
+        step.cfg,
+        f'{q(sys.executable)} -c "from landmark.search import main; main()" trial {q(step.params_path)} {q(step.score_path)} {step.n_index}',
+    )
+    return f"mkdir -p {q(step.stamp.parent)} && {run} && touch {q(step.stamp)}"
 
 # %% ../nbs/search.ipynb #a5b24a91
 def public_map(
-    model,             # a RetrievalModel in evaluation mode
-    world:Path,        # folder of a world
-    max_side:int,      # longest side of the network input
-    n_index:int=0,     # index images: right answers first, then a sample; 0: all
-    batch_size:int=32, # images at a time
-    n_loaders:int=0,   # worker processes that load images
-    max_bad:float=0.01, # largest share of unreadable images among queries, and in the index
-)->float: # mAP@100
+    model,  # a RetrievalModel in evaluation mode
+    world: Path,  # folder of a world
+    max_side: int,  # longest side of the network input
+    n_index: int = 0,  # index images: right answers first, then a sample; 0: all
+    batch_size: int = 32,  # images at a time
+    n_loaders: int = 0,  # worker processes that load images
+    max_bad: float = 0.01,  # largest share of unreadable images among queries, and in the index
+) -> float:  # mAP@100
     "mAP@100 of plain search over the Public queries."
-    truth, tests, index = read_retrieval_solution(world), read_images(world, 'test'), read_images(world, 'index')
-    truth = truth[(truth.usage == 'Public') & (truth.images.str.len() > 0)]
-    if not len(truth): raise ParameterError(f'search: {world} has no Public query with an answer')
-    if n_index: index = _sample(index, {i for images in truth.images for i in images}, n_index)
-    queries = tests.set_index('image_id').loc[truth.image_id].reset_index()
+    truth, tests, index = (
+        read_retrieval_solution(world),
+        read_images(world, "test"),
+        read_images(world, "index"),
+    )
+    truth = truth[(truth.usage == "Public") & (truth.images.str.len() > 0)]
+    if not len(truth):
+        raise ParameterError(f"search: {world} has no Public query with an answer")
+    if n_index:
+        index = _sample(index, {i for images in truth.images for i in images}, n_index)
+    queries = tests.set_index("image_id").loc[truth.image_id].reset_index()
     of = lambda df: describe_images(model, df, max_side, batch_size, n_loaders, max_bad)
     _, ranks = nearest(of(queries), of(index), min(100, len(index)))
     at = {i: k for k, i in enumerate(index.image_id)}
     return float(map_at_k(ranks, [[at[i] for i in images if i in at] for images in truth.images]))
 
+
 def _sample(index, answers, n):
     "All answers, and others drawn with a fixed seed up to n."
-    is_answer = index.image_id.isin(answers); rest = index[~is_answer]
-    few = rest.sample(min(len(rest), max(0, n-int(is_answer.sum()))), random_state=0)
+    is_answer = index.image_id.isin(answers)
+    rest = index[~is_answer]
+    few = rest.sample(min(len(rest), max(0, n - int(is_answer.sum()))), random_state=0)
     return index.loc[np.sort(np.concatenate([index.index[is_answer], few.index]))].reset_index(drop=True)
 
 # %% ../nbs/search.ipynb #ff00c553
 def run_trial(
-    params_path:Path, # parameters of the training
-    score_path:Path,  # where the score goes
-    n_index:int=0,    # index images it is judged on
-)->dict: # what is written
+    params_path: Path,  # parameters of the training
+    score_path: Path,  # where the score goes
+    n_index: int = 0,  # index images it is judged on
+) -> dict:  # what is written
     "Train and judge one trial."
     cfg, start = make_config(train.Config, read_yaml(params_path)), time.time()
     try:
-        out = train.run(dataclasses.replace(cfg, n_workers=1)); seconds = read_json(out/'manifest.json')['seconds']
-        models, side = pd.read_csv(out/'models.csv'), train.longest_side(train.listed(cfg.sizes)[-1])
-        load = lambda name: load_model(out/name, pick_device(cfg.device))
-        rows = [dict(r._asdict(), score=round(public_map(load(r.model), find_world(cfg.world, cfg.seed), side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad), 5)) for r in models.itertuples(index=False)]
-    except DivergenceError as e:                               # that is an answer, too
-        log(f'search: {cfg.name} has no score. {e}'); seconds = round(time.time()-start, 2)
-        rows = [dict(model=m, score=None, loss=None, accuracy=None, diverged=str(e)) for m in train.model_names(cfg)]
-    result = dict(trial=cfg.name, seed=cfg.seed, run=str(train.stage_dir('train', cfg)), n_index=n_index, seconds=seconds, models=rows)
+        out = train.run(dataclasses.replace(cfg, n_workers=1))
+        seconds = read_json(out / "manifest.json")["seconds"]
+        models, side = pd.read_csv(out / "models.csv"), train.longest_side(train.listed(cfg.sizes)[-1])
+        load = lambda name: load_model(out / name, pick_device(cfg.device))
+        rows = [
+            dict(
+                r._asdict(),
+                score=round(
+                    public_map(
+                        load(r.model),
+                        find_world(cfg.world, cfg.seed),
+                        side,
+                        n_index,
+                        cfg.batch_size,
+                        cfg.n_loaders,
+                        cfg.max_bad,
+                    ),
+                    5,
+                ),
+            )
+            for r in models.itertuples(index=False)
+        ]
+    except DivergenceError as e:  # that is an answer, too
+        log(f"search: {cfg.name} has no score. {e}")
+        seconds = round(time.time() - start, 2)
+        rows = [
+            dict(model=m, score=None, loss=None, accuracy=None, diverged=str(e))
+            for m in train.model_names(cfg)
+        ]
+    result = dict(
+        trial=cfg.name,
+        seed=cfg.seed,
+        run=str(train.stage_dir("train", cfg)),
+        n_index=n_index,
+        seconds=seconds,
+        models=rows,
+    )
     write_json(score_path, result)
     return result
 
 # %% ../nbs/search.ipynb #9da47948
 def table(
-    profile:str, # folder under `params`
-    name:str,    # name of the search
+    profile: str,  # folder under `params`
+    name: str,  # name of the search
     seeds=(1,),  # seeds
-)->pd.DataFrame: # trial, its changes, model, score (mAP@100 Public), loss, accuracy, seconds, seeds; diverged: why some have no score
+) -> pd.DataFrame:  # trial, its changes, model, score (mAP@100 Public), loss, accuracy, seconds, seeds; diverged: why some have no score
     "Where a search stands; also written to search/<name>.csv beside the runs."
     found, rows = trials(profile, name), []
     steps = [s for s in plan(profile, name, seeds) if isinstance(s, Trial)]
     for s in steps:
-        if not s.stamp.exists(): continue
+        if not s.stamp.exists():
+            continue
         result = read_json(s.score_path)
-        rows += [dict(trial=s.name, **{k: ', then '.join(map(str, v)) if isinstance(v, list) else v for k, v in found[s.name].items()}, model=m['model'], score=m['score'], loss=m['loss'],
-                      accuracy=m['accuracy'], seconds=result['seconds'], seeds=1, diverged=m.get('diverged', '').partition('. ')[0]) for m in result['models']]
-    names = ['trial', *dict.fromkeys(k for c in found.values() for k in c), 'model']
-    df = pd.DataFrame(rows, columns=[*names, 'score', 'loss', 'accuracy', 'seconds', 'seeds', 'diverged']).astype(dict.fromkeys(('score', 'loss', 'accuracy'), float))
+        rows += [
+            dict(
+                trial=s.name,
+                **{
+                    k: ", then ".join(map(str, v)) if isinstance(v, list) else v
+                    for k, v in found[s.name].items()
+                },
+                model=m["model"],
+                score=m["score"],
+                loss=m["loss"],
+                accuracy=m["accuracy"],
+                seconds=result["seconds"],
+                seeds=1,
+                diverged=m.get("diverged", "").partition(". ")[0],
+            )
+            for m in result["models"]
+        ]
+    names = ["trial", *dict.fromkeys(k for c in found.values() for k in c), "model"]
+    df = pd.DataFrame(
+        rows, columns=[*names, "score", "loss", "accuracy", "seconds", "seeds", "diverged"]
+    ).astype(dict.fromkeys(("score", "loss", "accuracy"), float))
     mean = lambda v: v.mean(skipna=False)
-    df = df.groupby(names, dropna=False, sort=False).agg(dict(score=mean, loss=mean, accuracy=mean, seconds='sum', seeds='sum', diverged='max')).reset_index().sort_values('score', ascending=False, kind='stable')
-    if not df.diverged.any(): df = df.drop(columns='diverged')
-    write_csv(df, steps[0].home/'search'/f'{name}.csv')
+    df = (
+        df.groupby(names, dropna=False, sort=False)
+        .agg(dict(score=mean, loss=mean, accuracy=mean, seconds="sum", seeds="sum", diverged="max"))
+        .reset_index()
+        .sort_values("score", ascending=False, kind="stable")
+    )
+    if not df.diverged.any():
+        df = df.drop(columns="diverged")
+    write_csv(df, steps[0].home / "search" / f"{name}.csv")
     return df
 
 # %% ../nbs/search.ipynb #b71e1438
 def search(
-    profile:str,  # folder under `params`
-    name:str,     # name of the search
-    seeds=(1,),   # seeds
-    jobs:int=0,   # trials at once; 0: one per GPU, or per core
-)->int: # exit status of Snakemake
+    profile: str,  # folder under `params`
+    name: str,  # name of the search
+    seeds=(1,),  # seeds
+    jobs: int = 0,  # trials at once; 0: one per GPU, or per core
+) -> int:  # exit status of Snakemake
     "Run the trials that are not finished, through Snakemake."
-    plan(profile, name, seeds)                                             # complains before anything starts
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    plan(profile, name, seeds)  # complains before anything starts
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = jobs or torch.cuda.device_count() or cores
-    cmd = [sys.executable, '-m', 'snakemake', '--cores', str(jobs), '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--keep-going',
-           '--config', f'profile={profile}', f'search={name}', f'seeds={",".join(map(str, seeds))}']
-    threads = {} if torch.cuda.device_count() else dict.fromkeys(('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'), str(max(1, cores//jobs)))
-    return subprocess.run(cmd, cwd=project_root(), env={**threads, **os.environ}, stdout=sys.stderr).returncode
+    cmd = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        str(jobs),
+        "--nolock",
+        "--rerun-incomplete",
+        "--rerun-triggers",
+        "mtime",
+        "--keep-going",
+        "--config",
+        f"profile={profile}",
+        f"search={name}",
+        f"seeds={','.join(map(str, seeds))}",
+    ]
+    threads = (
+        {}
+        if torch.cuda.device_count()
+        else dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(max(1, cores // jobs)))
+    )
+    return subprocess.run(
+        cmd, cwd=project_root(), env={**threads, **os.environ}, stdout=sys.stderr
+    ).returncode
+
 
 def main():
     "`landmark_search run PROFILE NAME [SEED …] [-j N]` runs the trials of params/PROFILE/search/NAME.yaml that are not finished; `show` prints their table."
     import argparse
-    if sys.argv[1:2] == ['trial']: run_trial(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])); return
+
+    if sys.argv[1:2] == ["trial"]:
+        run_trial(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+        return
     ap = argparse.ArgumentParser(description=main.__doc__)
-    ap.add_argument('what', choices=('run', 'show')); ap.add_argument('profile'); ap.add_argument('name'); ap.add_argument('seeds', nargs='*', type=int, default=[1])
-    ap.add_argument('-j', '--jobs', type=int, default=0)
+    ap.add_argument("what", choices=("run", "show"))
+    ap.add_argument("profile")
+    ap.add_argument("name")
+    ap.add_argument("seeds", nargs="*", type=int, default=[1])
+    ap.add_argument("-j", "--jobs", type=int, default=0)
     a = ap.parse_args()
     try:
-        failed = search(a.profile, a.name, a.seeds, a.jobs) if a.what == 'run' else 0
-        df, n = table(a.profile, a.name, a.seeds), len(trials(a.profile, a.name))*len(a.seeds)
-        print(df.to_string(index=False)); print(f'{n - df.groupby("trial").seeds.max().sum()} of {n} trainings are not finished')
-        if failed: sys.exit(f'some trials failed (Snakemake ended with {failed}): see {project_root()}/.snakemake/log')
-    except ParameterError as e: sys.exit(str(e))
+        failed = search(a.profile, a.name, a.seeds, a.jobs) if a.what == "run" else 0
+        df, n = table(a.profile, a.name, a.seeds), len(trials(a.profile, a.name)) * len(a.seeds)
+        print(df.to_string(index=False))
+        print(f"{n - df.groupby('trial').seeds.max().sum()} of {n} trainings are not finished")
+        if failed:
+            sys.exit(
+                f"some trials failed (Snakemake ended with {failed}): see {project_root()}/.snakemake/log"
+            )
+    except ParameterError as e:
+        sys.exit(str(e))

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .parts.artifacts import artifact, open_stage
-from .parts.core import ParameterError, is_tiny, project_root, read_json, stage_config, stage_main, write_csv, write_json, write_text
+from landmark.parts.core import (
+    ParameterError,
+    is_tiny,
+    project_root,
+    read_json,
+    stage_config,
+    stage_main,
+    write_csv,
+    write_json,
+    write_text,
+)
 from .parts.plots import to_markdown
 from .parts.verdicts import bootstrap_interval, differences, verdict
 
@@ -23,272 +33,549 @@ from .parts.verdicts import bootstrap_interval, differences, verdict
 @stage_config
 class Config:
     "Which artifacts the tables are read from."
-    profile: str = "mini"        # names the folder of runs
-    name: str = "default"        # names this run
-    seed: int = 1                # seed of the bootstrap's first world; the artifacts know their own
-    world: str = "default"       # only for the test on the tiny world, where inputs may be made up
-    data: list[str] = field(default_factory=list)         # artifacts of 00_data
-    train: list[str] = field(default_factory=list)        # artifacts of 03_train
-    verify: list[str] = field(default_factory=list)       # artifacts of 01_verify
-    clean: list[str] = field(default_factory=list)        # artifacts of 02_clean
-    models: list[str] = field(default_factory=list)       # artifacts of 05_rerank: plain search with every model
-    rerank: list[str] = field(default_factory=list)       # artifacts of 05_rerank: every method with the final model
-    recognize: list[str] = field(default_factory=list)    # artifacts of 06_recognize
-    one_aspect: list[str] = field(default_factory=list)   # artifacts of 05_rerank on the world with one aspect per landmark
-    no_noise: list[str] = field(default_factory=list)     # artifacts of 05_rerank on the world without noise
-    n_boot: int = 2000           # resamples of the bootstrap
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of the bootstrap's first world; the artifacts know their own
+    world: str = "default"  # only for the test on the tiny world, where inputs may be made up
+    data: list[str] = field(default_factory=list)  # artifacts of 00_data
+    train: list[str] = field(default_factory=list)  # artifacts of 03_train
+    verify: list[str] = field(default_factory=list)  # artifacts of 01_verify
+    clean: list[str] = field(default_factory=list)  # artifacts of 02_clean
+    models: list[str] = field(default_factory=list)  # artifacts of 05_rerank: plain search with every model
+    rerank: list[str] = field(
+        default_factory=list
+    )  # artifacts of 05_rerank: every method with the final model
+    recognize: list[str] = field(default_factory=list)  # artifacts of 06_recognize
+    one_aspect: list[str] = field(
+        default_factory=list
+    )  # artifacts of 05_rerank on the world with one aspect per landmark
+    no_noise: list[str] = field(default_factory=list)  # artifacts of 05_rerank on the world without noise
+    n_boot: int = 2000  # resamples of the bootstrap
 
 # %% ../nbs/07_tables.ipynb #b2ba5e92
 def read_all(
-    dirs:list,  # artifacts of one stage, over seeds
-    file:str,   # a CSV in each
-    tiny:bool=False, # is this the test world?
-)->pd.DataFrame: # the tables, stacked, with a column `seed`
+    dirs: list,  # artifacts of one stage, over seeds
+    file: str,  # a CSV in each
+    tiny: bool = False,  # is this the test world?
+) -> pd.DataFrame:  # the tables, stacked, with a column `seed`
     "Stack one table over the seeds."
     out = []
     for d in map(Path, dirs):
-        man = read_json(d/'manifest.json')
-        if man['metrics'].get('made_up') and not tiny: raise ParameterError(f'{d} was made from invented inputs for a test; it cannot go into a table')
-        if (d/file).exists(): out.append(pd.read_csv(d/file).assign(seed=man['config']['seed']))
+        man = read_json(d / "manifest.json")
+        if man["metrics"].get("made_up") and not tiny:
+            raise ParameterError(f"{d} was made from invented inputs for a test; it cannot go into a table")
+        if (d / file).exists():
+            out.append(pd.read_csv(d / file).assign(seed=man["config"]["seed"]))
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
+
 def paper(
-    name:str, # table, such as "losses"
-)->pd.DataFrame: # published figures with their source
+    name: str,  # table, such as "losses"
+) -> pd.DataFrame:  # published figures with their source
     "The published figures."
-    return pd.read_csv(project_root()/'nbs'/'paper'/f'{name}.csv')
+    return pd.read_csv(project_root() / "nbs" / "paper" / f"{name}.csv")
 
 # %% ../nbs/07_tables.ipynb #942d173b
 def mean_sd(
-    x,            # values, one per seed
+    x,  # values, one per seed
     scale=100.0,  # 100 for per cent
     digits=2,
-)->str: # "12.34 ± 0.56"
+) -> str:  # "12.34 ± 0.56"
     "Mean and standard deviation over seeds."
-    x = np.asarray(x, dtype=float)*scale; x = x[np.isfinite(x)]
-    if not len(x): return '–'
-    return f'{x.mean():.{digits}f}' + (f' ± {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')
+    x = np.asarray(x, dtype=float) * scale
+    x = x[np.isfinite(x)]
+    if not len(x):
+        return "–"
+    return f"{x.mean():.{digits}f}" + (f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else "")
+
 
 def pivot(
-    df:pd.DataFrame, # metrics.csv of 05_rerank, stacked
-    row:str,         # "model" or "method"
-    columns:dict,    # (benchmark, metric) → column title
-)->pd.DataFrame: # one line per row value, cells are mean ± sd
+    df: pd.DataFrame,  # metrics.csv of 05_rerank, stacked
+    row: str,  # "model" or "method"
+    columns: dict,  # (benchmark, metric) → column title
+) -> pd.DataFrame:  # one line per row value, cells are mean ± sd
     "Turn long metrics into a table."
     out = {}
     for (bench, metric), title in columns.items():
         part = df[(df.benchmark == bench) & (df.metric == metric)]
         out[title] = part.groupby(row).value.apply(mean_sd)
-    return pd.DataFrame(out, dtype=object).rename_axis(row).reset_index().fillna('–')
+    return pd.DataFrame(out, dtype=object).rename_axis(row).reset_index().fillna("–")
 
 # %% ../nbs/07_tables.ipynb #e8c42d39
-RETRIEVAL = {('gld_private', 'mAP@100'): 'Private', ('gld_public', 'mAP@100'): 'Public'}
-REVISITED = {('rnorth', 'mAP M'): 'RNorth M', ('rnorth', 'mAP H'): 'RNorth H', ('rsouth', 'mAP M'): 'RSouth M', ('rsouth', 'mAP H'): 'RSouth H',
-             ('roxford5k', 'mAP M'): 'ROxf M', ('roxford5k', 'mAP H'): 'ROxf H', ('rparis6k', 'mAP M'): 'RPar M', ('rparis6k', 'mAP H'): 'RPar H'}
-LOSSES = ['softmax', 'contrastive', 'cosface', 'arcface']
-TRAIN_SETS = ['v1', 'v2', 'v1+v2', 'v2-clean', 'v1+v2-clean']
-METHODS = {'baseline': 'baseline', 'diffusion': 'diffusion (k=1000)', 'egt': 'EGT (t=inf, k=100)', 'dba': None, 'aqe': 'aQE (a=3.0)', 'dba+aqe': None, 'sort': None,
-           'sort+insert': 'ours', 'aqe+sort+insert': 'aQE + ours'}    # ours → the paper's name
-RECOGNITION = ['soft vote', '+ inliers', '+ distractor rule']
-ORIGINAL = dict(losses=LOSSES, reranking=METHODS, recognition=RECOGNITION)  # table → the rows that the original has, too
+RETRIEVAL = {("gld_private", "mAP@100"): "Private", ("gld_public", "mAP@100"): "Public"}
+REVISITED = {
+    ("rnorth", "mAP M"): "RNorth M",
+    ("rnorth", "mAP H"): "RNorth H",
+    ("rsouth", "mAP M"): "RSouth M",
+    ("rsouth", "mAP H"): "RSouth H",
+    ("roxford5k", "mAP M"): "ROxf M",
+    ("roxford5k", "mAP H"): "ROxf H",
+    ("rparis6k", "mAP M"): "RPar M",
+    ("rparis6k", "mAP H"): "RPar H",
+}
+LOSSES = ["softmax", "contrastive", "cosface", "arcface"]
+TRAIN_SETS = ["v1", "v2", "v1+v2", "v2-clean", "v1+v2-clean"]
+METHODS = {
+    "baseline": "baseline",
+    "diffusion": "diffusion (k=1000)",
+    "egt": "EGT (t=inf, k=100)",
+    "dba": None,
+    "aqe": "aQE (a=3.0)",
+    "dba+aqe": None,
+    "sort": None,
+    "sort+insert": "ours",
+    "aqe+sort+insert": "aQE + ours",
+}  # ours → the paper's name
+RECOGNITION = ["soft vote", "+ inliers", "+ distractor rule"]
+ORIGINAL = dict(
+    losses=LOSSES, reranking=METHODS, recognition=RECOGNITION
+)  # table → the rows that the original has, too
 
-def _beside(ours:pd.DataFrame, theirs:pd.DataFrame, key:str, columns:dict)->pd.DataFrame:
+
+def _beside(ours: pd.DataFrame, theirs: pd.DataFrame, key: str, columns: dict) -> pd.DataFrame:
     "Put published columns beside ours, by the value of `key`."
     theirs = theirs.set_index(key)[list(columns)].rename(columns=columns)
-    return ours.join(theirs.apply(lambda c: c.map(lambda v: f'{v:.2f}')), on=key)
+    return ours.join(theirs.apply(lambda c: c.map(lambda v: f"{v:.2f}")), on=key)
 
-_PAPER = dict(lb_private='Private (paper)', roxf_medium='ROxf M (paper)', roxf_hard='ROxf H (paper)', rpar_medium='RPar M (paper)', rpar_hard='RPar H (paper)')
 
-def _ordered(found, known): # the original's in its order, then the rest
+_PAPER = dict(
+    lb_private="Private (paper)",
+    roxf_medium="ROxf M (paper)",
+    roxf_hard="ROxf H (paper)",
+    rpar_medium="RPar M (paper)",
+    rpar_hard="RPar H (paper)",
+)
+
+
+def _ordered(found, known):  # the original's in its order, then the rest
     return [k for k in known if k in set(found)] + sorted(set(found) - set(known))
 
-def _columns(df, columns): # only what was measured at all
+
+def _columns(df, columns):  # only what was measured at all
     have = set(zip(df.benchmark, df.metric))
     return {k: v for k, v in columns.items() if k in have}
 
-def table_datasets(data:pd.DataFrame)->pd.DataFrame:
+
+def table_datasets(data: pd.DataFrame) -> pd.DataFrame:
     "Images and labels of every set, beside the published counts."
-    ours = data.groupby('dataset', sort=False)[['images', 'labels']].mean().round(1).reset_index()
-    p = paper('datasets').rename(columns=dict(images='images (paper)', labels='labels (paper)')).drop(columns='source')
-    return ours.merge(p, on='dataset', how='outer', sort=False).fillna('–')
+    ours = data.groupby("dataset", sort=False)[["images", "labels"]].mean().round(1).reset_index()
+    p = (
+        paper("datasets")
+        .rename(columns=dict(images="images (paper)", labels="labels (paper)"))
+        .drop(columns="source")
+    )
+    return ours.merge(p, on="dataset", how="outer", sort=False).fillna("–")
 
-def table_losses(models:pd.DataFrame)->pd.DataFrame:
+
+def table_losses(models: pd.DataFrame) -> pd.DataFrame:
     "Losses on v1 (table 3 of 1906.04087); below the original's those that came later."
-    df = models[models.model.str.fullmatch(r'[a-z_]+_v1') & (models.method == 'baseline')]
-    df = df.assign(loss=df.model.str.removesuffix('_v1'))
-    t = pivot(df, 'loss', _columns(df, RETRIEVAL | REVISITED)).set_index('loss').loc[_ordered(df.loss, LOSSES)].reset_index()
-    return _beside(t, paper('losses'), 'loss', _PAPER).fillna('–')
+    df = models[models.model.str.fullmatch(r"[a-z_]+_v1") & (models.method == "baseline")]
+    df = df.assign(loss=df.model.str.removesuffix("_v1"))
+    t = (
+        pivot(df, "loss", _columns(df, RETRIEVAL | REVISITED))
+        .set_index("loss")
+        .loc[_ordered(df.loss, LOSSES)]
+        .reset_index()
+    )
+    return _beside(t, paper("losses"), "loss", _PAPER).fillna("–")
 
-def table_training(models:pd.DataFrame)->pd.DataFrame:
+
+def table_training(models: pd.DataFrame) -> pd.DataFrame:
     "Training sets with ArcFace (table 2 of 1906.04087)."
-    df = models[models.model.isin([f'arcface_{s}' for s in TRAIN_SETS]) & (models.method == 'baseline')]
-    t = pivot(df.assign(data=df.model.str.removeprefix('arcface_')), 'data', _columns(df, RETRIEVAL | REVISITED))
-    t = t.set_index('data').reindex(TRAIN_SETS).dropna(how='all').reset_index()
-    return _beside(t, paper('training_data').assign(data=lambda d: d.data.str.replace(' ', '')), 'data', _PAPER)
+    df = models[models.model.isin([f"arcface_{s}" for s in TRAIN_SETS]) & (models.method == "baseline")]
+    t = pivot(
+        df.assign(data=df.model.str.removeprefix("arcface_")), "data", _columns(df, RETRIEVAL | REVISITED)
+    )
+    t = t.set_index("data").reindex(TRAIN_SETS).dropna(how="all").reset_index()
+    return _beside(
+        t, paper("training_data").assign(data=lambda d: d.data.str.replace(" ", "")), "data", _PAPER
+    )
 
-def table_reranking(rerank:pd.DataFrame)->pd.DataFrame:
+
+def table_reranking(rerank: pd.DataFrame) -> pd.DataFrame:
     "Re-ranking (table 5 of 2003.11211); below the published methods those that came later."
-    t = pivot(rerank, 'method', _columns(rerank, RETRIEVAL | REVISITED)).set_index('method').loc[_ordered(rerank.method, METHODS)].reset_index()
-    t['paper'] = t.method.map(METHODS)
-    t = _beside(t, paper('reranking').rename(columns=dict(method='paper')), 'paper', dict(lb_private='Private (paper)', lb_public='Public (paper)'))
-    return t.drop(columns='paper').fillna('–')
+    t = (
+        pivot(rerank, "method", _columns(rerank, RETRIEVAL | REVISITED))
+        .set_index("method")
+        .loc[_ordered(rerank.method, METHODS)]
+        .reset_index()
+    )
+    t["paper"] = t.method.map(METHODS)
+    t = _beside(
+        t,
+        paper("reranking").rename(columns=dict(method="paper")),
+        "paper",
+        dict(lb_private="Private (paper)", lb_public="Public (paper)"),
+    )
+    return t.drop(columns="paper").fillna("–")
 
 # %% ../nbs/07_tables.ipynb #f1b448e9
-def table_cleaning(quality:pd.DataFrame)->pd.DataFrame:
+def table_cleaning(quality: pd.DataFrame) -> pd.DataFrame:
     "What cleaning kept, per kind of image, against the truth of the drawn world."
-    g = quality.groupby('kind', sort=False)
-    return pd.DataFrame(dict(images=g.n.mean().round(1), kept=g.kept.mean().round(1), share=g.apply(lambda d: mean_sd(d.kept/d.n, digits=1), include_groups=False))).reset_index().rename(columns=dict(share='kept, %'))
+    g = quality.groupby("kind", sort=False)
+    return (
+        pd.DataFrame(
+            dict(
+                images=g.n.mean().round(1),
+                kept=g.kept.mean().round(1),
+                share=g.apply(lambda d: mean_sd(d.kept / d.n, digits=1), include_groups=False),
+            )
+        )
+        .reset_index()
+        .rename(columns=dict(share="kept, %"))
+    )
 
-def table_grid(grid:pd.DataFrame)->pd.DataFrame:
+
+def table_grid(grid: pd.DataFrame) -> pd.DataFrame:
     "Labels, images, precision and recall over the verify × freq grid, beside the published counts."
-    cols = [c for c in ('labels', 'images', 'precision', 'recall') if c in grid]
-    ours = grid.groupby(['min_inliers', 'min_verified'])[cols].mean().reset_index()
-    for c in ('precision', 'recall'):
-        if c in ours: ours[c] = (100*ours[c]).round(1)
-    p = paper('cleaning_grid').rename(columns=dict(verify_thresh='min_inliers', freq_thresh='min_verified', labels='labels (paper)', images='images (paper)', lb_private='Private (paper)'))
-    return ours.merge(p[['min_inliers', 'min_verified', 'labels (paper)', 'images (paper)', 'Private (paper)']], how='left')
+    cols = [c for c in ("labels", "images", "precision", "recall") if c in grid]
+    ours = grid.groupby(["min_inliers", "min_verified"])[cols].mean().reset_index()
+    for c in ("precision", "recall"):
+        if c in ours:
+            ours[c] = (100 * ours[c]).round(1)
+    p = paper("cleaning_grid").rename(
+        columns=dict(
+            verify_thresh="min_inliers",
+            freq_thresh="min_verified",
+            labels="labels (paper)",
+            images="images (paper)",
+            lb_private="Private (paper)",
+        )
+    )
+    return ours.merge(
+        p[["min_inliers", "min_verified", "labels (paper)", "images (paper)", "Private (paper)"]], how="left"
+    )
 
-def table_separation(sep:pd.DataFrame)->pd.DataFrame:
+
+def table_separation(sep: pd.DataFrame) -> pd.DataFrame:
     "How well the counts of each kind of local feature tell pairs of one place from pairs of different landmarks."
-    g = sep.groupby('kind', sort=False)
-    return pd.DataFrame(dict(images=g.images.mean().round(1), same=g.n_same.sum(), different=g.n_different.sum(), threshold=g.threshold.mean().round(1),
-                             found=g.found.apply(lambda x: mean_sd(x, digits=1)), auc=g.auc.apply(lambda x: mean_sd(x, 1, 3)))).reset_index().rename(columns=dict(
-        kind='local features', same='pairs of one place', different='pairs of different landmarks', threshold='inliers that 1 % of those reach', found='found above, %', auc='area under ROC'))
+    g = sep.groupby("kind", sort=False)
+    return (
+        pd.DataFrame(
+            dict(
+                images=g.images.mean().round(1),
+                same=g.n_same.sum(),
+                different=g.n_different.sum(),
+                threshold=g.threshold.mean().round(1),
+                found=g.found.apply(lambda x: mean_sd(x, digits=1)),
+                auc=g.auc.apply(lambda x: mean_sd(x, 1, 3)),
+            )
+        )
+        .reset_index()
+        .rename(
+            columns=dict(
+                kind="local features",
+                same="pairs of one place",
+                different="pairs of different landmarks",
+                threshold="inliers that 1 % of those reach",
+                found="found above, %",
+                auc="area under ROC",
+            )
+        )
+    )
 
-def table_restriction(res:pd.DataFrame)->pd.DataFrame:
+
+def table_restriction(res: pd.DataFrame) -> pd.DataFrame:
     "What is left of the pairs of a label when only the nearest of all training images are asked (the original: 1000)."
-    g = res.groupby('n_neighbors', sort=False)
-    return pd.DataFrame(dict(pairs=g.pairs.mean().round(0), verified=g.verified.mean().round(0), p=g.pairs_share.apply(lambda x: mean_sd(x, digits=1)),
-                             v=g.verified_share.apply(lambda x: mean_sd(x, digits=1)))).reset_index().rename(columns=dict(n_neighbors='nearest of all', p='of the pairs, %', v='of the verified, %'))
+    g = res.groupby("n_neighbors", sort=False)
+    return (
+        pd.DataFrame(
+            dict(
+                pairs=g.pairs.mean().round(0),
+                verified=g.verified.mean().round(0),
+                p=g.pairs_share.apply(lambda x: mean_sd(x, digits=1)),
+                v=g.verified_share.apply(lambda x: mean_sd(x, digits=1)),
+            )
+        )
+        .reset_index()
+        .rename(columns=dict(n_neighbors="nearest of all", p="of the pairs, %", v="of the verified, %"))
+    )
 
-def table_recognition(rec:pd.DataFrame)->pd.DataFrame:
+
+def table_recognition(rec: pd.DataFrame) -> pd.DataFrame:
     "GAP of recognition, step by step; below the original's steps those that came later."
-    df = rec[rec.metric == 'GAP']
-    t = df.groupby(['method', 'usage']).value.apply(mean_sd).unstack().loc[_ordered(df.method, RECOGNITION)].reset_index().fillna('–')
-    t = t[['method'] + [c for c in ('Private', 'Public') if c in t]]
-    return _beside(t, paper('recognition'), 'method', dict(private='Private (paper)')).fillna('–')
+    df = rec[rec.metric == "GAP"]
+    t = (
+        df.groupby(["method", "usage"])
+        .value.apply(mean_sd)
+        .unstack()
+        .loc[_ordered(df.method, RECOGNITION)]
+        .reset_index()
+        .fillna("–")
+    )
+    t = t[["method"] + [c for c in ("Private", "Public") if c in t]]
+    return _beside(t, paper("recognition"), "method", dict(private="Private (paper)")).fillna("–")
 
 # %% ../nbs/07_tables.ipynb #bf7448ab
-PAPER_VALUES = [ # stage, parameter, the paper's value
-    ('train', 'backbone', 'FishNet-150, ResNet-101, SE-ResNeXt-101'), ('train', 'pretrained', 'ImageNet'), ('train', 'sizes', 'S2 (about 448²), last epoch M2 (about 704²)'), ('train', 'dim', '512'),
-    ('train', 'margin', '0.3'), ('train', 's', '30'), ('train', 'optimizer', 'sgd'), ('train', 'lr', '0.001'), ('train', 'epochs', '5 on v1, 5 or 7 on v2-clean'), ('train', 'batch_size', '32'),
-    ('verify', 'kind', 'DELF'), ('verify', 'max_partners', '99'), ('verify', 'n_trials', '1000'), ('verify', 'residual', '20 px of 800'),
-    ('clean', 'min_inliers', '30'), ('clean', 'min_verified', '3'),
-    ('rerank', 'alpha', '3'), ('rerank', 'n_qe', '10'), ('rerank', 'truncation', '1000'), ('rerank', 'k_egt', '100'), ('rerank', 'voting_k', '3'), ('rerank', 'insert_thresh', '0.6'),
-    ('recognize', 'voting_k', '3'), ('recognize', 'enough', '70'), ('recognize', 'most', '30 predictions')]
+PAPER_VALUES = [  # stage, parameter, the paper's value
+    ("train", "backbone", "FishNet-150, ResNet-101, SE-ResNeXt-101"),
+    ("train", "pretrained", "ImageNet"),
+    ("train", "sizes", "S2 (about 448²), last epoch M2 (about 704²)"),
+    ("train", "dim", "512"),
+    ("train", "margin", "0.3"),
+    ("train", "s", "30"),
+    ("train", "optimizer", "sgd"),
+    ("train", "lr", "0.001"),
+    ("train", "epochs", "5 on v1, 5 or 7 on v2-clean"),
+    ("train", "batch_size", "32"),
+    ("verify", "kind", "DELF"),
+    ("verify", "max_partners", "99"),
+    ("verify", "n_trials", "1000"),
+    ("verify", "residual", "20 px of 800"),
+    ("clean", "min_inliers", "30"),
+    ("clean", "min_verified", "3"),
+    ("rerank", "alpha", "3"),
+    ("rerank", "n_qe", "10"),
+    ("rerank", "truncation", "1000"),
+    ("rerank", "k_egt", "100"),
+    ("rerank", "voting_k", "3"),
+    ("rerank", "insert_thresh", "0.6"),
+    ("recognize", "voting_k", "3"),
+    ("recognize", "enough", "70"),
+    ("recognize", "most", "30 predictions"),
+]
+
 
 def table_parameters(
-    manifests:dict, # stage → manifest of one of its runs
-)->pd.DataFrame: # stage, parameter, here, paper
+    manifests: dict,  # stage → manifest of one of its runs
+) -> pd.DataFrame:  # stage, parameter, here, paper
     "What this run used, beside the paper's values."
     rows = []
     for stage, name, theirs in PAPER_VALUES:
-        if stage not in manifests or name not in manifests[stage]['config']: continue
-        man = manifests[stage]; ours, chosen = man['config'][name], man['metrics'].get(name)
-        if ours is None: ours, chosen = chosen, None                             # left open: the stage says what it took
-        if isinstance(ours, (list, tuple)): ours = ', then '.join(map(str, ours))
-        rows.append((stage, name, ours if chosen is None or chosen == ours else f'{chosen} (chosen on Public)', theirs))
-    return pd.DataFrame(rows, columns=['stage', 'parameter', 'here', 'paper'])
+        if stage not in manifests or name not in manifests[stage]["config"]:
+            continue
+        man = manifests[stage]
+        ours, chosen = man["config"][name], man["metrics"].get(name)
+        if ours is None:
+            ours, chosen = chosen, None  # left open: the stage says what it took
+        if isinstance(ours, (list, tuple)):
+            ours = ", then ".join(map(str, ours))
+        rows.append(
+            (
+                stage,
+                name,
+                ours if chosen is None or chosen == ours else f"{chosen} (chosen on Public)",
+                theirs,
+            )
+        )
+    return pd.DataFrame(rows, columns=["stage", "parameter", "here", "paper"])
 
 # %% ../nbs/07_tables.ipynb #a7ff21b4
-CONCLUSIONS = [ # statement, table it is read from, A, B (A is better than B), control?
-    ('contrastive is better than softmax',            'models',     'contrastive_v1',      'softmax_v1',       False),
-    ('CosFace is better than softmax',                'models',     'cosface_v1',          'softmax_v1',       False),
-    ('ArcFace is better than softmax',                'models',     'arcface_v1',          'softmax_v1',       False),
-    ('v1+v2 is better than v1',                       'models',     'arcface_v1+v2',       'arcface_v1',       False),
-    ('v1+v2-clean is better than v1+v2',              'models',     'arcface_v1+v2-clean', 'arcface_v1+v2',    False),
-    ('v2-clean is better than v2',                    'models',     'arcface_v2-clean',    'arcface_v2',       False),
-    ('αQE is better than plain search',               'rerank',     'aqe',                 'baseline',         False),
-    ('diffusion is better than plain search',         'rerank',     'diffusion',           'baseline',         False),
-    ('EGT is better than plain search',               'rerank',     'egt',                 'baseline',         False),
-    ('sort-step is better than plain search',         'rerank',     'sort',                'baseline',         False),
-    ('insert-step adds to the sort-step',             'rerank',     'sort+insert',         'sort',             False),
-    ('ours (sort, insert) is better than αQE',        'rerank',     'sort+insert',         'aqe',              False),
-    ('αQE + ours is better than ours',                'rerank',     'aqe+sort+insert',     'sort+insert',      False),
-    ('control: with one aspect, inserting gains nothing', 'one_aspect', 'sort+insert',     'sort',             True),
-    ('control: without noise, cleaning gains nothing',    'no_noise',   'arcface_v1+v2-clean', 'arcface_v1+v2', True),
+CONCLUSIONS = [  # statement, table it is read from, A, B (A is better than B), control?
+    ("contrastive is better than softmax", "models", "contrastive_v1", "softmax_v1", False),
+    ("CosFace is better than softmax", "models", "cosface_v1", "softmax_v1", False),
+    ("ArcFace is better than softmax", "models", "arcface_v1", "softmax_v1", False),
+    ("v1+v2 is better than v1", "models", "arcface_v1+v2", "arcface_v1", False),
+    ("v1+v2-clean is better than v1+v2", "models", "arcface_v1+v2-clean", "arcface_v1+v2", False),
+    ("v2-clean is better than v2", "models", "arcface_v2-clean", "arcface_v2", False),
+    ("αQE is better than plain search", "rerank", "aqe", "baseline", False),
+    ("diffusion is better than plain search", "rerank", "diffusion", "baseline", False),
+    ("EGT is better than plain search", "rerank", "egt", "baseline", False),
+    ("sort-step is better than plain search", "rerank", "sort", "baseline", False),
+    ("insert-step adds to the sort-step", "rerank", "sort+insert", "sort", False),
+    ("ours (sort, insert) is better than αQE", "rerank", "sort+insert", "aqe", False),
+    ("αQE + ours is better than ours", "rerank", "aqe+sort+insert", "sort+insert", False),
+    ("control: with one aspect, inserting gains nothing", "one_aspect", "sort+insert", "sort", True),
+    (
+        "control: without noise, cleaning gains nothing",
+        "no_noise",
+        "arcface_v1+v2-clean",
+        "arcface_v1+v2",
+        True,
+    ),
 ]
 
+
 def table_verdicts(
-    per_query:dict, # table name → stacked per_query.csv
-    n_boot:int=2000,
-)->pd.DataFrame: # conclusion, difference, interval, verdict
+    per_query: dict,  # table name → stacked per_query.csv
+    n_boot: int = 2000,
+) -> pd.DataFrame:  # conclusion, difference, interval, verdict
     "One line per conclusion."
     rows = []
     for text, source, a, b, control in CONCLUSIONS:
         df = per_query.get(source, pd.DataFrame())
-        diffs = differences(df, 'model' if source in ('models', 'no_noise') else 'method', a, b) if len(df) else []
-        if not diffs: continue
+        diffs = (
+            differences(df, "model" if source in ("models", "no_noise") else "method", a, b)
+            if len(df)
+            else []
+        )
+        if not diffs:
+            continue
         mean, lo, hi = bootstrap_interval(diffs, n_boot)
-        rows.append(dict(conclusion=text, difference=100*mean, low=100*lo, high=100*hi, seeds=len(diffs), queries=sum(map(len, diffs)), verdict=verdict(lo, hi, control)))
-    return pd.DataFrame(rows, columns=['conclusion', 'difference', 'low', 'high', 'seeds', 'queries', 'verdict'])
+        rows.append(
+            dict(
+                conclusion=text,
+                difference=100 * mean,
+                low=100 * lo,
+                high=100 * hi,
+                seeds=len(diffs),
+                queries=sum(map(len, diffs)),
+                verdict=verdict(lo, hi, control),
+            )
+        )
+    return pd.DataFrame(
+        rows, columns=["conclusion", "difference", "low", "high", "seeds", "queries", "verdict"]
+    )
 
 # %% ../nbs/07_tables.ipynb #ca518236
-def _made_up(dir:Path, seed:int)->dict:
+def _made_up(dir: Path, seed: int) -> dict:
     "Invented artifacts for the test: right columns, numbers around chance."
     rng, benches = np.random.default_rng(seed), [*RETRIEVAL, *list(REVISITED)[:4]]
+
     def frames(models, methods):
         long = [(m, k, b, x, rng.random(), 8) for m in models for k in methods for b, x in benches]
-        per = [(m, k, b, x, f'q{i}', rng.random()) for m in models for k in methods for b, x in benches for i in range(8)]
-        return {'metrics.csv': pd.DataFrame(long, columns=['model', 'method', 'benchmark', 'metric', 'value', 'n_queries']),
-                'per_query.csv': pd.DataFrame(per, columns=['model', 'method', 'benchmark', 'metric', 'query_id', 'ap'])}
-    all_models = [f'{l}_v1' for l in (*LOSSES, 'subcenter_arcface')] + [f'arcface_{s}' for s in TRAIN_SETS[1:]]
-    tables = dict(data={'datasets.csv': pd.DataFrame(dict(dataset=['GLD-v1', 'GLD-v2'], images=[30, 60], labels=[5, 9]))},
-                  clean={'datasets.csv': pd.DataFrame(dict(dataset=['GLD-v2 (clean)'], images=[40], labels=[6])),
-                         'quality.csv': pd.DataFrame(dict(kind=['landmark', 'people'], n=[50, 10], kept=[38, 2])),
-                         'grid.csv': pd.DataFrame([(v, f, 6, 40, .9, .8) for v in (20, 30) for f in (2, 3)], columns=['min_inliers', 'min_verified', 'labels', 'images', 'precision', 'recall'])},
-                  models=frames(all_models, ['baseline']), rerank=frames(['arcface_v1+v2-clean'], [*METHODS, 'superglobal']),
-                  recognize={'metrics.csv': pd.DataFrame([(m, u, 'GAP', rng.random(), 9) for m in (*RECOGNITION, 'soft vote, similarity') for u in ('Private', 'Public')], columns=['method', 'usage', 'metric', 'value', 'n'])},
-                  one_aspect=frames(['arcface_v2'], ['baseline', 'sort', 'sort+insert']), no_noise=frames(['arcface_v1+v2', 'arcface_v1+v2-clean'], ['baseline']))
+        per = [
+            (m, k, b, x, f"q{i}", rng.random())
+            for m in models
+            for k in methods
+            for b, x in benches
+            for i in range(8)
+        ]
+        return {
+            "metrics.csv": pd.DataFrame(
+                long, columns=["model", "method", "benchmark", "metric", "value", "n_queries"]
+            ),
+            "per_query.csv": pd.DataFrame(
+                per, columns=["model", "method", "benchmark", "metric", "query_id", "ap"]
+            ),
+        }
+
+    all_models = [f"{l}_v1" for l in (*LOSSES, "subcenter_arcface")] + [
+        f"arcface_{s}" for s in TRAIN_SETS[1:]
+    ]
+    tables = dict(
+        data={
+            "datasets.csv": pd.DataFrame(dict(dataset=["GLD-v1", "GLD-v2"], images=[30, 60], labels=[5, 9]))
+        },
+        clean={
+            "datasets.csv": pd.DataFrame(dict(dataset=["GLD-v2 (clean)"], images=[40], labels=[6])),
+            "quality.csv": pd.DataFrame(dict(kind=["landmark", "people"], n=[50, 10], kept=[38, 2])),
+            "grid.csv": pd.DataFrame(
+                [(v, f, 6, 40, 0.9, 0.8) for v in (20, 30) for f in (2, 3)],
+                columns=["min_inliers", "min_verified", "labels", "images", "precision", "recall"],
+            ),
+        },
+        models=frames(all_models, ["baseline"]),
+        rerank=frames(["arcface_v1+v2-clean"], [*METHODS, "superglobal"]),
+        recognize={
+            "metrics.csv": pd.DataFrame(
+                [
+                    (m, u, "GAP", rng.random(), 9)
+                    for m in (*RECOGNITION, "soft vote, similarity")
+                    for u in ("Private", "Public")
+                ],
+                columns=["method", "usage", "metric", "value", "n"],
+            )
+        },
+        one_aspect=frames(["arcface_v2"], ["baseline", "sort", "sort+insert"]),
+        no_noise=frames(["arcface_v1+v2", "arcface_v1+v2-clean"], ["baseline"]),
+    )
     for k, files in tables.items():
-        for f, df in files.items(): write_csv(df, dir/k/f)
-        write_json(dir/k/'manifest.json', dict(config=dict(seed=seed), metrics=dict(made_up=True), outputs={}))
-    return {k: [str(dir/k)] for k in tables}
+        for f, df in files.items():
+            write_csv(df, dir / k / f)
+        write_json(
+            dir / k / "manifest.json", dict(config=dict(seed=seed), metrics=dict(made_up=True), outputs={})
+        )
+    return {k: [str(dir / k)] for k in tables}
 
 # %% ../nbs/07_tables.ipynb #a1c0def3
 def as_markdown(
-    name:str,       # of a table
-    t:pd.DataFrame, # the table
-)->str: # the same in Markdown
+    name: str,  # of a table
+    t: pd.DataFrame,  # the table
+) -> str:  # the same in Markdown
     "A table to print: what goes beyond the original stands below a line."
-    lines, known = to_markdown(t.round(2)).split('\n'), ORIGINAL.get(name)
+    lines, known = to_markdown(t.round(2)).split("\n"), ORIGINAL.get(name)
     n = int(t.iloc[:, 0].isin(list(known)).sum()) if known else len(t)
-    if n < len(t): lines.insert(2 + n, '| ' + ' | '.join(['*beyond the original*'] + ['']*(t.shape[1]-1)) + ' |')
-    return '\n'.join(lines)
+    if n < len(t):
+        lines.insert(2 + n, "| " + " | ".join(["*beyond the original*"] + [""] * (t.shape[1] - 1)) + " |")
+    return "\n".join(lines)
 
-TITLES = dict(datasets='Datasets', parameters='What differs from the paper', losses='Losses, trained on v1: mAP', training='Training sets, with ArcFace: mAP', cleaning='What cleaning kept',
-              grid='Cleaning: min_inliers × min_verified', separation='Local features: what their counts tell apart', restriction='Neighbours asked: the nearest of all, or the whole label', reranking='Re-ranking: mAP', recognition='Recognition: GAP', one_aspect='Control: one aspect per landmark', no_noise='Control: no noise',
-              verdicts='The paper\'s conclusions, on this data')
 
-def make_tables(read, n_boot:int)->dict:
+TITLES = dict(
+    datasets="Datasets",
+    parameters="What differs from the paper",
+    losses="Losses, trained on v1: mAP",
+    training="Training sets, with ArcFace: mAP",
+    cleaning="What cleaning kept",
+    grid="Cleaning: min_inliers × min_verified",
+    separation="Local features: what their counts tell apart",
+    restriction="Neighbours asked: the nearest of all, or the whole label",
+    reranking="Re-ranking: mAP",
+    recognition="Recognition: GAP",
+    one_aspect="Control: one aspect per landmark",
+    no_noise="Control: no noise",
+    verdicts="The paper's conclusions, on this data",
+)
+
+
+def make_tables(read, n_boot: int) -> dict:
     "All tables whose inputs are there; `read(field, file)` stacks one CSV over the seeds."
-    data, models, rerank = pd.concat([read('data', 'datasets.csv'), read('clean', 'datasets.csv')]), read('models', 'metrics.csv'), read('rerank', 'metrics.csv')
-    one, calm = read('one_aspect', 'metrics.csv'), read('no_noise', 'metrics.csv')
-    makers = dict(datasets=(data, table_datasets), losses=(models, table_losses), training=(models, table_training), cleaning=(read('clean', 'quality.csv'), table_cleaning),
-                  grid=(read('clean', 'grid.csv'), table_grid), separation=(read('verify', 'separation.csv'), table_separation), restriction=(read('verify', 'restriction.csv'), table_restriction), reranking=(rerank, table_reranking), recognition=(read('recognize', 'metrics.csv'), table_recognition),
-                  one_aspect=(one, lambda d: pivot(d, 'method', _columns(d, RETRIEVAL))), no_noise=(calm, lambda d: pivot(d, 'model', _columns(d, RETRIEVAL | REVISITED))))
+    data, models, rerank = (
+        pd.concat([read("data", "datasets.csv"), read("clean", "datasets.csv")]),
+        read("models", "metrics.csv"),
+        read("rerank", "metrics.csv"),
+    )
+    one, calm = read("one_aspect", "metrics.csv"), read("no_noise", "metrics.csv")
+    makers = dict(
+        datasets=(data, table_datasets),
+        losses=(models, table_losses),
+        training=(models, table_training),
+        cleaning=(read("clean", "quality.csv"), table_cleaning),
+        grid=(read("clean", "grid.csv"), table_grid),
+        separation=(read("verify", "separation.csv"), table_separation),
+        restriction=(read("verify", "restriction.csv"), table_restriction),
+        reranking=(rerank, table_reranking),
+        recognition=(read("recognize", "metrics.csv"), table_recognition),
+        one_aspect=(one, lambda d: pivot(d, "method", _columns(d, RETRIEVAL))),
+        no_noise=(calm, lambda d: pivot(d, "model", _columns(d, RETRIEVAL | REVISITED))),
+    )
     tables = {k: make(df) for k, (df, make) in makers.items() if len(df)}
-    v = table_verdicts({k: read(k, 'per_query.csv') for k in ('models', 'rerank', 'one_aspect', 'no_noise')}, n_boot)
+    v = table_verdicts(
+        {k: read(k, "per_query.csv") for k in ("models", "rerank", "one_aspect", "no_noise")}, n_boot
+    )
     return tables | (dict(verdicts=v) if len(v) else {})
 
+
 def run(
-    cfg:Config, # which artifacts
-)->Path: # the artifact: one CSV a table, and `tables.md` with all of them
+    cfg: Config,  # which artifacts
+) -> Path:  # the artifact: one CSV a table, and `tables.md` with all of them
     "Read the artifacts, write the tables."
-    fields = ['data', 'train', 'verify', 'clean', 'models', 'rerank', 'recognize', 'one_aspect', 'no_noise']
+    fields = ["data", "train", "verify", "clean", "models", "rerank", "recognize", "one_aspect", "no_noise"]
     made_up = is_tiny(cfg) and not any(getattr(cfg, f) for f in fields)
-    if not made_up and not any(getattr(cfg, f) for f in fields): raise ParameterError(f'tables: name the artifacts to read, at least one of {", ".join(fields)}')
+    if not made_up and not any(getattr(cfg, f) for f in fields):
+        raise ParameterError(f"tables: name the artifacts to read, at least one of {', '.join(fields)}")
     dirs = {f: [] if made_up else [artifact(cfg, r) for r in getattr(cfg, f)] for f in fields}
-    with open_stage('tables', cfg, inputs=[d for ds in dirs.values() for d in ds], code=__name__) as st:
-        if st.done: return st.dir
+    with open_stage("tables", cfg, inputs=[d for ds in dirs.values() for d in ds], code=__name__) as st:
+        if st.done:
+            return st.dir
         with tempfile.TemporaryDirectory() as tmp:
-            if made_up: dirs |= _made_up(Path(tmp), cfg.seed); st.metrics['made_up'] = True
+            if made_up:
+                dirs |= _made_up(Path(tmp), cfg.seed)
+                st.metrics["made_up"] = True
             tables = make_tables(lambda field, file: read_all(dirs[field], file, tiny=made_up), cfg.n_boot)
-            used = table_parameters({f: read_json(Path(dirs[f][0 if f == 'verify' else -1])/'manifest.json') for f in ('train', 'verify', 'clean', 'rerank', 'recognize') if dirs[f]})
-            if len(used): tables['parameters'] = used
-        for k, t in tables.items(): write_csv(t, st.dir/f'{k}.csv'); write_text(st.dir/f'{k}.md', as_markdown(k, t) + '\n')
-        write_text(st.dir/'tables.md', '\n\n'.join(f'## {TITLES[k]}\n\n{as_markdown(k, t)}' for k, t in tables.items()) + '\n')
-        st.metrics.update(tables=len(tables), holds=int((tables['verdicts'].verdict == 'holds').sum()) if 'verdicts' in tables else 0)
+            used = table_parameters(
+                {
+                    f: read_json(Path(dirs[f][0 if f == "verify" else -1]) / "manifest.json")
+                    for f in ("train", "verify", "clean", "rerank", "recognize")
+                    if dirs[f]
+                }
+            )
+            if len(used):
+                tables["parameters"] = used
+        for k, t in tables.items():
+            write_csv(t, st.dir / f"{k}.csv")
+            write_text(st.dir / f"{k}.md", as_markdown(k, t) + "\n")
+        write_text(
+            st.dir / "tables.md",
+            "\n\n".join(f"## {TITLES[k]}\n\n{as_markdown(k, t)}" for k, t in tables.items()) + "\n",
+        )
+        st.metrics.update(
+            tables=len(tables),
+            holds=int((tables["verdicts"].verdict == "holds").sum()) if "verdicts" in tables else 0,
+        )
     return st.dir
 
-def main(): stage_main(Config, run)
+
+def main():
+    stage_main(Config, run)

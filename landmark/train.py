@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .parts.nets.backbones import make_model
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
-from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, stage_config, stage_main, write_csv
+from landmark.parts.core import (
+    ParameterError,
+    log,
+    parallel_map,
+    pick_device,
+    read_json,
+    stage_config,
+    stage_main,
+    write_csv,
+)
 from .parts.data.layout import train_set as read_train_set
 from .parts.data.worlds import make_world
 from .parts.images.decoding import EncodedPhotos, why_not
@@ -28,229 +37,370 @@ from .parts.nets.losses import LOSSES, check_head, make_head
 from .parts.training.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
-TRAIN_SETS = ('v1', 'v2', 'v1+v2', 'v2-clean', 'v1+v2-clean')
+TRAIN_SETS = ("v1", "v2", "v1+v2", "v2-clean", "v1+v2-clean")
+
 
 @stage_config
 class Config:
     "How to train, and on what."
-    profile: str = "mini"        # names the folder of runs
-    name: str = "default"        # names this run
-    seed: int = 1                # seed of world and training
-    world: str = "default"       # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    loss: str | list[str] = "arcface"   # one of LOSSES, or several: one model each
-    train_set: str | list[str] = "v1"   # one of TRAIN_SETS, or several: one model each
-    parent: str = ""             # artifact of 03_train with the v1 models, for v1+…
-    clean: str = ""              # artifact of 02_clean, for …-clean
-    backbone: str = "test_resnet" # timm name, or fishnet150
-    pretrained: bool = False     # start from weights of the hub
-    weights: str = ""            # start from a local file of weights
-    sha256: str = ""             # expected hash of the file, local or of the hub
-    pooling: str = "gem"         # a pooling, or letters per stage such as SMG,MG,G,G
-    dim: int = 128               # length of the descriptor
-    sizes: str | list[str] = "96" # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
-    augment: str = "soft"        # none, soft, middle
-    margin: float | None = None  # margin of the loss; none: 0.3 for margins, by class frequency for sub-centres, 0.7 contrastive
-    n_centers: int = 0           # weights per class of ArcFace and CosFace; 0: 3 for sub-centres, else 1
-    class_margins: list[float] = field(default_factory=list) # margins by class frequency: of the largest class, of the smallest; empty: `margin`
-    s: float = 30.0              # scale of the logits
-    label_smoothing: float = 0.0 # share of the target spread over all classes
-    epochs: int = 14             # passes over the training set
-    batch_size: int = 32         # photos in a batch, over all devices
-    optimizer: str = "adamw"     # sgd or adamw
-    lr: float = 3e-3             # learning rate at the start of the cosine
-    lr_end: float = 1e-5         # and at its end
-    warmup: float = 0.05         # share of the steps in which the rate rises
-    weight_decay: float = 0.05   # of the optimizer
-    clip: float = 5.0            # largest length of the gradient; 0: any
-    accumulate: int = 1          # batches whose gradients are added before a step
-    drop_uneven: bool = False    # leave out batches that are not full
-    scale_up: str = ""           # size group of the last epochs with frozen batch norm; empty: none
-    scale_up_epochs: int = 1     # how many
-    stop_after: int = 0          # stop after this many epochs although the cosine is planned for more; 0: no
-    frozen_bn: bool = False      # batch norm frozen from the start
-    n_negatives: int = 5         # negatives of a tuple (contrastive)
-    pool_share: float = 0.25     # share of the photos among which negatives are mined
-    in_memory: bool = True       # decode photos once and keep them reduced
-    decode: str = "cpu"          # where JPEGs from disk are decoded: cpu, or gpu (nvJPEG)
-    precision: str = "fp32"      # fp32, bf16 or fp16
-    compile: bool = False        # compile the network
-    device: str = "auto"         # auto, cpu, cuda, cuda:N
-    devices: int = 1             # GPUs (or processes on the CPU) that train one model together
-    n_workers: int = 0           # models trained side by side on the CPU; 0: one per core
-    n_loaders: int = 0           # worker processes that load photos
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
+    loss: str | list[str] = "arcface"  # one of LOSSES, or several: one model each
+    train_set: str | list[str] = "v1"  # one of TRAIN_SETS, or several: one model each
+    parent: str = ""  # artifact of 03_train with the v1 models, for v1+…
+    clean: str = ""  # artifact of 02_clean, for …-clean
+    backbone: str = "test_resnet"  # timm name, or fishnet150
+    pretrained: bool = False  # start from weights of the hub
+    weights: str = ""  # start from a local file of weights
+    sha256: str = ""  # expected hash of the file, local or of the hub
+    pooling: str = "gem"  # a pooling, or letters per stage such as SMG,MG,G,G
+    dim: int = 128  # length of the descriptor
+    sizes: str | list[str] = "96"  # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
+    augment: str = "soft"  # none, soft, middle
+    margin: float | None = (
+        None  # margin of the loss; none: 0.3 for margins, by class frequency for sub-centres, 0.7 contrastive
+    )
+    n_centers: int = 0  # weights per class of ArcFace and CosFace; 0: 3 for sub-centres, else 1
+    class_margins: list[float] = field(
+        default_factory=list
+    )  # margins by class frequency: of the largest class, of the smallest; empty: `margin`
+    s: float = 30.0  # scale of the logits
+    label_smoothing: float = 0.0  # share of the target spread over all classes
+    epochs: int = 14  # passes over the training set
+    batch_size: int = 32  # photos in a batch, over all devices
+    optimizer: str = "adamw"  # sgd or adamw
+    lr: float = 3e-3  # learning rate at the start of the cosine
+    lr_end: float = 1e-5  # and at its end
+    warmup: float = 0.05  # share of the steps in which the rate rises
+    weight_decay: float = 0.05  # of the optimizer
+    clip: float = 5.0  # largest length of the gradient; 0: any
+    accumulate: int = 1  # batches whose gradients are added before a step
+    drop_uneven: bool = False  # leave out batches that are not full
+    scale_up: str = ""  # size group of the last epochs with frozen batch norm; empty: none
+    scale_up_epochs: int = 1  # how many
+    stop_after: int = 0  # stop after this many epochs although the cosine is planned for more; 0: no
+    frozen_bn: bool = False  # batch norm frozen from the start
+    n_negatives: int = 5  # negatives of a tuple (contrastive)
+    pool_share: float = 0.25  # share of the photos among which negatives are mined
+    in_memory: bool = True  # decode photos once and keep them reduced
+    decode: str = "cpu"  # where JPEGs from disk are decoded: cpu, or gpu (nvJPEG)
+    precision: str = "fp32"  # fp32, bf16 or fp16
+    compile: bool = False  # compile the network
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    devices: int = 1  # GPUs (or processes on the CPU) that train one model together
+    n_workers: int = 0  # models trained side by side on the CPU; 0: one per core
+    n_loaders: int = 0  # worker processes that load photos
     checkpoint_every: int = 500  # steps between checkpoints
-    log_every: int = 10          # steps between rows of metrics.csv
-    max_bad: float = 0.01        # largest share of unreadable photos, of the training set and of each set of a benchmark
-    evaluate: bool = False       # mAP on the revisited benchmarks after each epoch, in metrics.csv
-    tensorboard: bool = False    # write TensorBoard logs, too
+    log_every: int = 10  # steps between rows of metrics.csv
+    max_bad: float = (
+        0.01  # largest share of unreadable photos, of the training set and of each set of a benchmark
+    )
+    evaluate: bool = False  # mAP on the revisited benchmarks after each epoch, in metrics.csv
+    tensorboard: bool = False  # write TensorBoard logs, too
 
 # %% ../nbs/03_train.ipynb #a339ccee
-def listed(x)->list: return [x] if isinstance(x, str) else list(x)
+def listed(x) -> list:
+    return [x] if isinstance(x, str) else list(x)
+
 
 def model_names(
-    cfg:Config, # a config
-)->list: # names, loss_trainset
+    cfg: Config,  # a config
+) -> list:  # names, loss_trainset
     "The models of a run, checked before anything is read."
-    for field_, values, allowed in (('loss', listed(cfg.loss), LOSSES), ('train_set', listed(cfg.train_set), TRAIN_SETS)):
-        if not values: raise ParameterError(f"train: `{field_}` is empty; allowed are {', '.join(allowed)}")
+    for field_, values, allowed in (
+        ("loss", listed(cfg.loss), LOSSES),
+        ("train_set", listed(cfg.train_set), TRAIN_SETS),
+    ):
+        if not values:
+            raise ParameterError(f"train: `{field_}` is empty; allowed are {', '.join(allowed)}")
         for v in values:
-            if v not in allowed: raise ParameterError(f"train: `{field_}` is {v!r}; allowed are {', '.join(allowed)}")
+            if v not in allowed:
+                raise ParameterError(f"train: `{field_}` is {v!r}; allowed are {', '.join(allowed)}")
     for l in listed(cfg.loss):
-        try: check_head(l, cfg.margin, cfg.n_centers, cfg.class_margins)
-        except ValueError as e: raise ParameterError(f'train: {e}') from None
-    return [f'{l}_{t}' for t in listed(cfg.train_set) for l in listed(cfg.loss)]
+        try:
+            check_head(l, cfg.margin, cfg.n_centers, cfg.class_margins)
+        except ValueError as e:
+            raise ParameterError(f"train: {e}") from None
+    return [f"{l}_{t}" for t in listed(cfg.train_set) for l in listed(cfg.loss)]
+
 
 def recipe_of(
-    cfg:Config, # a config
-)->Recipe: # what the engine is told
+    cfg: Config,  # a config
+) -> Recipe:  # what the engine is told
     "The part of the config that is the recipe."
-    if not listed(cfg.sizes): raise ParameterError("train: `sizes` is empty; give a size group, or several that rise over the epochs")
+    if not listed(cfg.sizes):
+        raise ParameterError(
+            "train: `sizes` is empty; give a size group, or several that rise over the epochs"
+        )
     same = {f: getattr(cfg, f) for f in Recipe.__dataclass_fields__ if hasattr(cfg, f)}
     return Recipe(**same, rising=tuple(listed(cfg.sizes)) if len(listed(cfg.sizes)) > 1 else ())
 
 # %% ../nbs/03_train.ipynb #7406150d
 def split_name(
-    name:str, # name of a model
-)->tuple: # loss, training set
+    name: str,  # name of a model
+) -> tuple:  # loss, training set
     "Loss and training set of a model's name."
-    loss = next(l for l in sorted(LOSSES, key=len, reverse=True) if name.startswith(f'{l}_'))
-    return loss, name[len(loss)+1:]
+    loss = next(l for l in sorted(LOSSES, key=len, reverse=True) if name.startswith(f"{l}_"))
+    return loss, name[len(loss) + 1 :]
 
 # %% ../nbs/03_train.ipynb #b71ecb5b
-_kept = {}          # decoded photos of this process, by training set
+_kept = {}  # decoded photos of this process, by training set
+
 
 def load_photos(
-    cfg:Config,      # a config
-    set_name:str,    # v1, v2 or v2-clean
-)->tuple: # Photos, class ids [n], landmark ids of the classes [c]
+    cfg: Config,  # a config
+    set_name: str,  # v1, v2 or v2-clean
+) -> tuple:  # Photos, class ids [n], landmark ids of the classes [c]
     "A training set, ready to be drawn from."
     world = make_world(cfg.world, cfg.seed)
-    clean = artifact(cfg, cfg.clean)/'train_clean.csv' if set_name == 'v2-clean' else None
+    clean = artifact(cfg, cfg.clean) / "train_clean.csv" if set_name == "v2-clean" else None
     df = read_train_set(world, set_name, clean)
-    if not len(df): raise ParameterError(f"train: the training set {set_name} of {world} has no images")
+    if not len(df):
+        raise ParameterError(f"train: the training set {set_name} of {world} has no images")
     landmarks, classes = np.unique(df.landmark_id, return_inverse=True)
-    if len(landmarks) < 2: raise ParameterError(f"train: the training set {set_name} shows {len(landmarks)} landmark; at least 2 are needed")
+    if len(landmarks) < 2:
+        raise ParameterError(
+            f"train: the training set {set_name} shows {len(landmarks)} landmark; at least 2 are needed"
+        )
     all_sizes = listed(cfg.sizes) + ([cfg.scale_up] if cfg.scale_up else [])
-    photos = _kind(cfg)(df.path, max(all_sizes, key=longest_side), cfg.augment, cfg.seed, images=_decoded(df.path, cfg, all_sizes), cache_dir=stage_dir('train', cfg).parent/'sizes')
+    photos = _kind(cfg)(
+        df.path,
+        max(all_sizes, key=longest_side),
+        cfg.augment,
+        cfg.seed,
+        images=_decoded(df.path, cfg, all_sizes),
+        cache_dir=stage_dir("train", cfg).parent / "sizes",
+    )
     photos.use_sizes(listed(cfg.sizes)[0])
     return photos, torch.as_tensor(classes), landmarks
 
+
 def _kind(cfg):
     "How photos come in; a machine that cannot decode on the GPU says so."
-    if cfg.decode not in ('cpu', 'gpu'): raise ParameterError(f"train: `decode` is {cfg.decode!r}; allowed are cpu, gpu")
-    if cfg.decode == 'cpu': return Photos
-    if cfg.in_memory: raise ParameterError("train: `decode: gpu` reads photos from disk; set `in_memory: false`")
-    reason = why_not(pick_device(cfg.device)) if pick_device(cfg.device).type == 'cuda' else 'training runs on the CPU'
-    if reason: log(f'train: `decode: gpu` was asked for, but {reason}; photos are decoded on the CPU')
+    if cfg.decode not in ("cpu", "gpu"):
+        raise ParameterError(f"train: `decode` is {cfg.decode!r}; allowed are cpu, gpu")
+    if cfg.decode == "cpu":
+        return Photos
+    if cfg.in_memory:
+        raise ParameterError("train: `decode: gpu` reads photos from disk; set `in_memory: false`")
+    reason = (
+        why_not(pick_device(cfg.device))
+        if pick_device(cfg.device).type == "cuda"
+        else "training runs on the CPU"
+    )
+    if reason:
+        log(f"train: `decode: gpu` was asked for, but {reason}; photos are decoded on the CPU")
     return Photos if reason else EncodedPhotos
 
+
 def longest_side(
-    sizes:str, # size group, or pixels
-)->int: # pixels
+    sizes: str,  # size group, or pixels
+) -> int:  # pixels
     "The longest side of a network input."
     return max(map(max, size_table(sizes)[1]))
 
+
 def _decoded(paths, cfg, all_sizes):
     "The photos, decoded once per process and kept by path."
-    if not cfg.in_memory: return None
-    side = round(1.25*max(map(longest_side, all_sizes)))
+    if not cfg.in_memory:
+        return None
+    side = round(1.25 * max(map(longest_side, all_sizes)))
     new = [p for p in paths if (p, side) not in _kept]
     _kept.update(zip(((p, side) for p in new), read_all(new, side, n_threads=2)))
     return [_kept[p, side] for p in paths]
 
 # %% ../nbs/03_train.ipynb #71123d79
 def start_model(
-    cfg:Config,  # a config
-    name:str,    # the model, loss_trainset
+    cfg: Config,  # a config
+    name: str,  # the model, loss_trainset
 ):  # a RetrievalModel
     "The network a model starts from: its v1 parent, or fresh."
     loss, set_name = split_name(name)
-    if set_name.startswith('v1+'):
-        if not cfg.parent: raise ParameterError(f"train: {name} starts from {loss}_v1: give the artifact of 03_train that holds it as `parent`, for instance @train/v1")
-        folder = artifact(cfg, cfg.parent)/f'{loss}_v1'
-        if not folder.exists(): raise ParameterError(f"train: {name} starts from {loss}_v1, but {folder.parent} has only {', '.join(sorted(p.parent.name for p in folder.parent.glob('*/card.json')))}")
-        model = load_model(folder); card = read_json(folder/'card.json')
-        if (card['backbone'], card['pooling'], card['dim']) != (cfg.backbone, cfg.pooling, cfg.dim):
-            raise ParameterError(f"train: {folder} is {card['backbone']} with {card['pooling']} and {card['dim']} numbers, the parameters ask for {cfg.backbone}, {cfg.pooling}, {cfg.dim}")
+    if set_name.startswith("v1+"):
+        if not cfg.parent:
+            raise ParameterError(
+                f"train: {name} starts from {loss}_v1: give the artifact of 03_train that holds it as `parent`, for instance @train/v1"
+            )
+        folder = artifact(cfg, cfg.parent) / f"{loss}_v1"
+        if not folder.exists():
+            raise ParameterError(
+                f"train: {name} starts from {loss}_v1, but {folder.parent} has only {', '.join(sorted(p.parent.name for p in folder.parent.glob('*/card.json')))}"
+            )
+        model = load_model(folder)
+        card = read_json(folder / "card.json")
+        if (card["backbone"], card["pooling"], card["dim"]) != (cfg.backbone, cfg.pooling, cfg.dim):
+            raise ParameterError(
+                f"train: {folder} is {card['backbone']} with {card['pooling']} and {card['dim']} numbers, the parameters ask for {cfg.backbone}, {cfg.pooling}, {cfg.dim}"
+            )
         return model
     return make_model(cfg.backbone, cfg.pooling, cfg.dim, cfg.pretrained, cfg.weights, cfg.sha256)
 
 # %% ../nbs/03_train.ipynb #c9561374
 def train_model(
-    job:tuple, # config, name of the model, the run's directory, whether to work in one thread
-)->dict: # name, final loss and accuracy, photos, classes
+    job: tuple,  # config, name of the model, the run's directory, whether to work in one thread
+) -> dict:  # name, final loss and accuracy, photos, classes
     "Train one model of a run, or find it finished."
-    cfg, name, out, one_thread = job; out = Path(out)
-    if (out/name/'card.json').exists(): return read_json(out/name/'card.json')['result']
+    cfg, name, out, one_thread = job
+    out = Path(out)
+    if (out / name / "card.json").exists():
+        return read_json(out / name / "card.json")["result"]
     threads = torch.get_num_threads()
     try:
-        if one_thread: torch.set_num_threads(1)
+        if one_thread:
+            torch.set_num_threads(1)
         loss, set_name = split_name(name)
-        photos, classes, landmarks = load_photos(cfg, set_name.removeprefix('v1+'))
+        photos, classes, landmarks = load_photos(cfg, set_name.removeprefix("v1+"))
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
-            net = Training(start_model(cfg, name), make_head(loss, cfg.dim, torch.bincount(classes), cfg.margin, cfg.s, cfg.label_smoothing, cfg.n_centers, cfg.class_margins))
-        recipe = recipe_of(cfg); watch = Watch(out/'.logs'/name, cfg.tensorboard and not int(os.environ.get('RANK', 0)))
-        look = lambda model, epoch: benchmark_maps(model, make_world(cfg.world, cfg.seed), longest_side(listed(cfg.sizes)[-1]), cfg.batch_size, cfg.n_loaders, cfg.max_bad)
-        trainer = Trainer(net, photos, classes, recipe, out/'.state'/name, pick_device(cfg.device), on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
+            net = Training(
+                start_model(cfg, name),
+                make_head(
+                    loss,
+                    cfg.dim,
+                    torch.bincount(classes),
+                    cfg.margin,
+                    cfg.s,
+                    cfg.label_smoothing,
+                    cfg.n_centers,
+                    cfg.class_margins,
+                ),
+            )
+        recipe = recipe_of(cfg)
+        watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
+        look = lambda model, epoch: benchmark_maps(
+            model,
+            make_world(cfg.world, cfg.seed),
+            longest_side(listed(cfg.sizes)[-1]),
+            cfg.batch_size,
+            cfg.n_loaders,
+            cfg.max_bad,
+        )
+        trainer = Trainer(
+            net,
+            photos,
+            classes,
+            recipe,
+            out / ".state" / name,
+            pick_device(cfg.device),
+            on_epoch=look if cfg.evaluate else None,
+            on_log=watch,
+            desc=name,
+        )
         table = trainer.run()
-        result = dict(model=name, loss=float(table.loss.dropna().iloc[-1]), accuracy=float(table.accuracy.dropna().iloc[-1]), images=len(photos), classes=len(landmarks), unreadable=len(trainer.bad))
-        if trainer.acc.is_main_process: _finish(cfg, name, out, trainer, table, result)
+        result = dict(
+            model=name,
+            loss=float(table.loss.dropna().iloc[-1]),
+            accuracy=float(table.accuracy.dropna().iloc[-1]),
+            images=len(photos),
+            classes=len(landmarks),
+            unreadable=len(trainer.bad),
+        )
+        if trainer.acc.is_main_process:
+            _finish(cfg, name, out, trainer, table, result)
         return result
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
+
 
 def _finish(cfg, name, out, trainer, table, result):
     "Write a model: table, list of unreadable photos, weights, the best ones if epochs were evaluated, and last the card."
-    (out/name).mkdir(parents=True, exist_ok=True)
-    write_csv(table, out/name/'metrics.csv')
-    write_csv(pd.DataFrame([(trainer.photos.paths[i], why) for i, why in trainer.bad], columns=['path', 'reason']), out/name/'unreadable.csv')
-    card, maps = card_of(cfg, name, trainer.recipe), [c for c in table if c.endswith(' M')]
+    (out / name).mkdir(parents=True, exist_ok=True)
+    write_csv(table, out / name / "metrics.csv")
+    write_csv(
+        pd.DataFrame([(trainer.photos.paths[i], why) for i, why in trainer.bad], columns=["path", "reason"]),
+        out / name / "unreadable.csv",
+    )
+    card, maps = card_of(cfg, name, trainer.recipe), [c for c in table if c.endswith(" M")]
     last = {c: float(table[c].dropna().iloc[-1]) for c in maps}
     weights = {k: v.detach().cpu().clone() for k, v in trainer.net.model.state_dict().items()}
-    if (best := trainer.best_state()):
-        trainer.net.model.load_state_dict(best['model'])
-        save_model(out/name/'best', trainer.net.model, dict(card, epoch=best['epoch'], metrics=best['metrics'], result=result))
+    if best := trainer.best_state():
+        trainer.net.model.load_state_dict(best["model"])
+        save_model(
+            out / name / "best",
+            trainer.net.model,
+            dict(card, epoch=best["epoch"], metrics=best["metrics"], result=result),
+        )
         trainer.net.model.load_state_dict(weights)
-    save_model(out/name, trainer.net.model, dict(card, metrics=last, result=result))
+    save_model(out / name, trainer.net.model, dict(card, metrics=last, result=result))
+
 
 def card_of(
-    cfg:Config,  # a config
-    name:str,    # the model, loss_trainset
-    recipe:Recipe, # what the engine was told
-)->dict: # what a model remembers of its making
+    cfg: Config,  # a config
+    name: str,  # the model, loss_trainset
+    recipe: Recipe,  # what the engine was told
+) -> dict:  # what a model remembers of its making
     "Parts, parameters and hashes of the data."
     loss, set_name = split_name(name)
-    used = dict(world=make_world(cfg.world, cfg.seed), parent=set_name.startswith('v1+') and artifact(cfg, cfg.parent), clean=set_name.endswith('-clean') and artifact(cfg, cfg.clean))
-    params = {k: v for k, v in asdict(cfg).items() if k not in UNHASHED | set(used) | {'loss', 'train_set'}}
-    return dict(name=name, loss=loss, train_set=set_name, backbone=cfg.backbone, pooling=cfg.pooling, dim=cfg.dim, sizes=cfg.sizes, params=params, recipe=asdict(recipe),
-                data={k: digest_of(p) for k, p in used.items() if p})
+    used = dict(
+        world=make_world(cfg.world, cfg.seed),
+        parent=set_name.startswith("v1+") and artifact(cfg, cfg.parent),
+        clean=set_name.endswith("-clean") and artifact(cfg, cfg.clean),
+    )
+    params = {k: v for k, v in asdict(cfg).items() if k not in UNHASHED | set(used) | {"loss", "train_set"}}
+    return dict(
+        name=name,
+        loss=loss,
+        train_set=set_name,
+        backbone=cfg.backbone,
+        pooling=cfg.pooling,
+        dim=cfg.dim,
+        sizes=cfg.sizes,
+        params=params,
+        recipe=asdict(recipe),
+        data={k: digest_of(p) for k, p in used.items() if p},
+    )
 
 # %% ../nbs/03_train.ipynb #9142ed20
 def run(
-    cfg:Config, # a config
-)->Path: # the artifact's directory
+    cfg: Config,  # a config
+) -> Path:  # the artifact's directory
     "Train every model of the run."
-    names, rank, together = model_names(cfg), int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    pick_device(cfg.device); recipe_of(cfg)
-    if rank:                                       # a follower: the first process keeps the artifact
-        if _agree(cfg, None): [train_model((cfg, name, stage_dir('train', cfg), False)) for name in names]
-        return stage_dir('train', cfg)
+    names, rank, together = (
+        model_names(cfg),
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    pick_device(cfg.device)
+    recipe_of(cfg)
+    if rank:  # a follower: the first process keeps the artifact
+        if _agree(cfg, None):
+            [train_model((cfg, name, stage_dir("train", cfg), False)) for name in names]
+        return stage_dir("train", cfg)
     world = make_world(cfg.world, cfg.seed)
-    upstream = [artifact(cfg, ref) for ref, used in ((cfg.parent, 'v1+'), (cfg.clean, '-clean')) if ref and any(used in n for n in names)]
-    if cfg.weights and Path(cfg.weights).is_file(): upstream.append(Path(cfg.weights))          # other weights, another model
-    for name in names:                             # complain before anything is trained
-        if '_v1+' in name and not cfg.parent: start_model(cfg, name)
-        if name.endswith('-clean') and not cfg.clean: artifact(cfg, cfg.clean)
-    if cfg.devices > 1 and together == 1: return launch(cfg)
-    with open_stage('train', cfg, inputs=[world, *upstream], code=__name__) as st:
-        if together > 1: _agree(cfg, not st.done)
-        if st.done: return st.dir
-        if cfg.evaluate: check_benchmarks(world, cfg.max_bad)
-        side_by_side = together == 1 and len(names) > 1 and pick_device(cfg.device).type == 'cpu' and cfg.n_workers != 1
-        jobs = [(cfg, name, str(st.dir), side_by_side) for name in sorted(names, key=lambda n: 'v1' in n)]      # long ones first
-        with watching(st.dir, names): results = parallel_map(train_model, jobs, cfg.n_workers if side_by_side else 1, 'models')
-        table = pd.DataFrame(results).set_index('model').loc[names].reset_index()
-        write_csv(table, st.dir/'models.csv')
+    upstream = [
+        artifact(cfg, ref)
+        for ref, used in ((cfg.parent, "v1+"), (cfg.clean, "-clean"))
+        if ref and any(used in n for n in names)
+    ]
+    if cfg.weights and Path(cfg.weights).is_file():
+        upstream.append(Path(cfg.weights))  # other weights, another model
+    for name in names:  # complain before anything is trained
+        if "_v1+" in name and not cfg.parent:
+            start_model(cfg, name)
+        if name.endswith("-clean") and not cfg.clean:
+            artifact(cfg, cfg.clean)
+    if cfg.devices > 1 and together == 1:
+        return launch(cfg)
+    with open_stage("train", cfg, inputs=[world, *upstream], code=__name__) as st:
+        if together > 1:
+            _agree(cfg, not st.done)
+        if st.done:
+            return st.dir
+        if cfg.evaluate:
+            check_benchmarks(world, cfg.max_bad)
+        side_by_side = (
+            together == 1 and len(names) > 1 and pick_device(cfg.device).type == "cpu" and cfg.n_workers != 1
+        )
+        jobs = [
+            (cfg, name, str(st.dir), side_by_side) for name in sorted(names, key=lambda n: "v1" in n)
+        ]  # long ones first
+        with watching(st.dir, names):
+            results = parallel_map(train_model, jobs, cfg.n_workers if side_by_side else 1, "models")
+        table = pd.DataFrame(results).set_index("model").loc[names].reset_index()
+        write_csv(table, st.dir / "models.csv")
         st.metrics.update({r.model: dict(loss=r.loss, accuracy=r.accuracy) for r in table.itertuples()})
     return st.dir
 
@@ -259,38 +409,76 @@ def _agree(cfg, todo):
     "All processes hear from the first whether there is anything to train."
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    PartialState(cpu=pick_device(cfg.device).type == 'cpu', timeout=timedelta(days=7))        # the first may wait for another run, or look at an epoch for long
+
+    PartialState(
+        cpu=pick_device(cfg.device).type == "cpu", timeout=timedelta(days=7)
+    )  # the first may wait for another run, or look at an epoch for long
     return broadcast_object_list([todo])[0]
 
+
 def launch(
-    cfg:Config, # a config with devices > 1
-)->Path: # the artifact's directory
+    cfg: Config,  # a config with devices > 1
+) -> Path:  # the artifact's directory
     "Start `devices` processes of this stage through torchrun and wait for them."
-    if pick_device(cfg.device).type == 'cuda' and torch.cuda.device_count() < cfg.devices:
-        raise ParameterError(f"train: `devices` is {cfg.devices}, but this machine shows {torch.cuda.device_count()} CUDA GPUs")
-    if cfg.batch_size % cfg.devices: raise ParameterError(f"train: `batch_size` {cfg.batch_size} cannot be divided among {cfg.devices} devices")
+    if pick_device(cfg.device).type == "cuda" and torch.cuda.device_count() < cfg.devices:
+        raise ParameterError(
+            f"train: `devices` is {cfg.devices}, but this machine shows {torch.cuda.device_count()} CUDA GPUs"
+        )
+    if cfg.batch_size % cfg.devices:
+        raise ParameterError(
+            f"train: `batch_size` {cfg.batch_size} cannot be divided among {cfg.devices} devices"
+        )
     with tempfile.TemporaryDirectory() as d:
-        Path(d, 'params.json').write_text(json.dumps(asdict(cfg)))
-        with watching(stage_dir('train', cfg), model_names(cfg)):
-            code, said = _loud([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={cfg.devices}', '--no-python',
-                                sys.executable, '-c', _JOIN, f'{d}/params.json'])
-    if code: raise (DivergenceError if 'engine.DivergenceError: ' in said else RuntimeError)(f"train: one of {cfg.devices} processes failed: {_said_first(said)}")
-    return stage_dir('train', cfg)
+        Path(d, "params.json").write_text(json.dumps(asdict(cfg)))
+        with watching(stage_dir("train", cfg), model_names(cfg)):
+            code, said = _loud(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={cfg.devices}",
+                    "--no-python",
+                    sys.executable,
+                    "-c",
+                    _JOIN,
+                    f"{d}/params.json",
+                ]
+            )
+    if code:
+        raise (DivergenceError if "engine.DivergenceError: " in said else RuntimeError)(
+            f"train: one of {cfg.devices} processes failed: {_said_first(said)}"
+        )
+    return stage_dir("train", cfg)
+
 
 def _loud(command):
     "Run a command; its progress is seen at once and kept. Returns exit status and what it said."
     said = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0) as p:
         try:
-            while (chunk := p.stderr.read(4096)): said.append(chunk.decode(errors='replace')); sys.stderr.write(said[-1]); sys.stderr.flush()
-        except BaseException: p.terminate(); raise                 # stopped by hand: nobody trains on alone
-    return p.returncode, ''.join(said)
+            while chunk := p.stderr.read(4096):
+                said.append(chunk.decode(errors="replace"))
+                sys.stderr.write(said[-1])
+                sys.stderr.flush()
+        except BaseException:
+            p.terminate()
+            raise  # stopped by hand: nobody trains on alone
+    return p.returncode, "".join(said)
 
-_JOIN = "import json, sys; from landmark import train; train.run(train.Config(**json.load(open(sys.argv[1]))))"
+
+_JOIN = (
+    "import json, sys; from landmark import train; train.run(train.Config(**json.load(open(sys.argv[1]))))"
+)
+
 
 def _said_first(text):
     "The message of the first error in what several processes said."
-    found = re.search(r'^(?:\[rank\d+\]: )?(?!.*ChildFailedError)[\w.]*(?:Error|Exception): (.+)$', text, re.MULTILINE)
+    found = re.search(
+        r"^(?:\[rank\d+\]: )?(?!.*ChildFailedError)[\w.]*(?:Error|Exception): (.+)$", text, re.MULTILINE
+    )
     return found[1] if found else text[-300:]
 
-def main(): stage_main(Config, run)
+
+def main():
+    stage_main(Config, run)

@@ -14,15 +14,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.local.cleaning import first_copies, partners_among_all, partners_within, read_pairs, write_pairs
+from landmark.parts.local.cleaning import (
+    first_copies,
+    partners_among_all,
+    partners_within,
+    read_pairs,
+    write_pairs,
+)
 from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
-from .parts.core import ParameterError, atomic_path, log, pick_device, progress, project_root, read_json, stage_config, stage_main, write_csv
+from landmark.parts.core import (
+    ParameterError,
+    atomic_path,
+    log,
+    pick_device,
+    progress,
+    project_root,
+    read_json,
+    stage_config,
+    stage_main,
+    write_csv,
+)
 from .parts.data.layout import read_images, read_truth
 from .parts.data.worlds import find_world, make_world
 from .parts.images.reading import read_image
 from .parts.local.features import extract, extract_many, open_local, open_meta, write_shard
 from .parts.local.matching import rule_for
-from .parts.local.separation import pairs_to_separate, partner_ranks, restriction_table, separation_row, spread_labels
+from landmark.parts.local.separation import (
+    pairs_to_separate,
+    partner_ranks,
+    restriction_table,
+    separation_row,
+    spread_labels,
+)
 from .parts.descriptors.store import open_store, rows_of
 from .parts.local.verification import verify_pairs
 
@@ -30,262 +53,458 @@ from .parts.local.verification import verify_pairs
 @stage_config
 class Config:
     "What verification needs to know."
-    profile: str = "mini"   # names the folder of runs
-    name: str = "default"   # names this run
-    seed: int = 1           # seed of world and training
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    descriptors: str = ""   # global descriptors of v2_train by a model trained on v1; empty: partners from within the label
+    descriptors: str = (
+        ""  # global descriptors of v2_train by a model trained on v1; empty: partners from within the label
+    )
     neighbors: str = "all"  # all: partners among the nearest of all images; label: nearest within the label
-    n_neighbors: int = 1000 # nearest of all images to look at, itself included
+    n_neighbors: int = 1000  # nearest of all images to look at, itself included
     max_partners: int = 99  # partners of an image
     kind: str = "rootsift"  # kind of local features: rootsift or delf
-    trunk: str = ""         # folder of a model trained on v1, the trunk of DELF; only for kind delf
-    stride: int = 16        # pixels per step of the trunk's map, DELF's block 3
-    delf_epochs: int = 3    # epochs of its attention on v1
-    delf: str = ""          # artifact of a verification whose trained DELF is used, as shards on several machines must; empty: train it
+    trunk: str = ""  # folder of a model trained on v1, the trunk of DELF; only for kind delf
+    stride: int = 16  # pixels per step of the trunk's map, DELF's block 3
+    delf_epochs: int = 3  # epochs of its attention on v1
+    delf: str = ""  # artifact of a verification whose trained DELF is used, as shards on several machines must; empty: train it
     min_score: float = 1.0  # attention a local feature of DELF needs; 1 is an average place of the v1 photos
-    max_keypoints: int = 1000 # local features per image
-    max_side: int = 800     # larger images are reduced to this longest side
-    max_dist: float | None = None # largest distance of a match; None: the kind's
-    ratio: float | None = None    # ratio test, 0 for none; None: the kind's
-    residual: float | None = None # largest residual, share of the partner's longest side; None: the kind's
-    n_trials: int = 1000    # RANSAC samples
-    reject: bool = True     # leave degenerate maps out; False is the original's way
-    labels: int = 0         # only this many labels, evenly spread; 0: all
-    compare_labels: int = 10 # labels whose photos tell how well counts separate; 0: not asked
-    chunk_pairs: int = 5000 # pairs per file of results, about
-    shard: int = -1         # this shard only; −1: everything that no shard has done
-    n_shards: int = 1       # machines that share the work
-    device: str = "cpu"     # cpu: compiled loop; cuda: batched PyTorch
+    max_keypoints: int = 1000  # local features per image
+    max_side: int = 800  # larger images are reduced to this longest side
+    max_dist: float | None = None  # largest distance of a match; None: the kind's
+    ratio: float | None = None  # ratio test, 0 for none; None: the kind's
+    residual: float | None = None  # largest residual, share of the partner's longest side; None: the kind's
+    n_trials: int = 1000  # RANSAC samples
+    reject: bool = True  # leave degenerate maps out; False is the original's way
+    labels: int = 0  # only this many labels, evenly spread; 0: all
+    compare_labels: int = 10  # labels whose photos tell how well counts separate; 0: not asked
+    chunk_pairs: int = 5000  # pairs per file of results, about
+    shard: int = -1  # this shard only; −1: everything that no shard has done
+    n_shards: int = 1  # machines that share the work
+    device: str = "cpu"  # cpu: compiled loop; cuda: batched PyTorch
     memory_mib: int = 1024  # what batched PyTorch may take for a batch of pairs, and again for their images; a search of partners likewise, and again for its neighbours
-    n_workers: int = 0      # processes and threads, 0 is one per core
+    n_workers: int = 0  # processes and threads, 0 is one per core
 
 # %% ../nbs/01_verify.ipynb #a9d3a3e8
 def cut_chunks(
-    labels:np.ndarray,  # landmark_id per image, sorted [n]
-    max_partners:int,   # partners of an image
-    chunk_pairs:int,    # pairs per chunk, about
-)->list: # (first row, end row) of every chunk
+    labels: np.ndarray,  # landmark_id per image, sorted [n]
+    max_partners: int,  # partners of an image
+    chunk_pairs: int,  # pairs per chunk, about
+) -> list:  # (first row, end row) of every chunk
     "Runs of rows with about `chunk_pairs` pairs, cut at labels where possible."
-    if not len(labels): return []
+    if not len(labels):
+        return []
     _, start, group, size = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    cost = np.minimum(size-1, max_partners)[group]; before = np.cumsum(cost) - cost
-    large = (size*np.minimum(size-1, max_partners) > chunk_pairs)[group]
+    cost = np.minimum(size - 1, max_partners)[group]
+    before = np.cumsum(cost) - cost
+    large = (size * np.minimum(size - 1, max_partners) > chunk_pairs)[group]
     number = np.where(large, before, before[start][group]) // chunk_pairs
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(labels)]
     return list(zip(cuts[:-1], cuts[1:]))
 
+
 def own_chunks(
-    n:int,        # chunks
-    shard:int,    # which shard
-    n_shards:int, # how many
-)->range: # its chunks, neighbours in the order of labels
+    n: int,  # chunks
+    shard: int,  # which shard
+    n_shards: int,  # how many
+) -> range:  # its chunks, neighbours in the order of labels
     "The chunks of a shard."
-    return range(n*shard//n_shards, n*(shard+1)//n_shards)
+    return range(n * shard // n_shards, n * (shard + 1) // n_shards)
 
 # %% ../nbs/01_verify.ipynb #78a1012e
 def descriptor_dir(
-    cfg:Config, # with `descriptors`: a folder, or @extract/name/model/split
-)->Path|None: # the descriptor store's folder
+    cfg: Config,  # with `descriptors`: a folder, or @extract/name/model/split
+) -> Path | None:  # the descriptor store's folder
     "Where the global descriptors lie."
-    if not cfg.descriptors: return None
+    if not cfg.descriptors:
+        return None
     ref = cfg.descriptors
-    if ref.startswith('@'):
-        stage, name, *rest = ref.split('/'); path = artifact(cfg, f'{stage}/{name}').joinpath(*rest)
-    else: path = Path(ref) if Path(ref).is_absolute() else project_root()/ref
-    if not (path/'card.json').exists(): raise ParameterError(f'verify: descriptors is {ref!r}, but {path} holds no finished descriptor store; give <extract artifact>/<model>/v2_train')
+    if ref.startswith("@"):
+        stage, name, *rest = ref.split("/")
+        path = artifact(cfg, f"{stage}/{name}").joinpath(*rest)
+    else:
+        path = Path(ref) if Path(ref).is_absolute() else project_root() / ref
+    if not (path / "card.json").exists():
+        raise ParameterError(
+            f"verify: descriptors is {ref!r}, but {path} holds no finished descriptor store; give <extract artifact>/<model>/v2_train"
+        )
     return path
 
-def _upstream(path:Path)->Path:
+
+def _upstream(path: Path) -> Path:
     "The artifact that a folder belongs to, or the folder itself."
-    return next((d for d in (path, *path.parents) if (d/'manifest.json').exists()), path)
+    return next((d for d in (path, *path.parents) if (d / "manifest.json").exists()), path)
+
 
 class Partners:
     "Partners of images, by whichever of the two ways the config asks for."
-    def __init__(self, cfg:Config, image_ids:np.ndarray, labels:np.ndarray):
+
+    def __init__(self, cfg: Config, image_ids: np.ndarray, labels: np.ndarray):
         self.cfg, self.labels, self.x = cfg, labels, None
-        if cfg.neighbors not in ('all', 'label'): raise ParameterError(f'verify: neighbors is {cfg.neighbors!r}; allowed: all, label')
+        if cfg.neighbors not in ("all", "label"):
+            raise ParameterError(f"verify: neighbors is {cfg.neighbors!r}; allowed: all, label")
         if path := descriptor_dir(cfg):
-            store = open_store(path); rows = rows_of(store.ids, image_ids); self.x = store.stored(rows) # in the order of labels; 4 GB of Google Landmarks in float16
-    def __call__(self, rows:np.ndarray)->np.ndarray:
-        c, device = self.cfg, 'cpu' if self.cfg.device in ('cpu', 'torch') else self.cfg.device
-        if self.x is None or c.neighbors == 'label': return partners_within(rows, self.labels, self.x, c.max_partners, device)
-        return partners_among_all(rows, self.x, self.labels, c.n_neighbors, c.max_partners, device, c.memory_mib)
+            store = open_store(path)
+            rows = rows_of(store.ids, image_ids)
+            self.x = store.stored(rows)  # in the order of labels; 4 GB of Google Landmarks in float16
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        c, device = self.cfg, "cpu" if self.cfg.device in ("cpu", "torch") else self.cfg.device
+        if self.x is None or c.neighbors == "label":
+            return partners_within(rows, self.labels, self.x, c.max_partners, device)
+        return partners_among_all(
+            rows, self.x, self.labels, c.n_neighbors, c.max_partners, device, c.memory_mib
+        )
 
 # %% ../nbs/01_verify.ipynb #7fac39fd
 def cost_table(
-    n_images:int,             # training images
-    n_pairs:int,              # pairs to verify
-    images_per_second:float,  # local features, measured, per core
-    pairs_per_second:float,   # verification, measured, per core
-    n_cores:int,              # cores that will work
-    n_verifiers:int|None=None, # cores or GPUs that verify, if others
-    d:int=128,                # dimensions of a local descriptor
-    n_features:float=1000,    # local features per image
-    image_bytes:float=110e3,  # size of an image file
-    disk_mb_per_second:float=200, # sequential reading
-)->pd.DataFrame: # step, hours, GB
+    n_images: int,  # training images
+    n_pairs: int,  # pairs to verify
+    images_per_second: float,  # local features, measured, per core
+    pairs_per_second: float,  # verification, measured, per core
+    n_cores: int,  # cores that will work
+    n_verifiers: int | None = None,  # cores or GPUs that verify, if others
+    d: int = 128,  # dimensions of a local descriptor
+    n_features: float = 1000,  # local features per image
+    image_bytes: float = 110e3,  # size of an image file
+    disk_mb_per_second: float = 200,  # sequential reading
+) -> pd.DataFrame:  # step, hours, GB
     "What local features and verification cost, in hours and gigabytes."
-    local = n_images*n_features*(d + 6); read = n_images*image_bytes
-    rows = [('local features', max(n_images/images_per_second/n_cores, read/disk_mb_per_second/1e6), local),
-            ('reading them again', local/disk_mb_per_second/1e6, 0),
-            ('verification', n_pairs/pairs_per_second/(n_verifiers or n_cores), n_pairs*12),
-            ('memory: 1024 prepared images per core', 0, n_cores*1024*n_features*(2*-(-d//64)*64 + 12))]
-    return pd.DataFrame([(s, round(t/3600, 2), round(b/1e9, 2)) for s, t, b in rows], columns=['step', 'hours', 'GB'])
+    local = n_images * n_features * (d + 6)
+    read = n_images * image_bytes
+    rows = [
+        (
+            "local features",
+            max(n_images / images_per_second / n_cores, read / disk_mb_per_second / 1e6),
+            local,
+        ),
+        ("reading them again", local / disk_mb_per_second / 1e6, 0),
+        ("verification", n_pairs / pairs_per_second / (n_verifiers or n_cores), n_pairs * 12),
+        (
+            "memory: 1024 prepared images per core",
+            0,
+            n_cores * 1024 * n_features * (2 * -(-d // 64) * 64 + 12),
+        ),
+    ]
+    return pd.DataFrame(
+        [(s, round(t / 3600, 2), round(b / 1e9, 2)) for s, t, b in rows], columns=["step", "hours", "GB"]
+    )
+
 
 def measure_rates(
-    images:list,      # RGB uint8, a few photos
-    rule,             # thresholds of RootSIFT
-    folder:Path,      # on the disk to measure
-    device:str='cpu', # where pairs are verified
-    max_side:int=800, # photos are brought to this longest side
-    repeat:int=1,     # times all pairs
-)->dict: # images_per_second and pairs_per_second of one core (or GPU), n_features, disk_mb_per_second
+    images: list,  # RGB uint8, a few photos
+    rule,  # thresholds of RootSIFT
+    folder: Path,  # on the disk to measure
+    device: str = "cpu",  # where pairs are verified
+    max_side: int = 800,  # photos are brought to this longest side
+    repeat: int = 1,  # times all pairs
+) -> dict:  # images_per_second and pairs_per_second of one core (or GPU), n_features, disk_mb_per_second
     "Time a few photos, all their pairs and the disk."
     import cv2
-    f = [max_side/max(im.shape[:2]) for im in images]; images = [cv2.resize(im, None, fx=z, fy=z, interpolation=cv2.INTER_CUBIC) for im, z in zip(images, f)]
-    t = time.process_time(); fs = [extract(im) for im in images]; per_image = (time.process_time() - t)/len(fs)
+
+    f = [max_side / max(im.shape[:2]) for im in images]
+    images = [cv2.resize(im, None, fx=z, fy=z, interpolation=cv2.INTER_CUBIC) for im, z in zip(images, f)]
+    t = time.process_time()
+    fs = [extract(im) for im in images]
+    per_image = (time.process_time() - t) / len(fs)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        open_meta(Path(tmp)/'local', range(len(fs)), len(fs), kind='rootsift', max_keypoints=1000); write_shard(Path(tmp)/'local'/'00000', [(x, 1, '') for x in fs], 'rootsift', 128)
-        store = open_local(Path(tmp)/'local'); pairs = np.array([(i, j) for i in range(len(fs)) for j in range(len(fs)) if i != j]*repeat)
-        verify_pairs(store, pairs[:2], rule, n_threads=1, device=device, desc='')            # compiled, once
-        t = time.perf_counter(); verify_pairs(store, pairs, rule, n_threads=1, device=device, desc=''); per_pair = (time.perf_counter() - t)/len(pairs)
-        with open(Path(tmp)/'disk', 'wb') as file: file.write(os.urandom(2**25)); file.flush(); os.fsync(file.fileno())
-        with open(Path(tmp)/'disk', 'rb') as file:
-            if hasattr(os, 'posix_fadvise'): os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED) # not from memory
-            t = time.perf_counter(); file.read(); disk = 2**25/1e6/(time.perf_counter() - t)
-    return dict(images_per_second=1/per_image, pairs_per_second=1/per_pair, n_features=float(np.mean([len(x) for x in fs])), disk_mb_per_second=disk)
+        open_meta(Path(tmp) / "local", range(len(fs)), len(fs), kind="rootsift", max_keypoints=1000)
+        write_shard(Path(tmp) / "local" / "00000", [(x, 1, "") for x in fs], "rootsift", 128)
+        store = open_local(Path(tmp) / "local")
+        pairs = np.array([(i, j) for i in range(len(fs)) for j in range(len(fs)) if i != j] * repeat)
+        verify_pairs(store, pairs[:2], rule, n_threads=1, device=device, desc="")  # compiled, once
+        t = time.perf_counter()
+        verify_pairs(store, pairs, rule, n_threads=1, device=device, desc="")
+        per_pair = (time.perf_counter() - t) / len(pairs)
+        with open(Path(tmp) / "disk", "wb") as file:
+            file.write(os.urandom(2**25))
+            file.flush()
+            os.fsync(file.fileno())
+        with open(Path(tmp) / "disk", "rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from memory
+            t = time.perf_counter()
+            file.read()
+            disk = 2**25 / 1e6 / (time.perf_counter() - t)
+    return dict(
+        images_per_second=1 / per_image,
+        pairs_per_second=1 / per_pair,
+        n_features=float(np.mean([len(x) for x in fs])),
+        disk_mb_per_second=disk,
+    )
 
 # %% ../nbs/01_verify.ipynb #461b40bd
 def shard_config(
-    cfg:Config, # of the whole
-    shard:int,  # which shard
-)->Config: # of the shard's own artifact
+    cfg: Config,  # of the whole
+    shard: int,  # which shard
+) -> Config:  # of the shard's own artifact
     "The config under which a shard keeps its results."
-    return replace(cfg, name=f'{cfg.name}.shard{shard}of{cfg.n_shards}', shard=shard)
+    return replace(cfg, name=f"{cfg.name}.shard{shard}of{cfg.n_shards}", shard=shard)
+
 
 def _take_over(cfg, out, digest):
     "Link the chunks of finished shards that were made the same way."
     for s in range(cfg.n_shards):
-        d = stage_dir('verify', shard_config(cfg, s)); man = read_json(d/'manifest.json') if (d/'manifest.json').exists() else {}
-        if man.get('metrics', {}).get('made_of') != digest: log(f'verify: shard {s} of {cfg.n_shards} is not finished or was made otherwise; doing its work here'); continue
-        for f in sorted((d/'pairs').glob('*.npz')):
-            if not (out/'pairs'/f.name).exists(): os.link(f, out/'pairs'/f.name)
-        for folder in sorted((d/'local').glob('[0-9]*')):
-            if (out/'local'/folder.name).exists(): continue
-            with atomic_path(out/'local'/folder.name) as tmp:
-                tmp.mkdir(parents=True); [os.link(f, tmp/f.name) for f in folder.iterdir()]
+        d = stage_dir("verify", shard_config(cfg, s))
+        man = read_json(d / "manifest.json") if (d / "manifest.json").exists() else {}
+        if man.get("metrics", {}).get("made_of") != digest:
+            log(
+                f"verify: shard {s} of {cfg.n_shards} is not finished or was made otherwise; doing its work here"
+            )
+            continue
+        for f in sorted((d / "pairs").glob("*.npz")):
+            if not (out / "pairs" / f.name).exists():
+                os.link(f, out / "pairs" / f.name)
+        for folder in sorted((d / "local").glob("[0-9]*")):
+            if (out / "local" / folder.name).exists():
+                continue
+            with atomic_path(out / "local" / folder.name) as tmp:
+                tmp.mkdir(parents=True)
+                [os.link(f, tmp / f.name) for f in folder.iterdir()]
 
 # %% ../nbs/01_verify.ipynb #380ce087
-def trunk_dir(cfg:Config)->Path|None:
+def trunk_dir(cfg: Config) -> Path | None:
     "The trained model that DELF stands on; none for RootSIFT."
-    if cfg.kind != 'delf': return None
-    if not cfg.trunk: raise ParameterError('verify: kind is delf, which needs a trunk: give the folder of a model trained on v1, such as @train/v1/arcface_v1')
-    stage, name, *rest = cfg.trunk.split('/')
-    path = artifact(cfg, f'{stage}/{name}').joinpath(*rest) if cfg.trunk.startswith('@') else project_root()/cfg.trunk
-    if not (path/'card.json').exists(): raise ParameterError(f'verify: trunk is {cfg.trunk!r}, but {path} holds no trained model (card.json)')
+    if cfg.kind != "delf":
+        return None
+    if not cfg.trunk:
+        raise ParameterError(
+            "verify: kind is delf, which needs a trunk: give the folder of a model trained on v1, such as @train/v1/arcface_v1"
+        )
+    stage, name, *rest = cfg.trunk.split("/")
+    path = (
+        artifact(cfg, f"{stage}/{name}").joinpath(*rest)
+        if cfg.trunk.startswith("@")
+        else project_root() / cfg.trunk
+    )
+    if not (path / "card.json").exists():
+        raise ParameterError(f"verify: trunk is {cfg.trunk!r}, but {path} holds no trained model (card.json)")
     return path
 
-def delf_dir(cfg:Config, out:Path)->Path:
+
+def delf_dir(cfg: Config, out: Path) -> Path:
     "Where the trained DELF is, or will be."
-    if not cfg.delf: return out/'delf'
-    if not (ready := artifact(cfg, cfg.delf)/'delf').exists(): raise ParameterError(f'verify: delf is {cfg.delf!r}, but {ready} is not there; give the artifact of a verification of kind delf')
+    if not cfg.delf:
+        return out / "delf"
+    if not (ready := artifact(cfg, cfg.delf) / "delf").exists():
+        raise ParameterError(
+            f"verify: delf is {cfg.delf!r}, but {ready} is not there; give the artifact of a verification of kind delf"
+        )
     return ready
 
-def extract_local(cfg:Config, out:Path, df:pd.DataFrame, shards:list, world:Path):
+
+def extract_local(cfg: Config, out: Path, df: pd.DataFrame, shards: list, world: Path):
     "Local features of the shards, of either kind; DELF's attention is learned first, once."
     paths, ids = df.path.tolist(), df.image_id.tolist()
-    if cfg.kind == 'rootsift': return extract_many(paths, ids, out/'local', cfg.kind, cfg.max_keypoints, cfg.max_side, 256, shards, cfg.n_workers)
+    if cfg.kind == "rootsift":
+        return extract_many(
+            paths, ids, out / "local", cfg.kind, cfg.max_keypoints, cfg.max_side, 256, shards, cfg.n_workers
+        )
     from landmark.parts.local import delf as d
     from landmark.parts.nets.checkpoints import load_model
-    backbone, device = load_model(trunk_dir(cfg)).backbone, str(pick_device('auto' if cfg.device in ('cpu', 'torch') else cfg.device))
+
+    backbone, device = (
+        load_model(trunk_dir(cfg)).backbone,
+        str(pick_device("auto" if cfg.device in ("cpu", "torch") else cfg.device)),
+    )
     ready = delf_dir(cfg, out)
     if not ready.exists():
-        v1 = read_images(world, 'v1_train'); trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
-        made, losses = d.make_delf(trunk, v1.path.tolist(), np.unique(v1.landmark_id, return_inverse=True)[1], cfg.delf_epochs, seed=cfg.seed, device=device, min_score=cfg.min_score)
-        write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out/'delf_loss.csv'); d.save_delf(made, out/'delf', trunk=cfg.trunk)
-    d.extract_many_delf(d.load_delf(ready, backbone.net), paths, ids, out/'local', cfg.max_keypoints, cfg.max_side, 256, shards, device=device)
+        v1 = read_images(world, "v1_train")
+        trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
+        made, losses = d.make_delf(
+            trunk,
+            v1.path.tolist(),
+            np.unique(v1.landmark_id, return_inverse=True)[1],
+            cfg.delf_epochs,
+            seed=cfg.seed,
+            device=device,
+            min_score=cfg.min_score,
+        )
+        write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out / "delf_loss.csv")
+        d.save_delf(made, out / "delf", trunk=cfg.trunk)
+    d.extract_many_delf(
+        d.load_delf(ready, backbone.net),
+        paths,
+        ids,
+        out / "local",
+        cfg.max_keypoints,
+        cfg.max_side,
+        256,
+        shards,
+        device=device,
+    )
 
 # %% ../nbs/01_verify.ipynb #a1c0def4
 def _verify_chunks(cfg, out, df, chunks, rule, world):
     "Local features and counts of some chunks; returns seconds spent on each."
     labels, size, t = df.landmark_id.to_numpy(), 256, time.perf_counter()
-    todo = [c for c in chunks if not (out/'pairs'/f'{c[0]:05d}.npz').exists()]
-    spans = [(np.searchsorted(labels, labels[a]), np.searchsorted(labels, labels[b-1], 'right')) for _, (a, b) in todo]
-    shards = sorted({s for a, b in spans for s in range(a//size, -(-b//size))})
+    todo = [c for c in chunks if not (out / "pairs" / f"{c[0]:05d}.npz").exists()]
+    spans = [
+        (np.searchsorted(labels, labels[a]), np.searchsorted(labels, labels[b - 1], "right"))
+        for _, (a, b) in todo
+    ]
+    shards = sorted({s for a, b in spans for s in range(a // size, -(-b // size))})
     extract_local(cfg, out, df, shards, world)
-    t, t0 = time.perf_counter(), t; store = open_local(out/'local'); partners = Partners(cfg, df.image_id.to_numpy(), labels) if todo else None
-    for number, (a, b) in progress(todo, 'verify', len(todo)):
+    t, t0 = time.perf_counter(), t
+    store = open_local(out / "local")
+    partners = Partners(cfg, df.image_id.to_numpy(), labels) if todo else None
+    for number, (a, b) in progress(todo, "verify", len(todo)):
         pairs = partners(np.arange(a, b))
-        n_matches, n_inliers = verify_pairs(store, pairs, rule, n_threads=cfg.n_workers, device=cfg.device, memory_mib=cfg.memory_mib, desc='')
-        write_pairs(out/'pairs'/f'{number:05d}.npz', pairs, n_matches, n_inliers)
+        n_matches, n_inliers = verify_pairs(
+            store, pairs, rule, n_threads=cfg.n_workers, device=cfg.device, memory_mib=cfg.memory_mib, desc=""
+        )
+        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, n_matches, n_inliers)
     return t - t0, time.perf_counter() - t
+
 
 def _places(df, world):
     "What each image shows, by the truth if there is one: landmark and aspect, a number; whose it is; −1 for what is no landmark."
     labels = df.landmark_id.to_numpy()
-    if not (world/'truth.csv').exists(): return labels, labels
-    t = read_truth(world); t = t[t.split == 'v2_train'].set_index('image_id').reindex(df.image_id); shown = t.true_landmark.fillna(-1).to_numpy()
-    place = np.unique(t.true_landmark.astype(str) + '/' + t.aspect.fillna('').astype(str), return_inverse=True)[1]
-    return np.where((shown == -1) | (t.kind != 'landmark').to_numpy(), -1, place), shown
+    if not (world / "truth.csv").exists():
+        return labels, labels
+    t = read_truth(world)
+    t = t[t.split == "v2_train"].set_index("image_id").reindex(df.image_id)
+    shown = t.true_landmark.fillna(-1).to_numpy()
+    place = np.unique(
+        t.true_landmark.astype(str) + "/" + t.aspect.fillna("").astype(str), return_inverse=True
+    )[1]
+    return np.where((shown == -1) | (t.kind != "landmark").to_numpy(), -1, place), shown
+
 
 def _compare(cfg, out, df, world, store, p, rule, metrics):
     "How well counts separate, and what asking only the nearest of all leaves out."
     labels = df.landmark_id.to_numpy()
     if cfg.compare_labels:
-        rows = np.flatnonzero(np.isin(labels, spread_labels(labels, cfg.compare_labels))); two = pairs_to_separate(*_places(df, world), rows, seed=cfg.seed)
-        row = separation_row(cfg.kind, *(verify_pairs(store, x, rule, n_threads=cfg.n_workers, device=cfg.device, memory_mib=cfg.memory_mib, desc='')[1] for x in two))
-        write_csv(pd.DataFrame([dict(images=len(rows), **row)]), out/'separation.csv'); metrics |= {f'separation_{k}': row[k] for k in ('found', 'auc')}
+        rows = np.flatnonzero(np.isin(labels, spread_labels(labels, cfg.compare_labels)))
+        two = pairs_to_separate(*_places(df, world), rows, seed=cfg.seed)
+        row = separation_row(
+            cfg.kind,
+            *(
+                verify_pairs(
+                    store,
+                    x,
+                    rule,
+                    n_threads=cfg.n_workers,
+                    device=cfg.device,
+                    memory_mib=cfg.memory_mib,
+                    desc="",
+                )[1]
+                for x in two
+            ),
+        )
+        write_csv(pd.DataFrame([dict(images=len(rows), **row)]), out / "separation.csv")
+        metrics |= {f"separation_{k}": row[k] for k in ("found", "auc")}
     x = Partners(cfg, df.image_id.to_numpy(), labels).x
-    if x is None: return
-    some = np.unique(np.linspace(0, len(df)-1, max(1, min(len(df), 2000, 2*10**9//len(df)))).astype(int)); pairs = partners_within(some, labels, x, cfg.max_partners)
-    few = np.isin(p['image'], some); known = dict(zip(zip(p['image'][few].tolist(), p['partner'][few].tolist()), p['n_inliers'][few].tolist()))
+    if x is None:
+        return
+    some = np.unique(
+        np.linspace(0, len(df) - 1, max(1, min(len(df), 2000, 2 * 10**9 // len(df)))).astype(int)
+    )
+    pairs = partners_within(some, labels, x, cfg.max_partners)
+    few = np.isin(p["image"], some)
+    known = dict(zip(zip(p["image"][few].tolist(), p["partner"][few].tolist()), p["n_inliers"][few].tolist()))
     counts = np.array([known.get(q, -1) for q in map(tuple, pairs.tolist())])
     asked = sorted({k for k in (20, 50, 100, 200, 500, 1000, cfg.n_neighbors) if k <= cfg.n_neighbors})
-    write_csv(restriction_table(partner_ranks(pairs, x), counts, asked), out/'restriction.csv')
+    write_csv(restriction_table(partner_ranks(pairs, x), counts, asked), out / "restriction.csv")
+
 
 def _summarise(cfg, out, df, world, rule, metrics):
     "What was done and what was left out, as tables."
-    store, p = open_local(out/'local'), read_pairs(out/'pairs')
-    write_csv(df[['image_id', 'landmark_id']], out/'ids.csv')
-    skipped = store.skipped(); write_csv(skipped, out/'skipped.csv')
-    first = first_copies(store.column('hash'), df.landmark_id.to_numpy()); copy = np.flatnonzero(first != np.arange(len(df)))
+    store, p = open_local(out / "local"), read_pairs(out / "pairs")
+    write_csv(df[["image_id", "landmark_id"]], out / "ids.csv")
+    skipped = store.skipped()
+    write_csv(skipped, out / "skipped.csv")
+    first = first_copies(store.column("hash"), df.landmark_id.to_numpy())
+    copy = np.flatnonzero(first != np.arange(len(df)))
     ids = df.image_id.to_numpy()
-    write_csv(pd.DataFrame(dict(image_id=ids[copy], copy_of=ids[first[copy]], landmark_id=df.landmark_id.to_numpy()[copy])), out/'copies.csv')
-    has = np.bincount(p['image'], minlength=len(df)) > 0
-    facts = dict(images=len(df), labels=df.landmark_id.nunique(), pairs=len(p['image']), images_without_partner=int((~has).sum()), images_without_features=int((store.column('n_features') == 0).sum()),
-                 exact_copies=len(copy), median_features=float(np.median(store.column('n_features'))), median_matches=float(np.median(p['n_matches'])) if len(p['image']) else 0., median_inliers=float(np.median(p['n_inliers'])) if len(p['image']) else 0.,
-                 pairs_with_15_inliers=int((p['n_inliers'] >= 15).sum()), pairs_with_30_inliers=int((p['n_inliers'] >= 30).sum()))
-    write_csv(pd.DataFrame(facts.items(), columns=['fact', 'value']), out/'summary.csv'); metrics |= facts
+    write_csv(
+        pd.DataFrame(
+            dict(image_id=ids[copy], copy_of=ids[first[copy]], landmark_id=df.landmark_id.to_numpy()[copy])
+        ),
+        out / "copies.csv",
+    )
+    has = np.bincount(p["image"], minlength=len(df)) > 0
+    facts = dict(
+        images=len(df),
+        labels=df.landmark_id.nunique(),
+        pairs=len(p["image"]),
+        images_without_partner=int((~has).sum()),
+        images_without_features=int((store.column("n_features") == 0).sum()),
+        exact_copies=len(copy),
+        median_features=float(np.median(store.column("n_features"))),
+        median_matches=float(np.median(p["n_matches"])) if len(p["image"]) else 0.0,
+        median_inliers=float(np.median(p["n_inliers"])) if len(p["image"]) else 0.0,
+        pairs_with_15_inliers=int((p["n_inliers"] >= 15).sum()),
+        pairs_with_30_inliers=int((p["n_inliers"] >= 30).sum()),
+    )
+    write_csv(pd.DataFrame(facts.items(), columns=["fact", "value"]), out / "summary.csv")
+    metrics |= facts
     _compare(cfg, out, df, world, store, p, rule, metrics)
 
 # %% ../nbs/01_verify.ipynb #639e29c2
-def config_rule(cfg:Config): # a `Rule`
+def config_rule(cfg: Config):  # a `Rule`
     "The kind's thresholds with what the config changes."
-    given = {k: getattr(cfg, k) for k in ('max_dist', 'ratio', 'residual') if getattr(cfg, k) is not None}
+    given = {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
     return rule_for(cfg.kind, n_trials=cfg.n_trials, reject=cfg.reject, **given)
 
-def run(cfg:Config)->Path:
+
+def run(cfg: Config) -> Path:
     "Local features of all v2 training images and the inlier counts of their pairs."
     rule = config_rule(cfg)
-    if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards: raise ParameterError(f'verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: −1 (all) to n_shards − 1')
-    world, part, desc, trunk = make_world(cfg.world, cfg.seed), cfg.shard >= 0, descriptor_dir(cfg), trunk_dir(cfg)
+    if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards:
+        raise ParameterError(
+            f"verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: −1 (all) to n_shards − 1"
+        )
+    world, part, desc, trunk = (
+        make_world(cfg.world, cfg.seed),
+        cfg.shard >= 0,
+        descriptor_dir(cfg),
+        trunk_dir(cfg),
+    )
     mine, ready = shard_config(cfg, cfg.shard) if part else cfg, artifact(cfg, cfg.delf) if cfg.delf else None
-    with open_stage('verify', mine, inputs=[world, desc and _upstream(desc), trunk and _upstream(trunk), ready], code=__name__) as st:
-        if st.done: return st.dir
-        df = read_images(world, 'v2_train').sort_values(['landmark_id', 'image_id']).reset_index(drop=True)
-        if cfg.labels: df = df[df.landmark_id.isin(spread_labels(df.landmark_id.to_numpy(), cfg.labels))].reset_index(drop=True)
-        if not len(df): raise ParameterError(f'verify: {world}/v2/train.csv lists no images')
+    with open_stage(
+        "verify",
+        mine,
+        inputs=[world, desc and _upstream(desc), trunk and _upstream(trunk), ready],
+        code=__name__,
+    ) as st:
+        if st.done:
+            return st.dir
+        df = read_images(world, "v2_train").sort_values(["landmark_id", "image_id"]).reset_index(drop=True)
+        if cfg.labels:
+            df = df[df.landmark_id.isin(spread_labels(df.landmark_id.to_numpy(), cfg.labels))].reset_index(
+                drop=True
+            )
+        if not len(df):
+            raise ParameterError(f"verify: {world}/v2/train.csv lists no images")
         chunks = list(enumerate(cut_chunks(df.landmark_id.to_numpy(), cfg.max_partners, cfg.chunk_pairs)))
-        digest = [str(replace(cfg, name='', shard=-1, n_workers=0, memory_mib=0)), code_hash(__name__), len(df)]
-        (st.dir/'pairs').mkdir(exist_ok=True)
-        if part: chunks = [chunks[i] for i in own_chunks(len(chunks), cfg.shard, cfg.n_shards)]
-        elif cfg.n_shards > 1: _take_over(cfg, st.dir, digest)
+        digest = [
+            str(replace(cfg, name="", shard=-1, n_workers=0, memory_mib=0)),
+            code_hash(__name__),
+            len(df),
+        ]
+        (st.dir / "pairs").mkdir(exist_ok=True)
+        if part:
+            chunks = [chunks[i] for i in own_chunks(len(chunks), cfg.shard, cfg.n_shards)]
+        elif cfg.n_shards > 1:
+            _take_over(cfg, st.dir, digest)
         extracting, verifying = _verify_chunks(cfg, st.dir, df, chunks, rule, world)
-        if part: write_csv(df.iloc[[i for _, (a, b) in chunks for i in range(a, b)]][['image_id', 'landmark_id']], st.dir/'images.csv')
-        else: _summarise(cfg, st.dir, df, world, rule, st.metrics)
-        st.metrics |= dict(made_of=digest, chunks=len(chunks), seconds_local_features=round(extracting, 2), seconds_verification=round(verifying, 2))
+        if part:
+            write_csv(
+                df.iloc[[i for _, (a, b) in chunks for i in range(a, b)]][["image_id", "landmark_id"]],
+                st.dir / "images.csv",
+            )
+        else:
+            _summarise(cfg, st.dir, df, world, rule, st.metrics)
+        st.metrics |= dict(
+            made_of=digest,
+            chunks=len(chunks),
+            seconds_local_features=round(extracting, 2),
+            seconds_verification=round(verifying, 2),
+        )
     return st.dir
+
 
 def main():
     "Console script."

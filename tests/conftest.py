@@ -1,4 +1,5 @@
 "Tests run on the tiny world, on one thread, from the project's root."
+
 import os
 import sys
 from pathlib import Path
@@ -6,16 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault('LANDMARK_WORLD', 'tiny')
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-if os.environ.get('LANDMARK_GOLDEN'): os.environ['LANDMARK_GOLDEN'] = os.path.abspath(os.environ['LANDMARK_GOLDEN'])
+os.environ.setdefault("LANDMARK_WORLD", "tiny")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("LANDMARK_GOLDEN"):
+    os.environ["LANDMARK_GOLDEN"] = os.path.abspath(os.environ["LANDMARK_GOLDEN"])
 os.chdir(ROOT)
-for p in (str(ROOT), str(ROOT/'tests')):
-    if p not in sys.path: sys.path.insert(0, p)
+for p in (str(ROOT), str(ROOT / "tests")):
+    if p not in sys.path:
+        sys.path.insert(0, p)
 
-left_out = pytest.StashKey()    # how many tests -k, -m or --deselect left out
+left_out = pytest.StashKey()  # how many tests -k, -m or --deselect left out
 
 
 def pytest_deselected(items):
     "Remember that only a part of the tests runs."
-    for i in items[:1]: i.config.stash[left_out] = i.config.stash.get(left_out, 0) + len(items)
+    for i in items[:1]:
+        i.config.stash[left_out] = i.config.stash.get(left_out, 0) + len(items)

@@ -1,4 +1,5 @@
 """The cleaning rule against an independent restatement, and the two stages on odd collections (the original's numbers: test_golden.py)."""
+
 import shutil
 
 import numpy as np
@@ -6,15 +7,32 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from landmark.parts.local.cleaning import (clean_images, count_verified, first_copies, needed_pairs, partners_among_all, partners_within,
-                                     quality_table, threshold_grid)
+from landmark.parts.local.cleaning import (
+    clean_images,
+    count_verified,
+    first_copies,
+    needed_pairs,
+    partners_among_all,
+    partners_within,
+    quality_table,
+    threshold_grid,
+)
+
 
 def test_restated_in_words():
-    r = np.random.default_rng(0); labels = r.integers(0, 8, 60); i, j = r.integers(0, 60, (2, 900)); n = r.integers(0, 60, 900)
+    r = np.random.default_rng(0)
+    labels = r.integers(0, 8, 60)
+    i, j = r.integers(0, 60, (2, 900))
+    n = r.integers(0, 60, 900)
     i, j, n = (x[(labels[i] == labels[j]) & (i != j)] for x in (i, j, n))
     for v in (10, 30, 50):
         for f in (1, 2, 4):
-            passed = {a for a in range(60) if sum(1 for x, c in zip(i, n) if x == a and c >= v) >= min(f, max(1, sum(labels == labels[a])-1))}
+            passed = {
+                a
+                for a in range(60)
+                if sum(1 for x, c in zip(i, n) if x == a and c >= v)
+                >= min(f, max(1, sum(labels == labels[a]) - 1))
+            }
             want = {a for a in passed if sum(labels[b] == labels[a] for b in passed) >= 2}
             keep, alone = clean_images(count_verified(i, n, 60, v), labels, needed_pairs(labels, f))
             assert set(np.flatnonzero(keep)) == want and set(np.flatnonzero(alone)) == passed - want
@@ -22,147 +40,294 @@ def test_restated_in_words():
 
 def test_a_label_of_fifty_thousand_images():
     "The pairs of a block are all that is ever held; every row has its partners."
-    labels = np.zeros(50_000, int); pairs = partners_within(np.arange(100), labels, None, 99)
+    labels = np.zeros(50_000, int)
+    pairs = partners_within(np.arange(100), labels, None, 99)
     assert len(pairs) == 9900 and (np.bincount(pairs[:, 0]) == 99).all() and pairs[:, 1].max() > 49_000
-    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True)
-    near = partners_within(np.arange(5), np.zeros(3000, int), x, 10); order = np.argsort(-(x[:5].astype(float) @ x.T), 1, kind='stable')
-    np.testing.assert_array_equal(near[:, 1].reshape(5, 10), [[j for j in o if j != i][:10] for i, o in enumerate(order)])
-    np.testing.assert_array_equal(partners_among_all(np.arange(5), x, np.zeros(3000, int), 11, 10), near)   # with one label both ways are one
+    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    near = partners_within(np.arange(5), np.zeros(3000, int), x, 10)
+    order = np.argsort(-(x[:5].astype(float) @ x.T), 1, kind="stable")
+    np.testing.assert_array_equal(
+        near[:, 1].reshape(5, 10), [[j for j in o if j != i][:10] for i, o in enumerate(order)]
+    )
+    np.testing.assert_array_equal(
+        partners_among_all(np.arange(5), x, np.zeros(3000, int), 11, 10), near
+    )  # with one label both ways are one
 
 
 def test_partners_need_few_passes_over_all_images(monkeypatch):
     "As many images are searched at a time as the memory holds neighbours of; the rest of them changes nothing."
     from landmark.parts.local import cleaning
-    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True); labels = np.arange(3000)//20
+
+    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    labels = np.arange(3000) // 20
     asked, original = [], cleaning.search
-    monkeypatch.setattr(cleaning, 'search', lambda q, base, k, **how: asked.append((len(q), how['memory_mib'])) or original(q, base, k, **how))
+    monkeypatch.setattr(
+        cleaning,
+        "search",
+        lambda q, base, k, **how: asked.append((len(q), how["memory_mib"])) or original(q, base, k, **how),
+    )
     want = partners_among_all(np.arange(3000), x, labels, 1000, 10)
     assert asked == [(3000, 1024)]
     for half in (False, True):
-        asked.clear(); got = partners_among_all(np.arange(3000), x.astype('f2') if half else x, labels, 1000, 10, memory_mib=31)
-        assert asked == [(1013, 31)]*2 + [(974, 31)] and (half or (got == want).all())
-    assert 1013*1000*(4+8+17) < 31*2**20                                        # similarities, positions, labels and what is compared with them
+        asked.clear()
+        got = partners_among_all(
+            np.arange(3000), x.astype("f2") if half else x, labels, 1000, 10, memory_mib=31
+        )
+        assert asked == [(1013, 31)] * 2 + [(974, 31)] and (half or (got == want).all())
+    assert (
+        1013 * 1000 * (4 + 8 + 17) < 31 * 2**20
+    )  # similarities, positions, labels and what is compared with them
 
 
 def test_partners_keep_to_the_memory():
     from pathlib import Path
     from landmark.parts.bench.side_by_side import PeakMemory
-    if not Path('/proc/self/status').exists(): pytest.skip('this system does not tell mapped files from memory')
-    x = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32); labels = np.arange(4000)//20
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system does not tell mapped files from memory")
+    x = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
+    labels = np.arange(4000) // 20
     partners_among_all(np.arange(9), x, labels, 1000, 10)
-    with PeakMemory() as memory: partners_among_all(np.arange(4000), x, labels, 1000, 10, memory_mib=32)   # 4,000 times 1,000 neighbours are 46 MiB, and 65 more while they are compared
-    assert memory.mib < 80, f'{memory.mib:.0f} MiB'
+    with PeakMemory() as memory:
+        partners_among_all(
+            np.arange(4000), x, labels, 1000, 10, memory_mib=32
+        )  # 4,000 times 1,000 neighbours are 46 MiB, and 65 more while they are compared
+    assert memory.mib < 80, f"{memory.mib:.0f} MiB"
 
 
 def test_copies_are_no_witnesses():
-    labels = np.array([1, 1, 1, 1]); copy_of = first_copies(np.array([5, 5, 6, 0]), labels)
-    assert copy_of.tolist() == [0, 0, 2, 3] and needed_pairs(labels, 3, True, copy_of).tolist() == [2]*4
-    assert first_copies(np.array([5, 5]), np.array([1, 2])).tolist() == [0, 1]                              # another label, another question
+    labels = np.array([1, 1, 1, 1])
+    copy_of = first_copies(np.array([5, 5, 6, 0]), labels)
+    assert copy_of.tolist() == [0, 0, 2, 3] and needed_pairs(labels, 3, True, copy_of).tolist() == [2] * 4
+    assert first_copies(np.array([5, 5]), np.array([1, 2])).tolist() == [
+        0,
+        1,
+    ]  # another label, another question
 
 
 def test_quality_counts_everything_once():
-    r = np.random.default_rng(1); kinds = r.choice(['landmark', 'people', 'lookalike'], 200); right = kinds == 'landmark'; keep = r.random(200) < np.where(right, .8, .1)
+    r = np.random.default_rng(1)
+    kinds = r.choice(["landmark", "people", "lookalike"], 200)
+    right = kinds == "landmark"
+    keep = r.random(200) < np.where(right, 0.8, 0.1)
     q = quality_table(kinds, right, keep)
-    assert q.n.sum() == 200 and q.kept.sum() == keep.sum() and q[~q.right].recall.min() > .7
+    assert q.n.sum() == 200 and q.kept.sum() == keep.sum() and q[~q.right].recall.min() > 0.7
 
 
 # the stages
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def world(tmp_path_factory):
     "Three labels: four views of a wall with a stranger, a copy and a broken file; a pair; a single image."
     from test_verification import VIEWS, moved, wall
-    d = tmp_path_factory.mktemp('world'); rows = []
+
+    d = tmp_path_factory.mktemp("world")
+    rows = []
+
     def add(label, im):
-        i = f'{len(rows):016x}'; p = d/'v2'/'train'/i[0]/i[1]/i[2]/f'{i}.jpg'; p.parent.mkdir(parents=True, exist_ok=True)
-        p.write_bytes(b'broken') if im is None else Image.fromarray(im).save(p, quality=95); rows.append((i, label))
-    for k in range(4): add(7, moved(wall(0), VIEWS[k % 3], k))
-    add(7, wall(50)); add(7, moved(wall(0), VIEWS[0], 0)); add(7, None)
-    for k in range(2): add(8, moved(wall(1), VIEWS[k], k))
+        i = f"{len(rows):016x}"
+        p = d / "v2" / "train" / i[0] / i[1] / i[2] / f"{i}.jpg"
+        p.parent.mkdir(parents=True, exist_ok=True)
+        p.write_bytes(b"broken") if im is None else Image.fromarray(im).save(p, quality=95)
+        rows.append((i, label))
+
+    for k in range(4):
+        add(7, moved(wall(0), VIEWS[k % 3], k))
+    add(7, wall(50))
+    add(7, moved(wall(0), VIEWS[0], 0))
+    add(7, None)
+    for k in range(2):
+        add(8, moved(wall(1), VIEWS[k], k))
     add(9, wall(2))
-    pd.DataFrame(rows, columns=['id', 'landmark_id']).sample(frac=1, random_state=0).to_csv(d/'v2'/'train.csv', index=False)
+    pd.DataFrame(rows, columns=["id", "landmark_id"]).sample(frac=1, random_state=0).to_csv(
+        d / "v2" / "train.csv", index=False
+    )
     return d
 
+
 @pytest.fixture
-def runs(tmp_path, monkeypatch): monkeypatch.setenv('LANDMARK_RUNS', str(tmp_path/'runs')); return tmp_path/'runs'
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
 
 def configs(world, **kw):
     from landmark import clean, verify
+
     return verify, verify.Config(world=str(world), n_workers=1, chunk_pairs=10, **kw), clean
 
+
 def test_an_odd_collection_is_cleaned_and_explained(world, runs):
-    verify, cfg, clean = configs(world); v = verify.run(cfg)
+    verify, cfg, clean = configs(world)
+    v = verify.run(cfg)
     out = clean.run(clean.Config(world=str(world), verified=str(v), min_inliers=20))
-    table = pd.read_csv(out/'train_clean.csv', dtype=str); why = pd.read_csv(out/'dropped.csv', dtype=str).set_index('image_id').reason
-    assert table.landmark_id.tolist() == ['7', '8'] and len(table['images'][0].split()) == 5 and len(table['images'][1].split()) == 2
-    assert 'verified pairs' in why[f'{4:016x}'] and why[f'{9:016x}'] == 'the only image of its label' and 'image' in why[f'{6:016x}']
-    copies = pd.read_csv(v/'copies.csv', dtype=str); assert copies[['image_id', 'copy_of']].values.tolist() == [[f'{5:016x}', f'{0:016x}']]
-    assert not (out/'quality.csv').exists()                                                               # nobody knows the truth here
-    assert pd.read_csv(out/'grid.csv').images.is_monotonic_decreasing is False and len(pd.read_csv(out/'grid.csv')) == 70
+    table = pd.read_csv(out / "train_clean.csv", dtype=str)
+    why = pd.read_csv(out / "dropped.csv", dtype=str).set_index("image_id").reason
+    assert (
+        table.landmark_id.tolist() == ["7", "8"]
+        and len(table["images"][0].split()) == 5
+        and len(table["images"][1].split()) == 2
+    )
+    assert (
+        "verified pairs" in why[f"{4:016x}"]
+        and why[f"{9:016x}"] == "the only image of its label"
+        and "image" in why[f"{6:016x}"]
+    )
+    copies = pd.read_csv(v / "copies.csv", dtype=str)
+    assert copies[["image_id", "copy_of"]].values.tolist() == [[f"{5:016x}", f"{0:016x}"]]
+    assert not (out / "quality.csv").exists()  # nobody knows the truth here
+    assert (
+        pd.read_csv(out / "grid.csv").images.is_monotonic_decreasing is False
+        and len(pd.read_csv(out / "grid.csv")) == 70
+    )
+
 
 def test_a_killed_run_goes_on_with_the_same_result(world, runs):
-    verify, cfg, _ = configs(world); v = verify.run(cfg); files = {p.name: p.read_bytes() for p in (v/'pairs').iterdir()}
+    verify, cfg, _ = configs(world)
+    v = verify.run(cfg)
+    files = {p.name: p.read_bytes() for p in (v / "pairs").iterdir()}
     assert len(files) > 2
-    (v/'manifest.json').unlink(); gone, stays = sorted(files)[1], v/'pairs'/sorted(files)[0]; (v/'pairs'/gone).unlink(); shutil.rmtree(v/'local'/'00000'); stamp = stays.stat().st_mtime_ns
-    assert verify.run(cfg) == v and {p.name: p.read_bytes() for p in (v/'pairs').iterdir()} == files and stays.stat().st_mtime_ns == stamp
+    (v / "manifest.json").unlink()
+    gone, stays = sorted(files)[1], v / "pairs" / sorted(files)[0]
+    (v / "pairs" / gone).unlink()
+    shutil.rmtree(v / "local" / "00000")
+    stamp = stays.stat().st_mtime_ns
+    assert (
+        verify.run(cfg) == v
+        and {p.name: p.read_bytes() for p in (v / "pairs").iterdir()} == files
+        and stays.stat().st_mtime_ns == stamp
+    )
+
 
 def test_shards_make_the_whole(world, runs):
-    verify, cfg, clean = configs(world); whole = verify.run(cfg)
+    verify, cfg, clean = configs(world)
+    whole = verify.run(cfg)
     from dataclasses import replace
-    parts = [verify.run(replace(cfg, n_shards=3, shard=s)) for s in (0, 2)]                               # one shard is lost
-    names = [{p.name for p in (d/'pairs').iterdir()} for d in parts]; assert not names[0] & names[1]
-    alone = {p.name: p.read_bytes() for p in (whole/'pairs').iterdir()}
-    assert verify.run(replace(cfg, n_shards=3)) == whole and not [p for p in (whole/'pairs').iterdir() if p.stat().st_nlink > 1]    # finished alone: nothing to gather
-    shutil.rmtree(whole); together = verify.run(replace(cfg, n_shards=3))
-    assert {p.name: p.read_bytes() for p in (together/'pairs').iterdir()} == alone
-    linked = [p for p in (together/'pairs').iterdir() if p.stat().st_nlink > 1]; assert {p.name for p in linked} == names[0] | names[1]
-    with pytest.raises(ValueError, match='one shard'): clean.run(clean.Config(world=str(world), verified=str(parts[0])))
+
+    parts = [verify.run(replace(cfg, n_shards=3, shard=s)) for s in (0, 2)]  # one shard is lost
+    names = [{p.name for p in (d / "pairs").iterdir()} for d in parts]
+    assert not names[0] & names[1]
+    alone = {p.name: p.read_bytes() for p in (whole / "pairs").iterdir()}
+    assert verify.run(replace(cfg, n_shards=3)) == whole and not [
+        p for p in (whole / "pairs").iterdir() if p.stat().st_nlink > 1
+    ]  # finished alone: nothing to gather
+    shutil.rmtree(whole)
+    together = verify.run(replace(cfg, n_shards=3))
+    assert {p.name: p.read_bytes() for p in (together / "pairs").iterdir()} == alone
+    linked = [p for p in (together / "pairs").iterdir() if p.stat().st_nlink > 1]
+    assert {p.name for p in linked} == names[0] | names[1]
+    with pytest.raises(ValueError, match="one shard"):
+        clean.run(clean.Config(world=str(world), verified=str(parts[0])))
+
 
 def test_wrong_parameters_stop_at_once(world, runs):
     verify, cfg, clean = configs(world)
     from dataclasses import replace
-    for change, says in ((dict(kind='surf'), 'surf'), (dict(shard=3, n_shards=2), 'shard is 3'), (dict(neighbors='some'), 'all, label'), (dict(descriptors='nowhere'), 'descriptor store'), (dict(world='nowhere'), 'nowhere')):
-        with pytest.raises((ValueError, FileNotFoundError), match=says): verify.run(replace(cfg, **change))
-    with pytest.raises(ValueError, match='upstream artifact'): clean.run(clean.Config(world=str(world)))
+
+    for change, says in (
+        (dict(kind="surf"), "surf"),
+        (dict(shard=3, n_shards=2), "shard is 3"),
+        (dict(neighbors="some"), "all, label"),
+        (dict(descriptors="nowhere"), "descriptor store"),
+        (dict(world="nowhere"), "nowhere"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=says):
+            verify.run(replace(cfg, **change))
+    with pytest.raises(ValueError, match="upstream artifact"):
+        clean.run(clean.Config(world=str(world)))
 
 
 # DELF, subsets and how well counts separate
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def delf_world(world, tmp_path_factory):
     "The same photos, four more as the v1 training set, and an untrained model."
     from test_verification import VIEWS, moved, wall
     from landmark.parts.nets.checkpoints import save_model
     from landmark.parts.nets.backbones import make_model
-    d = tmp_path_factory.mktemp('delf')/'world'; shutil.copytree(world, d); ids = [f'{k:016x}' for k in range(100, 104)]
-    for k, i in enumerate(ids): p = d/'v1'/'train'/i[0]/i[1]/i[2]/f'{i}.jpg'; p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(moved(wall(20 + k//2), VIEWS[k % 2], k)).save(p)
-    pd.DataFrame(dict(id=ids, landmark_id=[1, 1, 2, 2])).to_csv(d/'v1'/'train.csv', index=False)
-    save_model(d.parent/'model', make_model('test_resnet', d=8), dict(backbone='test_resnet', pooling='gem', dim=8))
-    return d, dict(kind='delf', trunk=str(d.parent/'model'), stride=8, delf_epochs=1, max_side=160, compare_labels=3)
+
+    d = tmp_path_factory.mktemp("delf") / "world"
+    shutil.copytree(world, d)
+    ids = [f"{k:016x}" for k in range(100, 104)]
+    for k, i in enumerate(ids):
+        p = d / "v1" / "train" / i[0] / i[1] / i[2] / f"{i}.jpg"
+        p.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(moved(wall(20 + k // 2), VIEWS[k % 2], k)).save(p)
+    pd.DataFrame(dict(id=ids, landmark_id=[1, 1, 2, 2])).to_csv(d / "v1" / "train.csv", index=False)
+    save_model(
+        d.parent / "model", make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8)
+    )
+    return d, dict(
+        kind="delf", trunk=str(d.parent / "model"), stride=8, delf_epochs=1, max_side=160, compare_labels=3
+    )
+
 
 def test_delf_is_trained_once_and_used_again(delf_world, runs):
     from landmark.parts.local.features import open_local
-    world, kw = delf_world; verify, cfg, _ = configs(world, **kw); v = verify.run(cfg); store = open_local(v/'local')
-    assert (v/'delf'/'card.json').exists() and len(pd.read_csv(v/'delf_loss.csv')) == 1 and store.kind == 'delf'
-    n = store.column('n_features'); assert (n > 0).sum() >= 8 and min(store[i].scores.min() for i in np.flatnonzero(n)) >= .99 # nothing the attention finds less than usual
+
+    world, kw = delf_world
+    verify, cfg, _ = configs(world, **kw)
+    v = verify.run(cfg)
+    store = open_local(v / "local")
+    assert (
+        (v / "delf" / "card.json").exists()
+        and len(pd.read_csv(v / "delf_loss.csv")) == 1
+        and store.kind == "delf"
+    )
+    n = store.column("n_features")
+    assert (n > 0).sum() >= 8 and min(
+        store[i].scores.min() for i in np.flatnonzero(n)
+    ) >= 0.99  # nothing the attention finds less than usual
     from dataclasses import replace
-    again = verify.run(replace(cfg, delf=str(v), labels=2, n_shards=2, shard=1)); part = open_local(again/'local'); assert not (again/'delf').exists()
-    same = [i for i in part.ids if part.column('n_features')[part.ids.index(i)] > 0]; assert same
-    for i in same: np.testing.assert_array_equal(part[part.ids.index(i)].desc, store[store.ids.index(i)].desc)
-    with pytest.raises(ValueError, match='of kind delf'): verify.run(replace(cfg, delf=str(again), name='wrong'))
+
+    again = verify.run(replace(cfg, delf=str(v), labels=2, n_shards=2, shard=1))
+    part = open_local(again / "local")
+    assert not (again / "delf").exists()
+    same = [i for i in part.ids if part.column("n_features")[part.ids.index(i)] > 0]
+    assert same
+    for i in same:
+        np.testing.assert_array_equal(part[part.ids.index(i)].desc, store[store.ids.index(i)].desc)
+    with pytest.raises(ValueError, match="of kind delf"):
+        verify.run(replace(cfg, delf=str(again), name="wrong"))
+
 
 def test_a_few_labels_and_how_well_they_separate(world, runs):
     from dataclasses import replace
-    verify, cfg, _ = configs(world); whole, part = verify.run(replace(cfg, compare_labels=2)), verify.run(replace(cfg, labels=2, compare_labels=2, name='part'))
-    a, b = (pd.read_csv(d/'separation.csv') for d in (whole, part)); pd.testing.assert_frame_equal(a, b)    # the same photos, whoever asks
-    assert a.kind[0] == 'rootsift' and a.n_same[0] == 7*6//2 + 1 and a.n_different[0] == 7*2 and .4 < a.found[0] < 1 and not (whole/'restriction.csv').exists()
-    assert len(pd.read_csv(part/'ids.csv')) == 9 and len(pd.read_csv(whole/'ids.csv')) == 10
+
+    verify, cfg, _ = configs(world)
+    whole, part = (
+        verify.run(replace(cfg, compare_labels=2)),
+        verify.run(replace(cfg, labels=2, compare_labels=2, name="part")),
+    )
+    a, b = (pd.read_csv(d / "separation.csv") for d in (whole, part))
+    pd.testing.assert_frame_equal(a, b)  # the same photos, whoever asks
+    assert (
+        a.kind[0] == "rootsift"
+        and a.n_same[0] == 7 * 6 // 2 + 1
+        and a.n_different[0] == 7 * 2
+        and 0.4 < a.found[0] < 1
+        and not (whole / "restriction.csv").exists()
+    )
+    assert len(pd.read_csv(part / "ids.csv")) == 9 and len(pd.read_csv(whole / "ids.csv")) == 10
+
 
 def test_what_the_nearest_of_all_leave_out(world, runs):
     from dataclasses import replace
     from landmark.parts.local.cleaning import read_pairs
     from landmark.parts.descriptors.store import write_store
-    ids = pd.read_csv(world/'v2'/'train.csv', dtype={'id': str}); x = np.random.default_rng(3).normal(size=(len(ids), 8)).astype(np.float32); x /= np.linalg.norm(x, axis=1, keepdims=True)
-    write_store(runs/'x', ids.id.tolist(), x, dict(model='random'))
-    verify, cfg, _ = configs(world); v = verify.run(replace(cfg, descriptors=str(runs/'x'), n_neighbors=4)); t = pd.read_csv(v/'restriction.csv').set_index('n_neighbors')
-    assert t.pairs['4'] == len(read_pairs(v/'pairs')['image']) < t.pairs['label'] == 7*6 + 2*1 and t.pairs_share['label'] == 1
+
+    ids = pd.read_csv(world / "v2" / "train.csv", dtype={"id": str})
+    x = np.random.default_rng(3).normal(size=(len(ids), 8)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    write_store(runs / "x", ids.id.tolist(), x, dict(model="random"))
+    verify, cfg, _ = configs(world)
+    v = verify.run(replace(cfg, descriptors=str(runs / "x"), n_neighbors=4))
+    t = pd.read_csv(v / "restriction.csv").set_index("n_neighbors")
+    assert (
+        t.pairs["4"] == len(read_pairs(v / "pairs")["image"]) < t.pairs["label"] == 7 * 6 + 2 * 1
+        and t.pairs_share["label"] == 1
+    )

@@ -1,4 +1,5 @@
 "settings.ini, environment.yml and constraints.txt name the same packages."
+
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -8,57 +9,85 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-CONDA_NAMES = {'pytorch-gpu': 'torch', 'py-opencv': 'opencv-python-headless', 'snakemake-minimal': 'snakemake'}
+CONDA_NAMES = {
+    "pytorch-gpu": "torch",
+    "py-opencv": "opencv-python-headless",
+    "snakemake-minimal": "snakemake",
+}
 
 
 def settings():
-    cfg = ConfigParser(delimiters=['='], interpolation=None); cfg.read(ROOT/'settings.ini', encoding='utf-8')
-    lines = [l.strip() for k in ('requirements', 'dev_requirements') for l in cfg['DEFAULT'][k].splitlines() if l.strip()]
+    cfg = ConfigParser(delimiters=["="], interpolation=None)
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    lines = [
+        l.strip()
+        for k in ("requirements", "dev_requirements")
+        for l in cfg["DEFAULT"][k].splitlines()
+        if l.strip()
+    ]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
 
 def conda():
-    deps = yaml.safe_load((ROOT/'environment.yml').read_text(encoding='utf-8'))['dependencies']
-    flat = [d for d in deps if isinstance(d, str)] + [p for d in deps if isinstance(d, dict) for p in d['pip']]
+    deps = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    flat = [d for d in deps if isinstance(d, str)] + [
+        p for d in deps if isinstance(d, dict) for p in d["pip"]
+    ]
     out = {}
     for line in flat:
-        name, spec = re.fullmatch(r'([A-Za-z0-9_.-]+)(.*)', line).groups()
+        name, spec = re.fullmatch(r"([A-Za-z0-9_.-]+)(.*)", line).groups()
         out[canonicalize_name(CONDA_NAMES.get(name, name))] = spec
     return out
 
 
 def pins():
-    lines = [l for l in (ROOT/'constraints.txt').read_text().splitlines() if l and not l.startswith('#')]
+    lines = [l for l in (ROOT / "constraints.txt").read_text().splitlines() if l and not l.startswith("#")]
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, lines)}
 
 
 def test_conda_and_settings_name_the_same_packages():
-    ours, theirs = set(settings()) - {'faiss-cpu'}, set(conda()) - {'python', 'pip'}
-    assert ours == theirs, f'only in settings.ini: {sorted(ours - theirs)}; only in environment.yml: {sorted(theirs - ours)}'
+    ours, theirs = set(settings()) - {"faiss-cpu"}, set(conda()) - {"python", "pip"}
+    assert ours == theirs, (
+        f"only in settings.ini: {sorted(ours - theirs)}; only in environment.yml: {sorted(theirs - ours)}"
+    )
 
 
-@pytest.mark.parametrize('name', sorted(set(settings())))
+@pytest.mark.parametrize("name", sorted(set(settings())))
 def test_versions_agree(name):
     req = settings()[name]
-    if name in conda(): assert str(req.specifier) == str(Requirement(f'x{conda()[name]}').specifier), f'{name} differs between settings.ini and environment.yml'
-    if name == 'faiss-cpu': return # a machine without a CUDA build; pinned nowhere, allowed by settings.ini
-    assert name in pins(), f'{name} is not pinned in constraints.txt'
-    assert req.specifier.contains(pins()[name]), f'constraints.txt pins {name} {pins()[name]}, settings.ini asks for {req.specifier}'
+    if name in conda():
+        assert str(req.specifier) == str(Requirement(f"x{conda()[name]}").specifier), (
+            f"{name} differs between settings.ini and environment.yml"
+        )
+    if name == "faiss-cpu":
+        return  # a machine without a CUDA build; pinned nowhere, allowed by settings.ini
+    assert name in pins(), f"{name} is not pinned in constraints.txt"
+    assert req.specifier.contains(pins()[name]), (
+        f"constraints.txt pins {name} {pins()[name]}, settings.ini asks for {req.specifier}"
+    )
 
 
 def test_installed_versions_are_the_pinned_ones():
     from importlib.metadata import PackageNotFoundError, version
+
     wrong = {}
     for name in settings():
-        if name == 'faiss-cpu': continue
-        try: have = version(name)
-        except PackageNotFoundError: continue # another platform's package
-        if have.partition('+')[0] != pins()[name].partition('+')[0]: wrong[name] = (have, pins()[name])
-    assert not wrong, f'installed, pinned: {wrong}'
+        if name == "faiss-cpu":
+            continue
+        try:
+            have = version(name)
+        except PackageNotFoundError:
+            continue  # another platform's package
+        if have.partition("+")[0] != pins()[name].partition("+")[0]:
+            wrong[name] = (have, pins()[name])
+    assert not wrong, f"installed, pinned: {wrong}"
 
 
 def test_markers_give_plain_packages_where_there_is_no_cuda_build():
-    gpu, cpu = settings()['faiss-gpu'].marker, settings()['faiss-cpu'].marker
-    for env, wants_gpu in (({'platform_system': 'Linux', 'platform_machine': 'x86_64'}, True), ({'platform_system': 'Darwin', 'platform_machine': 'arm64'}, False),
-                           ({'platform_system': 'Linux', 'platform_machine': 'aarch64'}, False)):
+    gpu, cpu = settings()["faiss-gpu"].marker, settings()["faiss-cpu"].marker
+    for env, wants_gpu in (
+        ({"platform_system": "Linux", "platform_machine": "x86_64"}, True),
+        ({"platform_system": "Darwin", "platform_machine": "arm64"}, False),
+        ({"platform_system": "Linux", "platform_machine": "aarch64"}, False),
+    ):
         assert gpu.evaluate(env) == wants_gpu and cpu.evaluate(env) != wants_gpu

@@ -2,6 +2,7 @@
 
 The run of this module is made once and looked at from all sides. LANDMARK_TEST_RUNS=folder keeps it between calls.
 """
+
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -11,73 +12,120 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def snakemake(runs, *args, **kw):
-    env = {**os.environ, 'LANDMARK_RUNS': str(runs), 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, '-m', 'snakemake', '--cores', 'all', '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--directory', str(ROOT), '--config', 'profile=tiny', *args],
-                            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    env = {**os.environ, "LANDMARK_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "all",
+            "--nolock",
+            "--rerun-incomplete",
+            "--rerun-triggers",
+            "mtime",
+            "--directory",
+            str(ROOT),
+            "--config",
+            "profile=tiny",
+            *args,
+        ],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kw,
+    )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "A finished run of the profile tiny. Its first attempt is killed: Snakemake dies at once, what it had started lives on for a while."
-    runs = Path(os.environ.get('LANDMARK_TEST_RUNS') or tmp_path_factory.mktemp('runs'))
-    if not list(runs.glob('tiny/seed1/tables/*/manifest.json')):
+    runs = Path(os.environ.get("LANDMARK_TEST_RUNS") or tmp_path_factory.mktemp("runs"))
+    if not list(runs.glob("tiny/seed1/tables/*/manifest.json")):
         first = snakemake(runs)
-        for _ in range(600): # as soon as training is under way
+        for _ in range(600):  # as soon as training is under way
             time.sleep(0.2)
-            if list(runs.glob('tiny/seed1/train/v1-*/state.json')) or first.poll() is not None: break
-        time.sleep(4); os.kill(first.pid, signal.SIGKILL); first.wait()
-        assert not list(runs.glob('tiny/seed1/tables/*/manifest.json')), 'killed too late to prove anything'
+            if list(runs.glob("tiny/seed1/train/v1-*/state.json")) or first.poll() is not None:
+                break
+        time.sleep(4)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        assert not list(runs.glob("tiny/seed1/tables/*/manifest.json")), "killed too late to prove anything"
     again = snakemake(runs)
     out, _ = again.communicate(timeout=1200)
     assert again.returncode == 0, out[-4000:]
     return runs
 
 
-def table(runs, stage, name, file): return pd.read_csv(next(runs.glob(f'tiny/seed1/{stage}/{name}-*/{file}')))
+def table(runs, stage, name, file):
+    return pd.read_csv(next(runs.glob(f"tiny/seed1/{stage}/{name}-*/{file}")))
 
 
 def test_every_artifact_is_finished(runs):
     from landmark import graph
-    wanted = {k for k in graph.read_profile('tiny')}
-    manifests = [json.loads(p.read_text()) for p in runs.glob('tiny/seed1/*/*/manifest.json')]
-    assert {(m['stage'], m['name']) for m in manifests} == wanted
-    assert not any(m['metrics'].get('made_up') for m in manifests), 'nothing is invented in a real run'
+
+    wanted = {k for k in graph.read_profile("tiny")}
+    manifests = [json.loads(p.read_text()) for p in runs.glob("tiny/seed1/*/*/manifest.json")]
+    assert {(m["stage"], m["name"]) for m in manifests} == wanted
+    assert not any(m["metrics"].get("made_up") for m in manifests), "nothing is invented in a real run"
     for m in manifests:
-        assert m['world'].endswith('/world') or m['stage'] in ('data', 'tables')
-        assert m['outputs'] and m['seconds'] >= 0 and m['code'] and m['environment']['libraries']['torch']
+        assert m["world"].endswith("/world") or m["stage"] in ("data", "tables")
+        assert m["outputs"] and m["seconds"] >= 0 and m["code"] and m["environment"]["libraries"]["torch"]
 
 
 def test_tables_are_written(runs):
-    out = next(runs.glob('tiny/seed1/tables/main-*'))
-    text = (out/'tables.md').read_text()
-    for title in ('Datasets', 'Losses', 'Training sets', 'What cleaning kept', 'min_inliers', 'Re-ranking', 'Recognition'): assert title in text
-    for method in ('baseline', 'diffusion', 'egt', 'aqe', 'sort+insert', 'aqe+sort+insert'): assert f'| {method} |' in text
-    assert '30.22' in text and '37.23' in text, 'the paper stands beside ours'
+    out = next(runs.glob("tiny/seed1/tables/main-*"))
+    text = (out / "tables.md").read_text()
+    for title in (
+        "Datasets",
+        "Losses",
+        "Training sets",
+        "What cleaning kept",
+        "min_inliers",
+        "Re-ranking",
+        "Recognition",
+    ):
+        assert title in text
+    for method in ("baseline", "diffusion", "egt", "aqe", "sort+insert", "aqe+sort+insert"):
+        assert f"| {method} |" in text
+    assert "30.22" in text and "37.23" in text, "the paper stands beside ours"
 
 
 def by_chance(runs, n=400):
     "mAP@100 of random rankings of the same index, for the same queries: one value per draw."
     from landmark.parts.data.layout import read_images, read_retrieval_solution
     from landmark.parts.metrics import map_at_k
-    world = next(runs.glob('tiny/seed1/data/main-*/world'))
-    index = {i: k for k, i in enumerate(read_images(world, 'index').image_id)}
-    sol = read_retrieval_solution(world); sol = sol[sol.usage != 'Ignored']
+
+    world = next(runs.glob("tiny/seed1/data/main-*/world"))
+    index = {i: k for k, i in enumerate(read_images(world, "index").image_id)}
+    sol = read_retrieval_solution(world)
+    sol = sol[sol.usage != "Ignored"]
     positives = [{index[i] for i in row} for row in sol.images]
     rng = np.random.default_rng(0)
-    return np.array([map_at_k(np.stack([rng.permutation(len(index))[:100] for _ in positives]), positives) for _ in range(n)])
+    return np.array(
+        [
+            map_at_k(np.stack([rng.permutation(len(index))[:100] for _ in positives]), positives)
+            for _ in range(n)
+        ]
+    )
 
 
 def overall(df, method):
     "mAP@100 over Public and Private together."
-    rows = df[(df.method == method) & (df.metric == 'mAP@100')]
-    return (rows.value*rows.n_queries).sum()/rows.n_queries.sum()
+    rows = df[(df.method == method) & (df.metric == "mAP@100")]
+    return (rows.value * rows.n_queries).sum() / rows.n_queries.sum()
 
 
 def test_search_beats_chance(runs):
     chance = by_chance(runs)
-    got = {m: overall(table(runs, 'rerank', 'final', 'metrics.csv'), m) for m in ('baseline', 'aqe', 'diffusion', 'egt', 'sort+insert', 'aqe+sort+insert')}
+    got = {
+        m: overall(table(runs, "rerank", "final", "metrics.csv"), m)
+        for m in ("baseline", "aqe", "diffusion", "egt", "sort+insert", "aqe+sort+insert")
+    }
     assert all(v > np.quantile(chance, 0.99) for v in got.values()), (got, chance.mean(), chance.max())
-    assert got['baseline'] > chance.mean() + 4*chance.std()
+    assert got["baseline"] > chance.mean() + 4 * chance.std()
 
 
 def named(runs, name, model):
@@ -86,63 +134,100 @@ def named(runs, name, model):
     from landmark.parts.search.knn import search
     from landmark.parts.rerank.methods import soft_vote
     from landmark.parts.descriptors.store import open_store
-    world, home = next(runs.glob(f'tiny/seed1/data/{"shuffled" if name == "shuffled" else "main"}-*/world')), next(runs.glob(f'tiny/seed1/extract/{name}-*'))/model
-    label_of = read_images(world, 'v2_train').set_index('image_id').landmark_id
-    truth = read_table(world/'v2'/'index_image_to_landmark.csv', ['id', 'landmark_id']).set_index('id').landmark_id.to_dict()
-    sol = read_recognition_solution(world); truth |= {i: l[0] for i, l in zip(sol.image_id, sol.landmarks) if l}
-    train = open_store(home/'v2_train'); labels = label_of.loc[[str(i) for i in train.ids]].to_numpy(); hits = []
-    for split in ('index', 'test'):
-        store = open_store(home/split)
+
+    world, home = (
+        next(runs.glob(f"tiny/seed1/data/{'shuffled' if name == 'shuffled' else 'main'}-*/world")),
+        next(runs.glob(f"tiny/seed1/extract/{name}-*")) / model,
+    )
+    label_of = read_images(world, "v2_train").set_index("image_id").landmark_id
+    truth = (
+        read_table(world / "v2" / "index_image_to_landmark.csv", ["id", "landmark_id"])
+        .set_index("id")
+        .landmark_id.to_dict()
+    )
+    sol = read_recognition_solution(world)
+    truth |= {i: l[0] for i, l in zip(sol.image_id, sol.landmarks) if l}
+    train = open_store(home / "v2_train")
+    labels = label_of.loc[[str(i) for i in train.ids]].to_numpy()
+    hits = []
+    for split in ("index", "test"):
+        store = open_store(home / split)
         sims, idxs = search(store.array().astype(np.float32), train.array().astype(np.float32), 3)
         voted, _ = soft_vote(sims, labels[idxs])
-        hits += [voted[i] == truth[str(x)] for i, x in enumerate(store.ids) if truth.get(str(x), -1) in set(labels)]
+        hits += [
+            voted[i] == truth[str(x)] for i, x in enumerate(store.ids) if truth.get(str(x), -1) in set(labels)
+        ]
     return np.array(hits), labels
 
 
 def test_labels_matter(runs):
     "With the right labels photos get their names; with shuffled ones they fall to chance, and sorting by label no longer helps."
-    (right, labels), (shuffled, _) = named(runs, 'final', 'arcface_v1+v2-clean'), named(runs, 'shuffled', 'arcface_v2')
-    share = pd.Series(labels).value_counts(normalize=True); chance = float((share**2).sum()) # two labels of the training set agree
-    sd = np.sqrt(chance*(1 - chance)/len(right))
-    assert right.mean() > chance + 3*sd, (right.mean(), chance, sd)
-    assert shuffled.mean() < chance + 2*sd, (shuffled.mean(), chance, sd)
-    gain = lambda name: overall(table(runs, 'rerank', name, 'metrics.csv'), 'sort+insert') - overall(table(runs, 'rerank', name, 'metrics.csv'), 'baseline')
-    assert gain('shuffled') < 0.02, gain('shuffled')
+    (right, labels), (shuffled, _) = (
+        named(runs, "final", "arcface_v1+v2-clean"),
+        named(runs, "shuffled", "arcface_v2"),
+    )
+    share = pd.Series(labels).value_counts(normalize=True)
+    chance = float((share**2).sum())  # two labels of the training set agree
+    sd = np.sqrt(chance * (1 - chance) / len(right))
+    assert right.mean() > chance + 3 * sd, (right.mean(), chance, sd)
+    assert shuffled.mean() < chance + 2 * sd, (shuffled.mean(), chance, sd)
+    gain = lambda name: (
+        overall(table(runs, "rerank", name, "metrics.csv"), "sort+insert")
+        - overall(table(runs, "rerank", name, "metrics.csv"), "baseline")
+    )
+    assert gain("shuffled") < 0.02, gain("shuffled")
 
 
 def test_second_call_has_nothing_to_do(runs):
-    t = time.time(); p = snakemake(runs); out, _ = p.communicate(timeout=120)
-    assert p.returncode == 0 and 'Nothing to be done' in out
-    assert time.time() - t < 60 # seconds; a promise of 20 is measured elsewhere, this catches a stage that runs again
+    t = time.time()
+    p = snakemake(runs)
+    out, _ = p.communicate(timeout=120)
+    assert p.returncode == 0 and "Nothing to be done" in out
+    assert (
+        time.time() - t < 60
+    )  # seconds; a promise of 20 is measured elsewhere, this catches a stage that runs again
 
 
 def test_a_stamp_older_than_its_artifact_does_not_count(runs, monkeypatch):
     "The code was changed, everything ran, and the change was taken back: the old stamp is there, but not its artifact."
-    monkeypatch.setenv('LANDMARK_RUNS', str(runs))
+    monkeypatch.setenv("LANDMARK_RUNS", str(runs))
     from landmark import graph
-    step = next(s for s in graph.plan('tiny') if s.stage == 'clean'); manifest = step.dir/'manifest.json'
-    graph.prepare([step]); assert step.stamp.exists()
-    before = manifest.stat(); os.utime(manifest, ns=(before.st_atime_ns, step.stamp.stat().st_mtime_ns + 10**9))
-    graph.prepare([step]); assert not step.stamp.exists()
-    os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns)); step.stamp.touch()
+
+    step = next(s for s in graph.plan("tiny") if s.stage == "clean")
+    manifest = step.dir / "manifest.json"
+    graph.prepare([step])
+    assert step.stamp.exists()
+    before = manifest.stat()
+    os.utime(manifest, ns=(before.st_atime_ns, step.stamp.stat().st_mtime_ns + 10**9))
+    graph.prepare([step])
+    assert not step.stamp.exists()
+    os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns))
+    step.stamp.touch()
 
 
 def test_only_what_stands_behind_a_change_runs_again(runs, monkeypatch):
     "Touching re-ranking's parameters leaves training and cleaning alone."
-    monkeypatch.setenv('LANDMARK_RUNS', str(runs))
+    monkeypatch.setenv("LANDMARK_RUNS", str(runs))
     from landmark import graph
-    files = graph.read_profile('tiny')
-    before = {(s.stage, s.name): s.fingerprint for s in graph.plan('tiny')}
-    monkeypatch.setattr(graph, 'read_profile', lambda p: files | {('rerank', 'final'): files['rerank', 'final'] | {'alpha': 2.0}})
-    after = {(s.stage, s.name): s.fingerprint for s in graph.plan('tiny')}
-    assert {k for k in before if before[k] != after[k]} == {('rerank', 'final'), ('tables', 'main')}
+
+    files = graph.read_profile("tiny")
+    before = {(s.stage, s.name): s.fingerprint for s in graph.plan("tiny")}
+    monkeypatch.setattr(
+        graph,
+        "read_profile",
+        lambda p: files | {("rerank", "final"): files["rerank", "final"] | {"alpha": 2.0}},
+    )
+    after = {(s.stage, s.name): s.fingerprint for s in graph.plan("tiny")}
+    assert {k for k in before if before[k] != after[k]} == {("rerank", "final"), ("tables", "main")}
 
 
 def test_executed_notebooks_are_reports(runs, monkeypatch, tmp_path):
     from landmark import report
-    for nb in sorted((runs/'tiny/seed1/notebooks').glob('*-main.ipynb')):
-        title = report.render(nb, tmp_path/f'{nb.stem}.html')
-        text = (tmp_path/f'{nb.stem}.html').read_text()
-        assert re.match(r'0\d ', title), title
-        for src in re.findall(r'src="([^"]+)"', text): assert (tmp_path/src).exists()
-        assert 'Traceback' not in text
+
+    for nb in sorted((runs / "tiny/seed1/notebooks").glob("*-main.ipynb")):
+        title = report.render(nb, tmp_path / f"{nb.stem}.html")
+        text = (tmp_path / f"{nb.stem}.html").read_text()
+        assert re.match(r"0\d ", title), title
+        for src in re.findall(r'src="([^"]+)"', text):
+            assert (tmp_path / src).exists()
+        assert "Traceback" not in text

@@ -1,106 +1,150 @@
 "The shape of the house: imports go down only, stages have one parameters cell, notebooks carry no outputs."
+
 import ast, dataclasses, importlib, json, os, re, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-MODULES = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in (ROOT/'landmark').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts): p
+    for p in (ROOT / "landmark").rglob("*.py")
+    if p.name not in ("__init__.py", "_modidx.py")
+}
 from landmark import graph
 
-STAGES = graph.STAGES | {'benchmark': '08_benchmark', 'explore': '09_explore'} # the last two run outside the graph: on the clock, and on people's own photos
+STAGES = graph.STAGES | {
+    "benchmark": "08_benchmark",
+    "explore": "09_explore",
+}  # the last two run outside the graph: on the clock, and on people's own photos
 
 
 def imports(name):
     "Modules of ours that a module imports."
     out = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Import): out |= {a.name for a in node.names if a.name in MODULES}
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            out |= {a.name for a in node.names if a.name in MODULES}
         if isinstance(node, ast.ImportFrom):
-            base = node.module or ''
-            if node.level: base = '.'.join(name.split('.')[:-node.level] + ([base] if base else []))
-            out |= {m for m in [base, *(f'{base}.{a.name}' for a in node.names)] if m in MODULES}
+            base = node.module or ""
+            if node.level:
+                base = ".".join(name.split(".")[: -node.level] + ([base] if base else []))
+            out |= {m for m in [base, *(f"{base}.{a.name}" for a in node.names)] if m in MODULES}
     return out
 
 
 GRAPH = {m: imports(m) for m in MODULES}
-is_part = lambda m: m.startswith('landmark.parts.')
+is_part = lambda m: m.startswith("landmark.parts.")
 
 
 def test_no_cycles():
     done, path = set(), []
+
     def visit(m):
-        assert m not in path, f'imports go in a circle: {" → ".join(path[path.index(m):] + [m])}'
-        if m in done: return
-        path.append(m); [visit(n) for n in sorted(GRAPH[m])]; path.pop(); done.add(m)
-    for m in GRAPH: visit(m)
+        assert m not in path, f"imports go in a circle: {' → '.join(path[path.index(m) :] + [m])}"
+        if m in done:
+            return
+        path.append(m)
+        [visit(n) for n in sorted(GRAPH[m])]
+        path.pop()
+        done.add(m)
+
+    for m in GRAPH:
+        visit(m)
 
 
 def test_parts_know_no_stages_and_stages_meet_through_artifacts():
-    stages = {f'landmark.{s}' for s in STAGES}
+    stages = {f"landmark.{s}" for s in STAGES}
     up = {m: sorted(n for n in GRAPH[m] if not is_part(n)) for m in GRAPH if is_part(m)}
-    assert not {m: n for m, n in up.items() if n}, 'a part imports something above it'
+    assert not {m: n for m, n in up.items() if n}, "a part imports something above it"
     side = {m: sorted(GRAPH[m] & stages) for m in stages if GRAPH[m] & stages}
-    assert not side, f'a stage imports a stage: {side}'
+    assert not side, f"a stage imports a stage: {side}"
 
 
 def test_folders_have_no_circle():
     "What `parts/a` takes from `parts/b`, `parts/b` does not take back, on whatever way round."
-    folder = lambda m: m.split('.')[2] if m.count('.') > 2 else 'flat'
+    folder = lambda m: m.split(".")[2] if m.count(".") > 2 else "flat"
     edges = {(folder(m), folder(n)) for m in GRAPH if is_part(m) for n in GRAPH[m]}
     below = {}
     for a, b in edges:
-        if a != b: below.setdefault(a, set()).add(b)
+        if a != b:
+            below.setdefault(a, set()).add(b)
     left = dict(below)
     while free := [a for a, bs in left.items() if not bs & left.keys()]:
-        for a in free: del left[a]
-    assert not left, f'folders in a circle: {left}'
+        for a in free:
+            del left[a]
+    assert not left, f"folders in a circle: {left}"
 
 
 def test_the_map_names_every_part():
-    home = ROOT/'nbs'/'parts'
-    text = '\n'.join(c.source for c in nbformat.read(home/'index.ipynb', 4).cells)
-    listed = re.findall(r'\]\(([\w/]+)\.ipynb\)', text)
-    there = {p.relative_to(home).with_suffix('').as_posix() for p in NOTEBOOKS if home in p.parents and p.name != 'index.ipynb'}
+    home = ROOT / "nbs" / "parts"
+    text = "\n".join(c.source for c in nbformat.read(home / "index.ipynb", 4).cells)
+    listed = re.findall(r"\]\(([\w/]+)\.ipynb\)", text)
+    there = {
+        p.relative_to(home).with_suffix("").as_posix()
+        for p in NOTEBOOKS
+        if home in p.parents and p.name != "index.ipynb"
+    }
     assert sorted(listed) == sorted(there)
 
 
-def test_core_imports_nothing_of_ours(): assert GRAPH['landmark.parts.core'] == set()
+def test_core_imports_nothing_of_ours():
+    assert GRAPH["landmark.parts.core"] == set()
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_import_is_used(path):
     "By the module, or by an example of its notebook; one that only registers something says so."
-    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
-    used = {n.id for c in cells for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', c))) if isinstance(n, ast.Name)}
-    lines = [(line, a.asname or a.name.partition('.')[0]) for c in cells if c.startswith('#| export') for node in ast.walk(ast.parse(c)) if isinstance(node, (ast.Import, ast.ImportFrom))
-             for line in [c.splitlines()[node.lineno-1]] for a in node.names]
-    assert not [name for line, name in lines if name not in used and 'registers' not in line], 'imported and not used'
+    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    used = {
+        n.id
+        for c in cells
+        for n in ast.walk(ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", c)))
+        if isinstance(n, ast.Name)
+    }
+    lines = [
+        (line, a.asname or a.name.partition(".")[0])
+        for c in cells
+        if c.startswith("#| export")
+        for node in ast.walk(ast.parse(c))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for line in [c.splitlines()[node.lineno - 1]]
+        for a in node.names
+    ]
+    assert not [name for line, name in lines if name not in used and "registers" not in line], (
+        "imported and not used"
+    )
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_clean(path):
     nb = nbformat.read(path, 4)
-    assert not [c for c in nb.cells if c.cell_type == 'code' and (c.outputs or c.execution_count)], 'a source notebook carries no outputs: jupyter nbconvert --clear-output --inplace'
-    assert nb.metadata.kernelspec.name == 'python3'
-    assert all(c.get('id') for c in nb.cells) and len({c.id for c in nb.cells}) == len(nb.cells)
-    assert nb.cells[0].cell_type == 'markdown' and nb.cells[0].source.startswith('# '), 'the first cell is the title'
+    assert not [c for c in nb.cells if c.cell_type == "code" and (c.outputs or c.execution_count)], (
+        "a source notebook carries no outputs: jupyter nbconvert --clear-output --inplace"
+    )
+    assert nb.metadata.kernelspec.name == "python3"
+    assert all(c.get("id") for c in nb.cells) and len({c.id for c in nb.cells}) == len(nb.cells)
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# "), (
+        "the first cell is the title"
+    )
 
 
-def test_every_numbered_notebook_is_a_stage(): assert sorted(STAGES.values()) == sorted(p.stem for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
+def test_every_numbered_notebook_is_a_stage():
+    assert sorted(STAGES.values()) == sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 
 
-@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_parameters_cell_is_the_config(stage):
     "One tagged cell, and the same names, defaults and order as the stage's Config."
     import papermill
-    path = ROOT/'nbs'/f'{STAGES[stage]}.ipynb'
+
+    path = ROOT / "nbs" / f"{STAGES[stage]}.ipynb"
     nb = nbformat.read(path, 4)
-    assert sum('parameters' in c.metadata.get('tags', []) for c in nb.cells) == 1
-    assert not any('nbdev_export' in c.source for c in nb.cells if c.cell_type == 'code')
-    cell = {k: ast.literal_eval(v['default']) for k, v in papermill.inspect_notebook(str(path)).items()}
-    cfg = importlib.import_module(f'landmark.{stage}').Config()
+    assert sum("parameters" in c.metadata.get("tags", []) for c in nb.cells) == 1
+    assert not any("nbdev_export" in c.source for c in nb.cells if c.cell_type == "code")
+    cell = {k: ast.literal_eval(v["default"]) for k, v in papermill.inspect_notebook(str(path)).items()}
+    cfg = importlib.import_module(f"landmark.{stage}").Config()
     plain = lambda v: list(v) if isinstance(v, tuple) else v
     want = {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     assert list(cell) == list(want)
@@ -109,18 +153,32 @@ def test_parameters_cell_is_the_config(stage):
 
 def test_every_parameter_has_a_comment():
     for stage in STAGES:
-        src = (ROOT/'landmark'/f'{stage}.py').read_text(encoding='utf-8')
-        cls = next(n for n in ast.parse(src).body if isinstance(n, ast.ClassDef) and n.name == 'Config')
-        bare = [n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and '#' not in src.splitlines()[n.end_lineno-1][n.end_col_offset:]]
-        assert not bare, f'{stage}: parameters without a comment: {bare}'
+        src = (ROOT / "landmark" / f"{stage}.py").read_text(encoding="utf-8")
+        cls = next(n for n in ast.parse(src).body if isinstance(n, ast.ClassDef) and n.name == "Config")
+        bare = [
+            n.target.id
+            for n in cls.body
+            if isinstance(n, ast.AnnAssign)
+            and "#" not in src.splitlines()[n.end_lineno - 1][n.end_col_offset :]
+        ]
+        assert not bare, f"{stage}: parameters without a comment: {bare}"
 
 
 def test_reading_a_module_changes_nothing(tmp_path):
     "Importing everything makes no file and prints no word."
-    r = subprocess.run([sys.executable, '-c', f'import importlib; [importlib.import_module(m) for m in {sorted(MODULES)!r}]'],
-                       cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import importlib; [importlib.import_module(m) for m in {sorted(MODULES)!r}]",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    assert r.stdout == '' and list(tmp_path.iterdir()) == []
+    assert r.stdout == "" and list(tmp_path.iterdir()) == []
 
 
 def test_every_profile_is_valid():

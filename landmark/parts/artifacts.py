@@ -10,186 +10,342 @@ __all__ = ['UNHASHED', 'code_files', 'code_hash', 'changed', 'identity', 'stage_
 import ast, contextlib, dataclasses, functools, importlib.metadata, importlib.util, io, os, platform, shutil, subprocess, sys, time, tokenize
 from pathlib import Path
 
-from .core import ParameterError, default_world, hash8, is_tiny, locked, log, project_root, read_json, runs_dir, sha256_of, write_json
+from landmark.parts.core import (
+    ParameterError,
+    default_world,
+    hash8,
+    is_tiny,
+    locked,
+    log,
+    project_root,
+    read_json,
+    runs_dir,
+    sha256_of,
+    write_json,
+)
 
 # %% ../../nbs/parts/artifacts.ipynb #5a9f6546
 @functools.lru_cache(maxsize=None)
-def _parsed(path:Path, changed_at:int)->tuple: # source without comments and blank lines, import statements
+def _parsed(
+    path: Path, changed_at: int
+) -> tuple:  # source without comments and blank lines, import statements
     "What a hash needs to know of a module; read once while the file stays as it is."
-    src = path.read_text(encoding='utf-8'); lines = src.splitlines()
+    src = path.read_text(encoding="utf-8")
+    lines = src.splitlines()
     for t in tokenize.generate_tokens(io.StringIO(src).readline):
-        if t.type == tokenize.COMMENT: lines[t.start[0]-1] = lines[t.start[0]-1][:t.start[1]]
-    return '\n'.join(l.rstrip() for l in lines if l.strip()), [n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.ImportFrom)]
+        if t.type == tokenize.COMMENT:
+            lines[t.start[0] - 1] = lines[t.start[0] - 1][: t.start[1]]
+    return "\n".join(l.rstrip() for l in lines if l.strip()), [
+        n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.ImportFrom)
+    ]
 
-def _code(path:Path)->tuple: return _parsed(path, path.stat().st_mtime_ns)
+
+def _code(path: Path) -> tuple:
+    return _parsed(path, path.stat().st_mtime_ns)
+
 
 def code_files(
-    module:str, # name of a module of the package, such as "landmark.clean"
-)->dict: # module name → file, itself and all that it imports of ours
+    module: str,  # name of a module of the package, such as "landmark.clean"
+) -> dict:  # module name → file, itself and all that it imports of ours
     "The modules of this package that `module` is made of."
-    found, todo, top = {}, [module], __name__.partition('.')[0]
+    found, todo, top = {}, [module], __name__.partition(".")[0]
     while todo:
         name = todo.pop()
         spec = importlib.util.find_spec(name) if name not in found else None
-        if spec is None or not spec.origin: continue
+        if spec is None or not spec.origin:
+            continue
         found[name] = Path(spec.origin)
         for node in _code(found[name])[1]:
-            base = node.module or ''
-            if node.level: base = '.'.join(name.split('.')[:-node.level] + ([base] if base else []))
-            if base.split('.')[0] == top:
-                subs = [f'{base}.{a.name}' for a in node.names]
-                todo += [s for s in subs if (found[name].parents[name.count('.')-1]/(s.split('.', 1)[1].replace('.', '/')+'.py')).exists()] or [base]
-    return {k: v for k, v in sorted(found.items()) if v.name != '__init__.py'}
+            base = node.module or ""
+            if node.level:
+                base = ".".join(name.split(".")[: -node.level] + ([base] if base else []))
+            if base.split(".")[0] == top:
+                subs = [f"{base}.{a.name}" for a in node.names]
+                todo += [
+                    s
+                    for s in subs
+                    if (
+                        found[name].parents[name.count(".") - 1]
+                        / (s.split(".", 1)[1].replace(".", "/") + ".py")
+                    ).exists()
+                ] or [base]
+    return {k: v for k, v in sorted(found.items()) if v.name != "__init__.py"}
+
 
 def code_hash(
-    module:str, # name of a module
-)->str: # 8 hex characters
+    module: str,  # name of a module
+) -> str:  # 8 hex characters
     "One short hash over a module and what it imports of ours."
     return hash8({k: _code(v)[0] for k, v in code_files(module).items()})
 
 # %% ../../nbs/parts/artifacts.ipynb #ce798d15
-UNHASHED = {'profile', 'name', 'seed'} | {'device', 'devices', 'n_workers', 'n_loaders', 'shard', 'n_shards', 'memory_mib', 'save_every', 'checkpoint_every', 'tensorboard', 'max_bad'} # where it lies; how it is made
+UNHASHED = {"profile", "name", "seed"} | {
+    "device",
+    "devices",
+    "n_workers",
+    "n_loaders",
+    "shard",
+    "n_shards",
+    "memory_mib",
+    "save_every",
+    "checkpoint_every",
+    "tensorboard",
+    "max_bad",
+}  # where it lies; how it is made
+
 
 def changed(
-    cfg, # a config
-)->dict: # parameters that differ from their default
+    cfg,  # a config
+) -> dict:  # parameters that differ from their default
     "What a config states beyond the defaults."
     defaults = type(cfg)()
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(defaults, f.name)}
+    return {
+        f.name: getattr(cfg, f.name)
+        for f in dataclasses.fields(cfg)
+        if getattr(cfg, f.name) != getattr(defaults, f.name)
+    }
+
 
 def identity(
-    cfg, # a config
-)->dict: # parameters that tell one result from another
+    cfg,  # a config
+) -> dict:  # parameters that tell one result from another
     "What a config states beyond the defaults, as far as results depend on it."
     return {k: v for k, v in changed(cfg).items() if k not in UNHASHED}
 
+
 def stage_dir(
-    stage:str, # stage, such as "clean"
-    cfg,       # its config
-)->Path: # the artifact's directory
+    stage: str,  # stage, such as "clean"
+    cfg,  # its config
+) -> Path:  # the artifact's directory
     "Where the artifact of a stage and config lives."
-    profile = 'tiny' if cfg.profile == 'mini' and is_tiny(cfg) else cfg.profile
-    return runs_dir()/profile/f'seed{cfg.seed}'/stage/f'{cfg.name}-{hash8(identity(cfg))}'
+    profile = "tiny" if cfg.profile == "mini" and is_tiny(cfg) else cfg.profile
+    return runs_dir() / profile / f"seed{cfg.seed}" / stage / f"{cfg.name}-{hash8(identity(cfg))}"
 
 # %% ../../nbs/parts/artifacts.ipynb #16fb311d
-def _finished(path:Path)->Path|None:
+def _finished(path: Path) -> Path | None:
     "The artifact that `path` is, or lies in (at most three levels down)."
-    return next((d for d in (path, *path.parents[:3]) if (d/'manifest.json').exists()), None)
+    return next((d for d in (path, *path.parents[:3]) if (d / "manifest.json").exists()), None)
+
 
 def artifact(
-    cfg,      # the asking stage's config
-    ref:str,  # a path, or "@stage/name", perhaps with a path inside
-)->Path: # the folder, in a finished artifact
+    cfg,  # the asking stage's config
+    ref: str,  # a path, or "@stage/name", perhaps with a path inside
+) -> Path:  # the folder, in a finished artifact
     "Find an upstream artifact, or a part of one."
-    asking = type(cfg).__module__.rpartition('.')[2]
-    if not ref: raise ParameterError(f'{asking}: an upstream artifact is missing: give its directory, or @stage/name (for instance @extract/final)')
-    if ref.startswith('@'):
-        stage, name, *rest = ref[1:].split('/')
+    asking = type(cfg).__module__.rpartition(".")[2]
+    if not ref:
+        raise ParameterError(
+            f"{asking}: an upstream artifact is missing: give its directory, or @stage/name (for instance @extract/final)"
+        )
+    if ref.startswith("@"):
+        stage, name, *rest = ref[1:].split("/")
         home = stage_dir(stage, cfg).parent
-        done = sorted(home.glob(f'{name}-????????/manifest.json'), key=os.path.getmtime)
-        if not done: raise ParameterError(f'{asking}: {ref} is not there: no finished run `{name}` in {home}; run the stage {stage} first')
+        done = sorted(home.glob(f"{name}-????????/manifest.json"), key=os.path.getmtime)
+        if not done:
+            raise ParameterError(
+                f"{asking}: {ref} is not there: no finished run `{name}` in {home}; run the stage {stage} first"
+            )
         return done[-1].parent.joinpath(*rest)
-    path = Path(ref) if Path(ref).is_absolute() else project_root()/ref
+    path = Path(ref) if Path(ref).is_absolute() else project_root() / ref
     if not path.exists() or _finished(path) is None:
-        raise ParameterError(f'{asking}: {path} ' + ('has no manifest.json: it is unfinished, or no artifact' if path.exists() else 'is not there'))
+        raise ParameterError(
+            f"{asking}: {path} "
+            + ("has no manifest.json: it is unfinished, or no artifact" if path.exists() else "is not there")
+        )
     return path
 
 # %% ../../nbs/parts/artifacts.ipynb #214a976e
 def digest_of(
-    path:Path, # an artifact's directory, a part of one, a file, or a folder in the Google Landmarks layout
-)->str: # 8 hex characters
+    path: Path,  # an artifact's directory, a part of one, a file, or a folder in the Google Landmarks layout
+) -> str:  # 8 hex characters
     "What an input consists of, in short."
-    path = Path(path); home = _finished(path)
+    path = Path(path)
+    home = _finished(path)
     if home:
         inside = path.relative_to(home).as_posix()
-        rows = {k: v for k, v in read_json(home/'manifest.json')['outputs'].items() if inside == '.' or f'{k}/'.startswith(f'{inside}/')}
-        if rows: return hash8(rows)
-    if path.is_file(): return sha256_of(path)[:8]
-    return hash8([(str(p.relative_to(path)), sha256_of(p)) for p in sorted([*path.glob('*.csv'), *path.glob('*/*.csv')])])
+        rows = {
+            k: v
+            for k, v in read_json(home / "manifest.json")["outputs"].items()
+            if inside == "." or f"{k}/".startswith(f"{inside}/")
+        }
+        if rows:
+            return hash8(rows)
+    if path.is_file():
+        return sha256_of(path)[:8]
+    return hash8(
+        [
+            (str(p.relative_to(path)), sha256_of(p))
+            for p in sorted([*path.glob("*.csv"), *path.glob("*/*.csv")])
+        ]
+    )
 
-def _outputs(d:Path)->dict:
+
+def _outputs(d: Path) -> dict:
     "Sizes and sha256 of an artifact's files; a folder of more than 200 files is one line, one beyond 16 GiB is known by its sizes."
     out = {}
-    for top in sorted(p for p in d.iterdir() if not p.name.startswith('.') and p.name not in ('manifest.json', 'state.json', 'stamps')):
-        files = [top] if top.is_file() else sorted(p for p in top.rglob('*') if p.is_file())
-        huge = sum(p.stat().st_size for p in files) > 2**34 # reading it all again would cost hours
-        rows = {str(p.relative_to(d)): dict(size=p.stat().st_size, sha256='' if huge else sha256_of(p)) for p in files}
-        if len(rows) > 200: rows = {f'{top.name}/': dict(files=len(rows), size=sum(r['size'] for r in rows.values()), sha256=hash8(rows))}
+    for top in sorted(
+        p
+        for p in d.iterdir()
+        if not p.name.startswith(".") and p.name not in ("manifest.json", "state.json", "stamps")
+    ):
+        files = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
+        huge = sum(p.stat().st_size for p in files) > 2**34  # reading it all again would cost hours
+        rows = {
+            str(p.relative_to(d)): dict(size=p.stat().st_size, sha256="" if huge else sha256_of(p))
+            for p in files
+        }
+        if len(rows) > 200:
+            rows = {
+                f"{top.name}/": dict(
+                    files=len(rows), size=sum(r["size"] for r in rows.values()), sha256=hash8(rows)
+                )
+            }
         out |= rows
     return out
 
-def environment()->dict: # versions, hardware
+
+def environment() -> dict:  # versions, hardware
     "Library versions and hardware, for the manifest."
     libs = {}
-    for lib in 'torch torchvision timm numpy pandas opencv-python-headless faiss-gpu faiss-cpu numba nbdev papermill'.split():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): libs[lib] = importlib.metadata.version(lib)
-    torch = sys.modules.get('torch')
-    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ''
-    return dict(python=platform.python_version(), machine=platform.machine(), system=platform.system(), cores=os.cpu_count(), gpu=gpu, libraries=libs)
+    for lib in "torch torchvision timm numpy pandas opencv-python-headless faiss-gpu faiss-cpu numba nbdev papermill".split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            libs[lib] = importlib.metadata.version(lib)
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ""
+    return dict(
+        python=platform.python_version(),
+        machine=platform.machine(),
+        system=platform.system(),
+        cores=os.cpu_count(),
+        gpu=gpu,
+        libraries=libs,
+    )
 
-def git_commit()->str: # commit, with a plus sign when the tree had changes; empty without git
+
+def git_commit() -> str:  # commit, with a plus sign when the tree had changes; empty without git
     "The commit that is checked out. Recorded only: what counts is the code's hash."
-    def git(*args): return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True).stdout.strip()
-    try: return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
-    except OSError: return ''
+
+    def git(*args):
+        return subprocess.run(
+            ["git", *args], cwd=project_root(), capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        return ""
 
 # %% ../../nbs/parts/artifacts.ipynb #a99c4fc9
-def _state(d): return read_json(d/'state.json') if (d/'state.json').exists() else {}
+def _state(d):
+    return read_json(d / "state.json") if (d / "state.json").exists() else {}
+
 
 def make_room(
-    d:Path,    # an artifact's directory, whose lock is held
-    want:dict, # seed, config, inputs and code of what shall be made there
+    d: Path,  # an artifact's directory, whose lock is held
+    want: dict,  # seed, config, inputs and code of what shall be made there
 ):
     "Set aside what other inputs or code made; bring it back if it is what is wanted."
-    old, aside, back = _state(d), d.with_name(f'.{d.name}.aside'), d.with_name(f'.{d.name}.back')
-    if old.get('fingerprint') == hash8(want): return
-    if old: log(f"{d.parent.name}/{d.name} was made with {_difference(old.get('want', {}), want)}; it is set aside in {aside.name}")
-    if back.exists() and not aside.exists(): back.rename(aside)             # a kill came between
-    if _state(aside).get('fingerprint') == hash8(want): aside.rename(back); log(f'{d.parent.name}/{d.name}: what was set aside before is wanted again')
-    elif aside.exists(): shutil.rmtree(aside)
-    if any(d.iterdir()): d.rename(aside)
-    if back.exists(): shutil.rmtree(d, ignore_errors=True); back.rename(d)
-    d.mkdir(exist_ok=True); write_json(d/'state.json', dict(fingerprint=hash8(want), want=want))
+    old, aside, back = _state(d), d.with_name(f".{d.name}.aside"), d.with_name(f".{d.name}.back")
+    if old.get("fingerprint") == hash8(want):
+        return
+    if old:
+        log(
+            f"{d.parent.name}/{d.name} was made with {_difference(old.get('want', {}), want)}; it is set aside in {aside.name}"
+        )
+    if back.exists() and not aside.exists():
+        back.rename(aside)  # a kill came between
+    if _state(aside).get("fingerprint") == hash8(want):
+        aside.rename(back)
+        log(f"{d.parent.name}/{d.name}: what was set aside before is wanted again")
+    elif aside.exists():
+        shutil.rmtree(aside)
+    if any(d.iterdir()):
+        d.rename(aside)
+    if back.exists():
+        shutil.rmtree(d, ignore_errors=True)
+        back.rename(d)
+    d.mkdir(exist_ok=True)
+    write_json(d / "state.json", dict(fingerprint=hash8(want), want=want))
+
 
 def _difference(was, want):
     "What of the inputs or the code is another."
-    inputs = [k for k in {**was.get('inputs', {}), **want['inputs']} if was.get('inputs', {}).get(k) != want['inputs'].get(k)]
-    return ' and '.join([f"other inputs ({', '.join(inputs)})"]*bool(inputs and was) + ['other code']*(was.get('code', want['code']) != want['code'])) or 'other inputs or code'
+    inputs = [
+        k
+        for k in {**was.get("inputs", {}), **want["inputs"]}
+        if was.get("inputs", {}).get(k) != want["inputs"].get(k)
+    ]
+    return (
+        " and ".join(
+            [f"other inputs ({', '.join(inputs)})"] * bool(inputs and was)
+            + ["other code"] * (was.get("code", want["code"]) != want["code"])
+        )
+        or "other inputs or code"
+    )
 
 # %% ../../nbs/parts/artifacts.ipynb #8c5bba1d
 class Stage:
     "An artifact in the making: its directory, whether it is done already, and the metrics for its manifest."
-    def __init__(self, dir:Path, done:bool): self.dir, self.done, self.metrics = dir, done, {}
 
-def _peak_mib()->int:
+    def __init__(self, dir: Path, done: bool):
+        self.dir, self.done, self.metrics = dir, done, {}
+
+
+def _peak_mib() -> int:
     import resource
-    unit = 1024 if sys.platform != 'darwin' else 1024*1024
-    return sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // unit
+
+    unit = 1024 if sys.platform != "darwin" else 1024 * 1024
+    return (
+        sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // unit
+    )
+
 
 @contextlib.contextmanager
 def open_stage(
-    stage:str,      # stage, such as "clean"
-    cfg,            # its config
-    inputs=(),      # upstream artifacts, world, files that the result depends on
-    code:str='',    # the stage's module: pass `__name__`
-): # a `Stage`
+    stage: str,  # stage, such as "clean"
+    cfg,  # its config
+    inputs=(),  # upstream artifacts, world, files that the result depends on
+    code: str = "",  # the stage's module: pass `__name__`
+):  # a `Stage`
     "Frame of a stage: lock, set aside what other code or inputs made, skip what is done, write the manifest last."
     d = stage_dir(stage, cfg)
     with locked(d):
         d.mkdir(exist_ok=True)
-        want = dict(seed=cfg.seed, config=identity(cfg), inputs={Path(p).name: digest_of(p) for p in inputs if p}, code=code_hash(code) if code else '')
-        fingerprint = hash8(want); make_room(d, want)
-        man = read_json(d/'manifest.json') if (d/'manifest.json').exists() else {}
-        done = man.get('fingerprint') == fingerprint and all((d/p).exists() for p in man['outputs'])
+        want = dict(
+            seed=cfg.seed,
+            config=identity(cfg),
+            inputs={Path(p).name: digest_of(p) for p in inputs if p},
+            code=code_hash(code) if code else "",
+        )
+        fingerprint = hash8(want)
+        make_room(d, want)
+        man = read_json(d / "manifest.json") if (d / "manifest.json").exists() else {}
+        done = man.get("fingerprint") == fingerprint and all((d / p).exists() for p in man["outputs"])
         st = Stage(d, done)
         if not done:
-            (d/'manifest.json').unlink(missing_ok=True)
-        else: log(f'{stage}/{d.name}: nothing to do')
+            (d / "manifest.json").unlink(missing_ok=True)
+        else:
+            log(f"{stage}/{d.name}: nothing to do")
         t = time.time()
         yield st
         if not done:
-            world = default_world() if getattr(cfg, 'world', '') == 'default' else getattr(cfg, 'world', '')
-            write_json(d/'manifest.json', dict(stage=stage, name=cfg.name, fingerprint=fingerprint, config=dataclasses.asdict(cfg), world=world,
-                inputs={str(p): digest_of(p) for p in inputs if p}, code=want['code'], commit=git_commit(), environment=environment(),
-                seconds=round(time.time()-t, 2), peak_mib=_peak_mib(), finished=time.strftime('%Y-%m-%dT%H:%M:%S'),
-                metrics=st.metrics, outputs=_outputs(d)))
+            world = default_world() if getattr(cfg, "world", "") == "default" else getattr(cfg, "world", "")
+            write_json(
+                d / "manifest.json",
+                dict(
+                    stage=stage,
+                    name=cfg.name,
+                    fingerprint=fingerprint,
+                    config=dataclasses.asdict(cfg),
+                    world=world,
+                    inputs={str(p): digest_of(p) for p in inputs if p},
+                    code=want["code"],
+                    commit=git_commit(),
+                    environment=environment(),
+                    seconds=round(time.time() - t, 2),
+                    peak_mib=_peak_mib(),
+                    finished=time.strftime("%Y-%m-%dT%H:%M:%S"),
+                    metrics=st.metrics,
+                    outputs=_outputs(d),
+                ),
+            )

@@ -20,77 +20,106 @@ from tqdm import tqdm
 
 # %% ../../nbs/parts/core.ipynb #fc2127c0
 def project_root(
-    start:Path|None=None, # folder to start from; the working directory if not given
-)->Path: # the folder that holds `settings.ini`, else the start itself
+    start: Path | None = None,  # folder to start from; the working directory if not given
+) -> Path:  # the folder that holds `settings.ini`, else the start itself
     "The project's root, found by walking up."
     start = Path(start or Path.cwd()).resolve()
-    return next((d for d in (start, *start.parents) if (d/'settings.ini').exists()), start)
+    return next((d for d in (start, *start.parents) if (d / "settings.ini").exists()), start)
 
-def runs_dir()->Path: # `runs/` under the root, or the folder that LANDMARK_RUNS names
+
+def runs_dir() -> Path:  # `runs/` under the root, or the folder that LANDMARK_RUNS names
     "Where artifacts are kept."
-    return Path(os.environ.get('LANDMARK_RUNS') or project_root()/'runs')
+    return Path(os.environ.get("LANDMARK_RUNS") or project_root() / "runs")
 
 # %% ../../nbs/parts/core.ipynb #fcfcc3bd
-def default_world()->str: # "mini", or what LANDMARK_WORLD says
+def default_world() -> str:  # "mini", or what LANDMARK_WORLD says
     "The drawn world that a stage uses when it is given none."
-    return os.environ.get('LANDMARK_WORLD') or 'mini'
+    return os.environ.get("LANDMARK_WORLD") or "mini"
+
 
 def is_tiny(
-    cfg, # a stage's config
-)->bool: # may this run make up its own small inputs?
+    cfg,  # a stage's config
+) -> bool:  # may this run make up its own small inputs?
     "Whether a stage runs on the tiny world, where a missing upstream artifact is made up for the test."
-    return (default_world() if getattr(cfg, 'world', 'default') == 'default' else cfg.world) == 'tiny'
+    return (default_world() if getattr(cfg, "world", "default") == "default" else cfg.world) == "tiny"
 
 # %% ../../nbs/parts/core.ipynb #e2de486e
 class ParameterError(ValueError):
     "A parameter that does not exist, has the wrong type, or points to nothing."
 
-def _table(cfg)->str:
-    rows = [(f.name, getattr(cfg, f.name), f.default if f.default is not dataclasses.MISSING
-             else f.default_factory() if f.default_factory is not dataclasses.MISSING else '') for f in dataclasses.fields(cfg)]
-    body = '\n'.join(f'| {n} | {f"**{v}**" if v != d else v} | {d if v != d else ""} |' for n, v, d in rows)
-    return '| parameter | value | default |\n|---|---|---|\n' + body
+
+def _table(cfg) -> str:
+    rows = [
+        (
+            f.name,
+            getattr(cfg, f.name),
+            f.default
+            if f.default is not dataclasses.MISSING
+            else f.default_factory()
+            if f.default_factory is not dataclasses.MISSING
+            else "",
+        )
+        for f in dataclasses.fields(cfg)
+    ]
+    body = "\n".join(f"| {n} | {f'**{v}**' if v != d else v} | {d if v != d else ''} |" for n, v, d in rows)
+    return "| parameter | value | default |\n|---|---|---|\n" + body
+
 
 def stage_config(cls):
     "Class decorator: a frozen pydantic dataclass that refuses unknown names and shows itself as a table."
     cls._repr_markdown_ = _table
-    return pydantic.dataclasses.dataclass(cls, frozen=True, config=pydantic.ConfigDict(extra='forbid', arbitrary_types_allowed=True, coerce_numbers_to_str=True))
+    return pydantic.dataclasses.dataclass(
+        cls,
+        frozen=True,
+        config=pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True),
+    )
 
 # %% ../../nbs/parts/core.ipynb #ca7fb544
 def make_config(
-    Config, # a class made by `stage_config`
-    params:dict, # parameter names and values
-): # the config
+    Config,  # a class made by `stage_config`
+    params: dict,  # parameter names and values
+):  # the config
     "Check `params` against `Config`; every mistake is named together with what is allowed."
     names = [f.name for f in dataclasses.fields(Config)]
-    try: return Config(**params)
+    try:
+        return Config(**params)
     except pydantic.ValidationError as e:
         lines = []
         for err in e.errors():
-            name = str(err['loc'][0]) if err['loc'] else ''
-            if err['type'] == 'unexpected_keyword_argument':
+            name = str(err["loc"][0]) if err["loc"] else ""
+            if err["type"] == "unexpected_keyword_argument":
                 near = difflib.get_close_matches(name, names, 1)
-                lines.append(f'there is no parameter `{name}`' + (f', did you mean `{near[0]}`?' if near else '') + f' Allowed: {", ".join(names)}')
-            else: lines.append(f'`{name}` is {params.get(name)!r}: {err["msg"]}')
-        where = Config.__module__.rpartition('.')[2]
-        raise ParameterError(f'{where}: ' + '; '.join(dict.fromkeys(lines))) from None
+                lines.append(
+                    f"there is no parameter `{name}`"
+                    + (f", did you mean `{near[0]}`?" if near else "")
+                    + f" Allowed: {', '.join(names)}"
+                )
+            else:
+                lines.append(f"`{name}` is {params.get(name)!r}: {err['msg']}")
+        where = Config.__module__.rpartition(".")[2]
+        raise ParameterError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 # %% ../../nbs/parts/core.ipynb #c14a87df
-_ipython = re.compile(r'_+|_i+|_i?\d+|_(ih|oh|dh|seen|exit_code)|__\w+__|In|Out|get_ipython|exit|quit|open|papermill')
+_ipython = re.compile(
+    r"_+|_i+|_i?\d+|_(ih|oh|dh|seen|exit_code)|__\w+__|In|Out|get_ipython|exit|quit|open|papermill"
+)
+
 
 def open_parameters(
-    ns:dict, # the notebook's `globals()`
+    ns: dict,  # the notebook's `globals()`
     Config,  # the stage's config class
-)->dict: # names and values that exist already
+) -> dict:  # names and values that exist already
     "Forget earlier values of the parameters and remember what else is defined."
-    for f in dataclasses.fields(Config): ns.pop(f.name, None)
+    for f in dataclasses.fields(Config):
+        ns.pop(f.name, None)
     return dict(ns)
 
+
 def read_parameters(
-    ns:dict,   # the notebook's `globals()`
-    seen:dict, # what `open_parameters` returned
-    Config,    # the stage's config class
-): # the config
+    ns: dict,  # the notebook's `globals()`
+    seen: dict,  # what `open_parameters` returned
+    Config,  # the stage's config class
+):  # the config
     "Every name defined or changed since `open_parameters` is a parameter, and has to be a known one."
     new = {k: v for k, v in ns.items() if not _ipython.fullmatch(k) and (k not in seen or seen[k] is not v)}
     return make_config(Config, new)
@@ -98,139 +127,208 @@ def read_parameters(
 # %% ../../nbs/parts/core.ipynb #5dc9f219
 @contextlib.contextmanager
 def atomic_path(
-    path:Path, # where the file or folder shall be
-): # a temporary path beside it, to write to
+    path: Path,  # where the file or folder shall be
+):  # a temporary path beside it, to write to
     "Yield a temporary sibling; rename it to `path` if the block ends well, remove it if not."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident() % 9973}.tmp')
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident() % 9973}.tmp")
     try:
         yield tmp
-        if path.is_dir() and tmp.is_dir(): shutil.rmtree(path)
+        if path.is_dir() and tmp.is_dir():
+            shutil.rmtree(path)
         os.replace(tmp, path)
     except OSError as e:
-        if e.errno != errno.ENOSPC: raise
-        raise OSError(e.errno, f'the disk is full, nothing was kept of {path}; free some space and run again') from e
+        if e.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            e.errno, f"the disk is full, nothing was kept of {path}; free some space and run again"
+        ) from e
     finally:
-        if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
-        elif tmp.exists(): tmp.unlink()
+        if tmp.is_dir():
+            shutil.rmtree(tmp, ignore_errors=True)
+        elif tmp.exists():
+            tmp.unlink()
 
-def write_text(path:Path, text:str):
+
+def write_text(path: Path, text: str):
     "Write a text file atomically."
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
 
-def write_json(path:Path, obj):
+
+def write_json(path: Path, obj):
     "Write JSON atomically, readable by people."
-    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n')
+    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n")
 
-def read_json(path:Path):
+
+def read_json(path: Path):
     "Read a JSON file."
-    return json.loads(Path(path).read_text(encoding='utf-8'))
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
-def write_csv(df, path:Path):
+
+def write_csv(df, path: Path):
     "Write a table atomically, without its index."
-    write_text(path, df.to_csv(index=False, lineterminator='\n'))
+    write_text(path, df.to_csv(index=False, lineterminator="\n"))
 
 # %% ../../nbs/parts/core.ipynb #1153196d
-def log(msg:str):
+def log(msg: str):
     "Say something while working; goes to standard error, so that a printed table stays clean."
     print(msg, file=sys.stderr, flush=True)
 
+
 @contextlib.contextmanager
 def locked(
-    path:Path, # a file or folder that one process at a time shall make
+    path: Path,  # a file or folder that one process at a time shall make
 ):
     "Hold the lock of `path`, a hidden file beside it; wait for whoever holds it."
     from filelock import FileLock, Timeout
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    lock, told = FileLock(path.with_name(f'.{path.name}.lock')), False
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, told = FileLock(path.with_name(f".{path.name}.lock")), False
     while not lock.is_locked:
-        try: lock.acquire(timeout=10 if told else 0.5)
-        except Timeout: log(f'another process is at work on {path.name}; waiting for it'); told = True
-    try: yield
-    finally: lock.release()
+        try:
+            lock.acquire(timeout=10 if told else 0.5)
+        except Timeout:
+            log(f"another process is at work on {path.name}; waiting for it")
+            told = True
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/parts/core.ipynb #f8874c0e
 def sha256_of(
-    path:Path, # a file
-)->str: # hex digest
+    path: Path,  # a file
+) -> str:  # hex digest
     "The sha256 of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def hash8(
-    obj, # anything JSON can hold
-)->str: # 8 hex characters
+    obj,  # anything JSON can hold
+) -> str:  # 8 hex characters
     "A short, stable name for a value."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 # %% ../../nbs/parts/core.ipynb #ef37de8d
 def set_seed(
-    seed:int, # the run's seed
+    seed: int,  # the run's seed
 ):
     "Seed Python, NumPy and, if it is loaded, PyTorch. Called inside functions, never on import."
-    random.seed(seed); np.random.seed(seed % 2**32)
-    if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
 
 def pick_device(
-    device:str='auto', # auto, cpu, cuda or cuda:N
-): # a torch.device
+    device: str = "auto",  # auto, cpu, cuda or cuda:N
+):  # a torch.device
     "The device to work on; asking for a GPU that is not there is an error, not a slow run."
     import torch
-    if device == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if not re.fullmatch(r'cpu|cuda(:\d+)?', device): raise ParameterError(f'device is {device!r}; allowed: auto, cpu, cuda, cuda:N')
-    if device != 'cpu':
-        n = torch.cuda.device_count(); i = int(device.partition(':')[2] or 0)
-        if i >= n: raise ParameterError(f'device {device} was asked for, but this machine shows {n} CUDA GPUs; use device: auto or cpu')
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ParameterError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N")
+    if device != "cpu":
+        n = torch.cuda.device_count()
+        i = int(device.partition(":")[2] or 0)
+        if i >= n:
+            raise ParameterError(
+                f"device {device} was asked for, but this machine shows {n} CUDA GPUs; use device: auto or cpu"
+            )
     return torch.device(device)
 
 # %% ../../nbs/parts/core.ipynb #5a597ea9
-def progress(iterable, desc:str='', total:int|None=None):
+def progress(iterable, desc: str = "", total: int | None = None):
     "A plain progress bar, on standard error."
     return tqdm(iterable, desc=desc, total=total, mininterval=1.0, ascii=True, leave=True)
 
-def _watch_parent(parent:int):
+
+def _watch_parent(parent: int):
     def watch():
-        while os.getppid() == parent: time.sleep(0.5)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
-    for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ[k] = '1'     # numba would give PyTorch all cores back
-    with contextlib.suppress(ImportError): import cv2; cv2.setNumThreads(1)
+
+    for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[k] = "1"  # numba would give PyTorch all cores back
+    with contextlib.suppress(ImportError):
+        import cv2
+
+        cv2.setNumThreads(1)
     threading.Thread(target=watch, daemon=True).start()
 
+
 def parallel_map(
-    fn,              # a function of a module
-    items,           # its arguments, one at a time
-    n_workers:int=0, # processes; 0 is one per core, 1 works in this process
-    desc:str='',     # title of the progress bar
-)->list: # results, in the order of the items
+    fn,  # a function of a module
+    items,  # its arguments, one at a time
+    n_workers: int = 0,  # processes; 0 is one per core, 1 works in this process
+    desc: str = "",  # title of the progress bar
+) -> list:  # results, in the order of the items
     "Map over processes, in order, with a progress bar."
     items = list(items)
-    n = min(n_workers or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else n_workers or os.cpu_count(), len(items))
-    if n <= 1: return [fn(x) for x in progress(items, desc)]
-    with ProcessPoolExecutor(n, mp_context=get_context('spawn'), initializer=_watch_parent, initargs=(os.getpid(),)) as pool:
-        return list(progress(pool.map(fn, items, chunksize=max(1, min(16, len(items)//(8*n)))), desc, len(items)))
+    n = min(
+        n_workers or len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else n_workers or os.cpu_count(),
+        len(items),
+    )
+    if n <= 1:
+        return [fn(x) for x in progress(items, desc)]
+    with ProcessPoolExecutor(
+        n, mp_context=get_context("spawn"), initializer=_watch_parent, initargs=(os.getpid(),)
+    ) as pool:
+        return list(
+            progress(pool.map(fn, items, chunksize=max(1, min(16, len(items) // (8 * n)))), desc, len(items))
+        )
 
 # %% ../../nbs/parts/core.ipynb #3d455f72
 def read_yaml(
-    path:Path, # a parameter file
-)->dict: # parameters
+    path: Path,  # a parameter file
+) -> dict:  # parameters
     "Read a parameter file; an empty one states nothing beyond the defaults."
-    with open(path, encoding='utf-8') as f: params = yaml.safe_load(f) or {}
-    if not isinstance(params, dict): raise ParameterError(f'{path}: a parameter file holds `name: value` lines')
+    with open(path, encoding="utf-8") as f:
+        params = yaml.safe_load(f) or {}
+    if not isinstance(params, dict):
+        raise ParameterError(f"{path}: a parameter file holds `name: value` lines")
     return params
 
+
 def stage_main(
-    Config, # the stage's config class
-    run,    # its run function
+    Config,  # the stage's config class
+    run,  # its run function
 ):
     "Run a stage from the command line; prints the artifact's directory."
     import argparse
-    ap = argparse.ArgumentParser(description=inspect.getdoc(run), formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 epilog='parameters:\n' + '\n'.join(f'  {f.name} = {f.default!r}' for f in dataclasses.fields(Config)))
-    ap.add_argument('-f', '--file', action='append', default=[], help='a YAML file of parameters')
-    ap.add_argument('-p', '--parameter', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='one parameter; the value is read as YAML')
+
+    ap = argparse.ArgumentParser(
+        description=inspect.getdoc(run),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="parameters:\n" + "\n".join(f"  {f.name} = {f.default!r}" for f in dataclasses.fields(Config)),
+    )
+    ap.add_argument("-f", "--file", action="append", default=[], help="a YAML file of parameters")
+    ap.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one parameter; the value is read as YAML",
+    )
     a = ap.parse_args()
     try:
         params = {}
-        for f in a.file: params |= read_yaml(f)
-        params |= {k: v if v.startswith('@') else yaml.safe_load(v) for k, v in a.parameter} # @stage/name is no YAML
+        for f in a.file:
+            params |= read_yaml(f)
+        params |= {
+            k: v if v.startswith("@") else yaml.safe_load(v) for k, v in a.parameter
+        }  # @stage/name is no YAML
         print(run(make_config(Config, params)))
-    except ParameterError as e: sys.exit(str(e))
+    except ParameterError as e:
+        sys.exit(str(e))

@@ -10,39 +10,57 @@ import fcntl, os, re, subprocess, sys, time
 from pathlib import Path
 
 # %% ../../nbs/parts/gpus.ipynb #5c078e1b
-def visible_gpus()->list: # UUIDs, in the order of CUDA_VISIBLE_DEVICES
+def visible_gpus() -> list:  # UUIDs, in the order of CUDA_VISIBLE_DEVICES
     "The NVIDIA GPUs that this process may use."
-    try: listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired): return []
-    found = re.findall(r'^GPU \d+: .*\(UUID: (GPU-[^)]+)\)', listed, re.M)
-    wanted = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(found)).replace(' ', '').split(',')
-    return [g for w in wanted if w for i, g in enumerate(found) if w == str(i) or w.startswith('GPU-') and g.startswith(w)]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.findall(r"^GPU \d+: .*\(UUID: (GPU-[^)]+)\)", listed, re.M)
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(found)).replace(" ", "").split(",")
+    return [
+        g
+        for w in wanted
+        if w
+        for i, g in enumerate(found)
+        if w == str(i) or w.startswith("GPU-") and g.startswith(w)
+    ]
 
 # %% ../../nbs/parts/gpus.ipynb #bb9053c7
 def _hold(path):
     "The lock file, open and locked; None if somebody has it."
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return fd
-    except BlockingIOError: os.close(fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+
 
 def take_gpus(
-    n:int,          # how many; at most those that are there
-    lock_dir:Path,  # where the locks are, the same for all who share the GPUs
-    wait:float=1.,  # seconds between two looks
-)->dict: # UUID → its open lock file
+    n: int,  # how many; at most those that are there
+    lock_dir: Path,  # where the locks are, the same for all who share the GPUs
+    wait: float = 1.0,  # seconds between two looks
+) -> dict:  # UUID → its open lock file
     "Take GPUs that nobody else has; this process, or the program that it becomes, holds them until it ends."
-    gpus = visible_gpus(); n = min(n, len(gpus)); Path(lock_dir).mkdir(parents=True, exist_ok=True)
+    gpus = visible_gpus()
+    n = min(n, len(gpus))
+    Path(lock_dir).mkdir(parents=True, exist_ok=True)
     while True:
-        with open(Path(lock_dir)/'turn.lock', 'w') as turn:
+        with open(Path(lock_dir) / "turn.lock", "w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
-            free = {g: fd for g in gpus if (fd := _hold(Path(lock_dir)/f'{g}.lock')) is not None}
+            free = {g: fd for g in gpus if (fd := _hold(Path(lock_dir) / f"{g}.lock")) is not None}
             taken = dict(list(free.items())[:n]) if len(free) >= n else {}
-            for g, fd in free.items(): os.set_inheritable(fd, True) if g in taken else os.close(fd)
-        if len(taken) == n: return taken
+            for g, fd in free.items():
+                os.set_inheritable(fd, True) if g in taken else os.close(fd)
+        if len(taken) == n:
+            return taken
         time.sleep(wait)
+
 
 def main():
     "`N LOCKS COMMAND …` becomes the command, with N GPUs of its own; where there are none, it just becomes the command."
     n, lock_dir, *command = sys.argv[1:]
-    if taken := take_gpus(int(n), lock_dir): os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(taken)
+    if taken := take_gpus(int(n), lock_dir):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
     os.execvp(command[0], command)

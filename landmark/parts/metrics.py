@@ -16,184 +16,228 @@ from numba import njit
 class MetricError(ValueError):
     "Rankings and ground truth that do not belong together."
 
+
 def ap_at_k(
-    ranks:list,     # positions in `index` (or ids), best first
-    positives:set,  # what is relevant
-    k:int=100,      # length that counts
-)->float: # 0 … 1; NaN for a query without relevant images
+    ranks: list,  # positions in `index` (or ids), best first
+    positives: set,  # what is relevant
+    k: int = 100,  # length that counts
+) -> float:  # 0 … 1; NaN for a query without relevant images
     "Average precision of one ranking, by the competition's definition."
-    if not len(positives): return float("nan")
+    if not len(positives):
+        return float("nan")
     found, total, seen = 0, 0.0, set()
     for i, x in enumerate(list(ranks)[:k], 1):
         if x in positives and x not in seen:
-            found += 1; total += found/i; seen.add(x)
-    return total/min(len(positives), k)
+            found += 1
+            total += found / i
+            seen.add(x)
+    return total / min(len(positives), k)
 
 # %% ../../nbs/parts/metrics.ipynb #a92c6899
 def _flat(collections, dtype=np.int64):
     "Collections of numbers as one array, and how many each has."
     counts = np.fromiter(map(len, collections), np.int64, len(collections))
-    if len(collections) and all(isinstance(c, np.ndarray) for c in collections): return np.concatenate(collections).astype(dtype), counts
+    if len(collections) and all(isinstance(c, np.ndarray) for c in collections):
+        return np.concatenate(collections).astype(dtype), counts
     return np.fromiter(chain.from_iterable(collections), dtype, counts.sum()), counts
+
 
 @njit(cache=True, nogil=True)
 def _hits(ranks, starts, flat, n, mask, m):
     "Mark each relevant image at its first mention, and count the different relevant images of each query."
     wanted = np.full(n, -1, np.int64)
     for i in range(len(ranks)):
-        for e in range(starts[i], starts[i+1]):
+        for e in range(starts[i], starts[i + 1]):
             p = flat[e]
-            if p >= 0: m[i] += wanted[p] != i; wanted[p] = i
+            if p >= 0:
+                m[i] += wanted[p] != i
+                wanted[p] = i
             else:
                 m[i] += 1
                 for d in range(starts[i], e):
-                    if flat[d] == p: m[i] -= 1; break
+                    if flat[d] == p:
+                        m[i] -= 1
+                        break
         for j in range(ranks.shape[1]):
             x = ranks[i, j]
-            if x >= 0 and wanted[x] == i: mask[i, j] = True; wanted[x] = -1
+            if x >= 0 and wanted[x] == i:
+                mask[i, j] = True
+                wanted[x] = -1
 
 # %% ../../nbs/parts/metrics.ipynb #a6ab27c4
 def _relevance(ranks, positives):
     "bool [q, k], and how many relevant images each query has [q]."
     ranks = np.ascontiguousarray(np.atleast_2d(np.asarray(ranks, np.int64)))
-    if len(ranks) != len(positives): raise MetricError(f"{len(ranks)} rankings but {len(positives)} queries in the ground truth")
+    if len(ranks) != len(positives):
+        raise MetricError(f"{len(ranks)} rankings but {len(positives)} queries in the ground truth")
     flat, counts = _flat(positives)
     n = int(max(ranks.max(initial=0), flat.max(initial=0))) + 1
-    if n > 2**28:                                                            # ids rather than positions: number them
+    if n > 2**28:  # ids rather than positions: number them
         names, at = np.unique(np.r_[flat, ranks.reshape(-1)], return_inverse=True)
         at, n = np.where(names[at] < 0, names[at], at), len(names)
-        flat, ranks = at[:len(flat)], at[len(flat):].reshape(ranks.shape)
+        flat, ranks = at[: len(flat)], at[len(flat) :].reshape(ranks.shape)
     mask, m = np.zeros(ranks.shape, bool), np.zeros(len(ranks), np.int64)
     _hits(ranks, np.r_[0, counts.cumsum()], flat, n, mask, m)
     return mask, m
 
+
 def relevant_mask(
-    ranks:np.ndarray, # positions in `index`, best first, −1 for "none" [q, k]
-    positives:list,   # one collection of relevant positions per query; negative: not in the index, not to be found
-)->np.ndarray: # bool [q, k]: a relevant image, at its first mention
+    ranks: np.ndarray,  # positions in `index`, best first, −1 for "none" [q, k]
+    positives: list,  # one collection of relevant positions per query; negative: not in the index, not to be found
+) -> np.ndarray:  # bool [q, k]: a relevant image, at its first mention
     "Which places of the rankings hold a relevant image."
     return _relevance(ranks, positives)[0]
 
+
 def map_at_k(
-    ranks:np.ndarray,     # positions in `index`, best first, −1 for "none" [q, k']
-    positives:list,       # one collection of relevant positions per query; negative: not in the index, not to be found
-    k:int=100,            # length that counts
-    per_query:bool=False, # also return the AP of every query
-): # mAP, or (mAP, APs [q])
+    ranks: np.ndarray,  # positions in `index`, best first, −1 for "none" [q, k']
+    positives: list,  # one collection of relevant positions per query; negative: not in the index, not to be found
+    k: int = 100,  # length that counts
+    per_query: bool = False,  # also return the AP of every query
+):  # mAP, or (mAP, APs [q])
     "Mean AP@k over the queries that have relevant images."
-    if k < 1: raise MetricError(f"k is {k}; it is at least 1")
+    if k < 1:
+        raise MetricError(f"k is {k}; it is at least 1")
     ranks = np.asarray(ranks, np.int64)
     rel, m = _relevance((ranks if ranks.ndim == 2 else ranks.reshape(len(positives), -1))[:, :k], positives)
     at, place = np.nonzero(rel)
-    found = np.arange(len(at)) - np.searchsorted(at, at) + 1                 # how many of the query's so far
-    total = np.bincount(at, found/(place+1), len(rel))
-    aps = np.where(m > 0, total/np.clip(m, 1, k), np.nan)
+    found = np.arange(len(at)) - np.searchsorted(at, at) + 1  # how many of the query's so far
+    total = np.bincount(at, found / (place + 1), len(rel))
+    aps = np.where(m > 0, total / np.clip(m, 1, k), np.nan)
     mean = mean_of(aps)
     return (mean, aps) if per_query else mean
 
+
 def mean_of(
-    values:np.ndarray, # one per query, NaN for a query that is not scored
-)->float: # NaN when no query is scored
+    values: np.ndarray,  # one per query, NaN for a query that is not scored
+) -> float:  # NaN when no query is scored
     "Mean over the queries that are scored."
     values = np.asarray(values, float)
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 # %% ../../nbs/parts/metrics.ipynb #7683c0b2
 def map_of_submission(
-    submitted:dict, # query id → retrieved image ids, best first
-    truth:dict,     # query id → relevant image ids
-    k:int=100,      # length that counts
-)->float:
+    submitted: dict,  # query id → retrieved image ids, best first
+    truth: dict,  # query id → relevant image ids
+    k: int = 100,  # length that counts
+) -> float:
     "mAP@k of a submission; a query without an answer counts 0."
     answers, wanted = [list(islice(submitted.get(q, ()), k)) for q in truth], list(truth.values())
     (flat, length), (relevant, counts) = _flat(answers, object), _flat(wanted, object)
     ids = pd.factorize(np.r_[flat, relevant])[0]
     ranks = np.full((len(truth), k), -1)
-    ranks[np.arange(k) < length[:, None]] = ids[:len(flat)]
-    return map_at_k(ranks, np.split(ids[len(flat):], counts.cumsum()[:-1]), k) if truth else float("nan")
+    ranks[np.arange(k) < length[:, None]] = ids[: len(flat)]
+    return map_at_k(ranks, np.split(ids[len(flat) :], counts.cumsum()[:-1]), k) if truth else float("nan")
 
 # %% ../../nbs/parts/metrics.ipynb #49d9c868
 def _right(predicted, truth):
     "Whether each prediction is one of its image's landmarks, and how many images show one."
-    if isinstance(truth, np.ndarray) and truth.ndim == 1 and truth.dtype.kind in "iu": return (predicted == truth) & (truth >= 0), int((truth >= 0).sum())
+    if isinstance(truth, np.ndarray) and truth.ndim == 1 and truth.dtype.kind in "iu":
+        return (predicted == truth) & (truth >= 0), int((truth >= 0).sum())
     flat, counts = _flat([t if hasattr(t, "__len__") else (t,) for t in truth])
     rows = np.repeat(np.arange(len(truth)), counts)
     right = np.zeros(len(truth), bool)
     right[rows[(flat == predicted[rows]) & (flat >= 0)]] = True
     return right, len(np.unique(rows[flat >= 0]))
 
+
 def gap(
-    predicted:np.ndarray,  # landmark_id per prediction, −1 for none [n]
-    scores:np.ndarray,     # confidence, higher is surer [n]
-    truth:list,            # landmark_ids of each image: a collection or a number, empty or −1 for none [n]
-    keys:np.ndarray=None,  # image ids, which order equal scores; the row number by default
-)->float: # 0 … 1; NaN when no image shows a landmark
+    predicted: np.ndarray,  # landmark_id per prediction, −1 for none [n]
+    scores: np.ndarray,  # confidence, higher is surer [n]
+    truth: list,  # landmark_ids of each image: a collection or a number, empty or −1 for none [n]
+    keys: np.ndarray = None,  # image ids, which order equal scores; the row number by default
+) -> float:  # 0 … 1; NaN when no image shows a landmark
     "Global average precision (micro-AP), one prediction per image."
     predicted, scores = np.asarray(predicted, np.int64), np.asarray(scores, np.float64)
-    if not len(predicted) == len(scores) == len(truth): raise MetricError(f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels; each image has one")
+    if not len(predicted) == len(scores) == len(truth):
+        raise MetricError(
+            f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels; each image has one"
+        )
     given = (predicted >= 0) | ~np.isnan(scores)
-    if not np.isfinite(scores[given]).all(): raise MetricError(f"{int((~np.isfinite(scores[given])).sum())} scores are not finite; an image without prediction has landmark_id −1 and no score")
+    if not np.isfinite(scores[given]).all():
+        raise MetricError(
+            f"{int((~np.isfinite(scores[given])).sum())} scores are not finite; an image without prediction has landmark_id −1 and no score"
+        )
     right, m = _right(predicted, truth)
-    if not m: return float("nan")
+    if not m:
+        return float("nan")
     rows = np.flatnonzero(given)
     order = rows[np.argsort(-scores[rows], kind="stable")]
-    if (np.diff(scores[order]) == 0).any() and keys is not None: order = rows[np.lexsort((predicted[rows], np.asarray(keys)[rows], -scores[rows]))]
+    if (np.diff(scores[order]) == 0).any() and keys is not None:
+        order = rows[np.lexsort((predicted[rows], np.asarray(keys)[rows], -scores[rows]))]
     places = np.flatnonzero(right[order]) + 1
-    return float((np.arange(1, len(places)+1)/places).sum()/m)
+    return float((np.arange(1, len(places) + 1) / places).sum() / m)
 
 # %% ../../nbs/parts/metrics.ipynb #c4f19795
 def accuracy(
-    logits:np.ndarray,  # [n, classes]
-    labels:np.ndarray,  # class_id [n]
-)->float: # share of rows whose largest logit is the label's
+    logits: np.ndarray,  # [n, classes]
+    labels: np.ndarray,  # class_id [n]
+) -> float:  # share of rows whose largest logit is the label's
     "Top-1 accuracy."
     logits, labels = np.asarray(logits), np.asarray(labels)
-    if not len(labels) or len(logits) != len(labels): raise MetricError(f"{len(logits)} rows of logits and {len(labels)} labels; each image has one of both, and there is at least one")
-    if not np.isfinite(logits).all(): raise MetricError(f"{int((~np.isfinite(logits).all(1)).sum())} rows of logits are not finite")
+    if not len(labels) or len(logits) != len(labels):
+        raise MetricError(
+            f"{len(logits)} rows of logits and {len(labels)} labels; each image has one of both, and there is at least one"
+        )
+    if not np.isfinite(logits).all():
+        raise MetricError(f"{int((~np.isfinite(logits).all(1)).sum())} rows of logits are not finite")
     return float((logits.argmax(1) == labels).mean())
 
 # %% ../../nbs/parts/metrics.ipynb #ae3d581e
 def trapezoid_ap(
-    ranks:np.ndarray,  # 0-based ranks of the positives, ascending
-    n_positives:int,   # how many there are
-)->float:
+    ranks: np.ndarray,  # 0-based ranks of the positives, ascending
+    n_positives: int,  # how many there are
+) -> float:
     "AP of the revisited protocol: the trapezoid under the precision-recall curve."
-    if not n_positives: return float("nan")
-    r = np.asarray(ranks, np.float64); j = np.arange(len(r))
+    if not n_positives:
+        return float("nan")
+    r = np.asarray(ranks, np.float64)
+    j = np.arange(len(r))
     before = np.divide(j, r, out=np.ones(len(r)), where=r > 0)
-    return float((before + (j+1)/(r+1)).sum()/(2*n_positives))
+    return float((before + (j + 1) / (r + 1)).sum() / (2 * n_positives))
 
 # %% ../../nbs/parts/metrics.ipynb #b40a7fa5
 def judge(
-    ranking:np.ndarray,  # positions in `index`, best first; may be truncated
-    positives,           # relevant positions
-    junk=(),             # positions neither counted nor punished
-    kappas=(1, 5, 10),   # the k of P@k
-)->tuple: # AP and P@k of the query; NaN without positives
+    ranking: np.ndarray,  # positions in `index`, best first; may be truncated
+    positives,  # relevant positions
+    junk=(),  # positions neither counted nor punished
+    kappas=(1, 5, 10),  # the k of P@k
+) -> tuple:  # AP and P@k of the query; NaN without positives
     "AP and precision of one query by the revisited protocol."
     positives = np.unique(np.asarray(list(positives), np.int64))
-    if not len(positives): return float("nan"), np.full(len(kappas), np.nan)
+    if not len(positives):
+        return float("nan"), np.full(len(kappas), np.nan)
     ranking = np.asarray(ranking, np.int64)
     ranking = ranking[~np.isin(ranking, np.asarray(list(junk), np.int64)) & (ranking >= 0)]
     at = np.flatnonzero(np.isin(ranking, positives))
-    at = np.sort(at[np.unique(ranking[at], return_index=True)[1]])                     # each at its first mention
-    last = at.max()+1 if len(at) else 0
-    precision = [float((at < min(last, k)).sum()/min(last, k)) if last else 0.0 for k in kappas]
+    at = np.sort(at[np.unique(ranking[at], return_index=True)[1]])  # each at its first mention
+    last = at.max() + 1 if len(at) else 0
+    precision = [float((at < min(last, k)).sum() / min(last, k)) if last else 0.0 for k in kappas]
     return trapezoid_ap(at, len(positives)), np.array(precision)
 
-PROTOCOLS = dict(E=(("easy",), ("junk", "hard")), M=(("easy", "hard"), ("junk",)), H=(("hard",), ("junk", "easy")))
+
+PROTOCOLS = dict(
+    E=(("easy",), ("junk", "hard")), M=(("easy", "hard"), ("junk",)), H=(("hard",), ("junk", "easy"))
+)
+
 
 def revisited(
-    ranks:np.ndarray,      # positions in `index`, best first [q, k], −1 for none
-    gnd:list,              # per query a dict with easy, hard and junk
-    kappas=(1, 5, 10),     # the k of P@k
-)->dict: # protocol → dict(map, aps [q], mpk [kappas], pk [q, kappas])
+    ranks: np.ndarray,  # positions in `index`, best first [q, k], −1 for none
+    gnd: list,  # per query a dict with easy, hard and junk
+    kappas=(1, 5, 10),  # the k of P@k
+) -> dict:  # protocol → dict(map, aps [q], mpk [kappas], pk [q, kappas])
     "Easy, Medium and Hard of the revisited protocol."
-    if len(ranks) != len(gnd): raise MetricError(f"{len(ranks)} rankings but {len(gnd)} queries in the ground truth")
+    if len(ranks) != len(gnd):
+        raise MetricError(f"{len(ranks)} rankings but {len(gnd)} queries in the ground truth")
     out = {}
     for name, (good, bad) in PROTOCOLS.items():
         gather = lambda g, kinds: np.concatenate([np.asarray(g.get(x, ()), np.int64) for x in kinds])
         rows = [judge(r, gather(g, good), gather(g, bad), kappas) for r, g in zip(ranks, gnd)]
-        aps, pk = np.array([r[0] for r in rows]), np.array([r[1] for r in rows]).reshape(len(rows), len(kappas))
-        out[name] = dict(map=mean_of(aps), aps=aps, mpk=np.array([mean_of(pk[:, i]) for i in range(len(kappas))]), pk=pk)
+        aps, pk = (
+            np.array([r[0] for r in rows]),
+            np.array([r[1] for r in rows]).reshape(len(rows), len(kappas)),
+        )
+        out[name] = dict(
+            map=mean_of(aps), aps=aps, mpk=np.array([mean_of(pk[:, i]) for i in range(len(kappas))]), pk=pk
+        )
     return out

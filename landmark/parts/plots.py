@@ -9,66 +9,105 @@ __all__ = ['COLOURS', 'tile', 'contact_sheet', 'to_markdown']
 import numpy as np, pandas as pd
 
 # %% ../../nbs/parts/plots.ipynb #b16d6999
-COLOURS = dict(right='#2a7f62', wrong='#b23a48', inserted='#1d5fa8', few='#d18f2c', junk='#8a8a8a', query='#1c1c1c')
+COLOURS = dict(
+    right="#2a7f62", wrong="#b23a48", inserted="#1d5fa8", few="#d18f2c", junk="#8a8a8a", query="#1c1c1c"
+)
 
 # %% ../../nbs/parts/plots.ipynb #881732a2
 def tile(
-    img:np.ndarray,      # uint8 [h, w, 3]
-    side:int,            # side of the square
-    frame:str|None=None, # a name of COLOURS, or a colour
-    width:int=4,         # of the frame, pixels
-    mark:str|None=None,  # a name of COLOURS for a corner, beside what the frame says
-)->np.ndarray: # uint8 [side, side, 3], the image in the middle of white
+    img: np.ndarray,  # uint8 [h, w, 3]
+    side: int,  # side of the square
+    frame: str | None = None,  # a name of COLOURS, or a colour
+    width: int = 4,  # of the frame, pixels
+    mark: str | None = None,  # a name of COLOURS for a corner, beside what the frame says
+) -> np.ndarray:  # uint8 [side, side, 3], the image in the middle of white
     "Fit an image into a square."
     import cv2
-    if img.dtype != np.uint8: raise ValueError(f'a tile is drawn from bytes (uint8, 0 to 255), not from {img.dtype}')
+
+    if img.dtype != np.uint8:
+        raise ValueError(f"a tile is drawn from bytes (uint8, 0 to 255), not from {img.dtype}")
     from matplotlib.colors import to_rgb
-    out = np.full((side, side, 3), 255, np.uint8); room = side - 2*width - 2
-    f = room / max(img.shape[:2]); h, w = (max(1, round(s*f)) for s in img.shape[:2])
-    y, x = (side - h)//2, (side - w)//2
-    if frame: out[max(0, y-width):y+h+width, max(0, x-width):x+w+width] = np.round(255*np.array(to_rgb(COLOURS.get(frame, frame)))).astype(np.uint8)
-    out[y:y+h, x:x+w] = cv2.resize(np.ascontiguousarray(img), (w, h), interpolation=cv2.INTER_AREA)
-    if mark: corner = np.array([(x, y), (x+side//4, y), (x, y+side//4)]); cv2.fillPoly(out, [corner], tuple(round(255*c) for c in to_rgb(COLOURS.get(mark, mark))), cv2.LINE_AA)
+
+    out = np.full((side, side, 3), 255, np.uint8)
+    room = side - 2 * width - 2
+    f = room / max(img.shape[:2])
+    h, w = (max(1, round(s * f)) for s in img.shape[:2])
+    y, x = (side - h) // 2, (side - w) // 2
+    if frame:
+        out[max(0, y - width) : y + h + width, max(0, x - width) : x + w + width] = np.round(
+            255 * np.array(to_rgb(COLOURS.get(frame, frame)))
+        ).astype(np.uint8)
+    out[y : y + h, x : x + w] = cv2.resize(np.ascontiguousarray(img), (w, h), interpolation=cv2.INTER_AREA)
+    if mark:
+        corner = np.array([(x, y), (x + side // 4, y), (x, y + side // 4)])
+        cv2.fillPoly(
+            out, [corner], tuple(round(255 * c) for c in to_rgb(COLOURS.get(mark, mark))), cv2.LINE_AA
+        )
     return out
 
+
 def contact_sheet(
-    images,          # rows of images: a list of lists of uint8 [h, w, 3] (None leaves a hole)
-    titles=None,     # text over each image, in the same shape
-    rows=None,       # text left of each row
-    frames=None,     # frame of each image, in the same shape
-    side:int=120,    # pixels of a tile
-    title:str='',    # of the figure: the answer it gives
-    marks=None,      # a coloured corner of each image, in the same shape
-): # a matplotlib figure
+    images,  # rows of images: a list of lists of uint8 [h, w, 3] (None leaves a hole)
+    titles=None,  # text over each image, in the same shape
+    rows=None,  # text left of each row
+    frames=None,  # frame of each image, in the same shape
+    side: int = 120,  # pixels of a tile
+    title: str = "",  # of the figure: the answer it gives
+    marks=None,  # a coloured corner of each image, in the same shape
+):  # a matplotlib figure
     "Draw rows of images."
     import matplotlib.pyplot as plt
+
     n, m = len(images), max(map(len, images))
-    left = 0.3 + 0.062*max((len(l) for r in rows for l in str(r).split('\n')), default=0) if rows else 0.05  # inches that the longest row name needs
-    over, step = (0.35 if title else 0.05), 1.25 + (0.2 if titles else 0); w, h = max(left + 1.25*m, 0.1*len(title)), over + step*n
+    left = (
+        0.3 + 0.062 * max((len(l) for r in rows for l in str(r).split("\n")), default=0) if rows else 0.05
+    )  # inches that the longest row name needs
+    over, step = (0.35 if title else 0.05), 1.25 + (0.2 if titles else 0)
+    w, h = max(left + 1.25 * m, 0.1 * len(title)), over + step * n
     fig, axes = plt.figure(figsize=(w, h)), np.empty((n, m), object)
     for i in range(n):
-        for j in range(m): axes[i, j] = fig.add_axes(((left + 1.25*j)/w, 1 - (over + step*(i+1) - .03)/h, 1.22/w, 1.22/h))
         for j in range(m):
-            ax = axes[i, j]; ax.set_xticks([]); ax.set_yticks([]); [s.set_visible(False) for s in ax.spines.values()]
+            axes[i, j] = fig.add_axes(
+                ((left + 1.25 * j) / w, 1 - (over + step * (i + 1) - 0.03) / h, 1.22 / w, 1.22 / h)
+            )
+        for j in range(m):
+            ax = axes[i, j]
+            ax.set_xticks([])
+            ax.set_yticks([])
+            [s.set_visible(False) for s in ax.spines.values()]
             img = images[i][j] if j < len(images[i]) else None
-            if img is not None: ax.imshow(tile(img, side, frames[i][j] if frames else None, mark=marks[i][j] if marks else None))
-            if titles and j < len(titles[i]) and titles[i][j]: ax.set_title(str(titles[i][j]), fontsize=7, pad=2)
-        if rows: axes[i, 0].set_ylabel(str(rows[i]), fontsize=8, rotation=0, ha='right', va='center')
-    if title: fig.text(.5, 1 - .05/h, title, fontsize=11, ha='center', va='top')
+            if img is not None:
+                ax.imshow(
+                    tile(img, side, frames[i][j] if frames else None, mark=marks[i][j] if marks else None)
+                )
+            if titles and j < len(titles[i]) and titles[i][j]:
+                ax.set_title(str(titles[i][j]), fontsize=7, pad=2)
+        if rows:
+            axes[i, 0].set_ylabel(str(rows[i]), fontsize=8, rotation=0, ha="right", va="center")
+    if title:
+        fig.text(0.5, 1 - 0.05 / h, title, fontsize=11, ha="center", va="top")
     return fig
 
 # %% ../../nbs/parts/plots.ipynb #1ff46e79
-def _cell(v, name:str='')->str:
+def _cell(v, name: str = "") -> str:
     "One value of a Markdown table."
-    if v is None or isinstance(v, (float, np.floating)) and np.isnan(v): return '–'
-    if isinstance(v, (int, np.integer)) and not isinstance(v, bool) and not name.endswith('id'): return f'{v:,}' if abs(v) >= 10_000 else str(v)
-    if isinstance(v, (float, np.floating)): return f'{v:,.0f}' if 1e4 <= abs(v) < 1e15 else f'{v:,g}'
-    return str(v).replace('|', '\\|')
+    if v is None or isinstance(v, (float, np.floating)) and np.isnan(v):
+        return "–"
+    if isinstance(v, (int, np.integer)) and not isinstance(v, bool) and not name.endswith("id"):
+        return f"{v:,}" if abs(v) >= 10_000 else str(v)
+    if isinstance(v, (float, np.floating)):
+        return f"{v:,.0f}" if 1e4 <= abs(v) < 1e15 else f"{v:,g}"
+    return str(v).replace("|", "\\|")
+
 
 def to_markdown(
-    df:pd.DataFrame, # a table
-)->str: # the same in Markdown
+    df: pd.DataFrame,  # a table
+) -> str:  # the same in Markdown
     "A table in Markdown; what is missing is a dash."
     names = list(map(str, df.columns))
-    lines = [names, ['---']*len(names), *[[_cell(v, n) for v, n in zip(r, names)] for r in df.itertuples(index=False)]]
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
+    lines = [
+        names,
+        ["---"] * len(names),
+        *[[_cell(v, n) for v, n in zip(r, names)] for r in df.itertuples(index=False)],
+    ]
+    return "\n".join("| " + " | ".join(l) + " |" for l in lines)

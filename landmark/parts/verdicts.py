@@ -10,40 +10,52 @@ import numpy as np, pandas as pd
 
 # %% ../../nbs/parts/verdicts.ipynb #40902c27
 def bootstrap_interval(
-    diffs:list,        # paired differences, one array per seed [queries of that seed]
-    n_boot:int=2000,   # resamples
-    level:float=0.95,  # of the interval
-    seed:int=0,        # of the resampling
-)->tuple: # mean of the seeds' means, lower and upper end
+    diffs: list,  # paired differences, one array per seed [queries of that seed]
+    n_boot: int = 2000,  # resamples
+    level: float = 0.95,  # of the interval
+    seed: int = 0,  # of the resampling
+) -> tuple:  # mean of the seeds' means, lower and upper end
     "Mean difference with a percentile interval, resampling seeds and then queries."
     diffs = [np.asarray(d, dtype=float) for d in diffs if len(d)]
-    if not diffs: raise ValueError('no queries to compare: every seed has an empty list of differences')
-    if any(not np.isfinite(d).all() for d in diffs): raise ValueError('a difference is not finite')
+    if not diffs:
+        raise ValueError("no queries to compare: every seed has an empty list of differences")
+    if any(not np.isfinite(d).all() for d in diffs):
+        raise ValueError("a difference is not finite")
     rng, n = np.random.default_rng(seed), len(diffs)
     resampled = lambda d: d[rng.integers(len(d), size=(n_boot, len(d)))].mean(1)
-    means = np.stack([[resampled(d) for d in diffs] for _ in range(n)])     # [draw, seed, n_boot]: a seed drawn twice gets fresh queries
-    drawn = rng.integers(n, size=(n, n_boot))                               # which seed each draw takes
-    boot = means[np.arange(n)[:, None], drawn, np.arange(n_boot)].mean(0)   # [n_boot]
-    lo, hi = np.quantile(boot, [(1-level)/2, (1+level)/2])
+    means = np.stack(
+        [[resampled(d) for d in diffs] for _ in range(n)]
+    )  # [draw, seed, n_boot]: a seed drawn twice gets fresh queries
+    drawn = rng.integers(n, size=(n, n_boot))  # which seed each draw takes
+    boot = means[np.arange(n)[:, None], drawn, np.arange(n_boot)].mean(0)  # [n_boot]
+    lo, hi = np.quantile(boot, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean([d.mean() for d in diffs])), float(lo), float(hi)
 
+
 def verdict(
-    lo:float, hi:float,  # the interval
-    control:bool=False,  # are the two expected to be equal?
-)->str: # holds, does not hold, undecided
+    lo: float,
+    hi: float,  # the interval
+    control: bool = False,  # are the two expected to be equal?
+) -> str:  # holds, does not hold, undecided
     "The rule."
-    if control: return 'holds' if lo <= 0 <= hi else 'does not hold'
-    return 'holds' if lo > 0 else 'does not hold' if hi < 0 else 'undecided'
+    if control:
+        return "holds" if lo <= 0 <= hi else "does not hold"
+    return "holds" if lo > 0 else "does not hold" if hi < 0 else "undecided"
 
 # %% ../../nbs/parts/verdicts.ipynb #b8efe7d5
 def differences(
-    per_query:pd.DataFrame,   # per_query.csv of 05_rerank, stacked over seeds
-    key:str, a:str, b:str,    # column "model" or "method", and the two values to compare
-    benchmark:str='gld_private', metric:str='mAP@100',
-)->list: # one array of paired differences per seed
+    per_query: pd.DataFrame,  # per_query.csv of 05_rerank, stacked over seeds
+    key: str,
+    a: str,
+    b: str,  # column "model" or "method", and the two values to compare
+    benchmark: str = "gld_private",
+    metric: str = "mAP@100",
+) -> list:  # one array of paired differences per seed
     "AP of A minus AP of B, query by query."
     df = per_query[(per_query.benchmark == benchmark) & (per_query.metric == metric)]
-    wide = df[df[key].isin([a, b])].pivot_table(index=['seed', 'query_id'], columns=key, values='ap')
-    if not {a, b} <= set(wide.columns): return []
-    if wide[[a, b]].isna().any().any(): raise ValueError(f'{a} and {b} were not judged by the same queries')
-    return [(g[a] - g[b]).to_numpy() for _, g in wide.groupby('seed')]
+    wide = df[df[key].isin([a, b])].pivot_table(index=["seed", "query_id"], columns=key, values="ap")
+    if not {a, b} <= set(wide.columns):
+        return []
+    if wide[[a, b]].isna().any().any():
+        raise ValueError(f"{a} and {b} were not judged by the same queries")
+    return [(g[a] - g[b]).to_numpy() for _, g in wide.groupby("seed")]

@@ -14,63 +14,101 @@ from .side_by_side import benchmark, compare
 
 # %% ../../../nbs/parts/bench/data.ipynb #b11b8914
 def photos_of_noise(
-    folder:Path, # where to
-    n:int,       # photographs
-    side:int,    # longer side, pixels
-)->list: # paths
+    folder: Path,  # where to
+    n: int,  # photographs
+    side: int,  # longer side, pixels
+) -> list:  # paths
     "Photographs of smooth noise: as hard to decode as real ones, and made here."
     import cv2
+
     rng, paths = np.random.default_rng(0), []
     for i in range(n):
-        h, w = (side*3//4, side) if i % 3 else (side, side*3//4)
-        small = rng.integers(0, 255, (h//8, w//8, 3), dtype=np.uint8)
-        img = cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC).astype(np.int16) + rng.integers(-12, 12, (h, w, 1))
-        paths.append(str(folder/f'{i}.jpg')); cv2.imwrite(paths[-1], img.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        h, w = (side * 3 // 4, side) if i % 3 else (side, side * 3 // 4)
+        small = rng.integers(0, 255, (h // 8, w // 8, 3), dtype=np.uint8)
+        img = cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC).astype(np.int16) + rng.integers(
+            -12, 12, (h, w, 1)
+        )
+        paths.append(str(folder / f"{i}.jpg"))
+        cv2.imwrite(paths[-1], img.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
     return paths
 
-@benchmark('data')
-def sizes_and_decoding(quick:bool, device:str):
+
+@benchmark("data")
+def sizes_and_decoding(quick: bool, device: str):
     "Header-only sizes, reduced decoding."
     import cv2
     from landmark.parts.images.reading import image_size, read_image
+
     with tempfile.TemporaryDirectory() as d:
         paths = photos_of_noise(Path(d), 8 if quick else 200, 400 if quick else 1600)
-        yield compare('data/sizes from headers', f'{len(paths)} JPEGs', lambda: [image_size(p) for p in paths],
-                      lambda: [cv2.imread(p).shape[1::-1] for p in paths], agree=lambda a, b: (len(b), sum(x != tuple(y) for x, y in zip(a, b))), note='plain: decode, then look')
+        yield compare(
+            "data/sizes from headers",
+            f"{len(paths)} JPEGs",
+            lambda: [image_size(p) for p in paths],
+            lambda: [cv2.imread(p).shape[1::-1] for p in paths],
+            agree=lambda a, b: (len(b), sum(x != tuple(y) for x, y in zip(a, b))),
+            note="plain: decode, then look",
+        )
         few = paths[:40]
+
         def plain():
             out = []
             for p in few:
-                x = cv2.imread(p)[..., ::-1]; f = 256/max(x.shape[:2])
-                out.append(cv2.resize(x, (round(x.shape[1]*f), round(x.shape[0]*f)), interpolation=cv2.INTER_AREA))
+                x = cv2.imread(p)[..., ::-1]
+                f = 256 / max(x.shape[:2])
+                out.append(
+                    cv2.resize(
+                        x, (round(x.shape[1] * f), round(x.shape[0] * f)), interpolation=cv2.INTER_AREA
+                    )
+                )
             return out
+
         off = lambda a, b: int(a.shape != b.shape or np.abs(a.astype(int) - b).mean() > 12)
-        yield compare('data/decoding at 256 px', f'{len(few)} JPEGs', lambda: [read_image(p, max_side=256) for p in few], plain,
-                      agree=lambda a, b: (len(b), sum(map(off, a, b))), note='agrees: mean difference under 12 grey levels')
+        yield compare(
+            "data/decoding at 256 px",
+            f"{len(few)} JPEGs",
+            lambda: [read_image(p, max_side=256) for p in few],
+            plain,
+            agree=lambda a, b: (len(b), sum(map(off, a, b))),
+            note="agrees: mean difference under 12 grey levels",
+        )
 
 # %% ../../../nbs/parts/bench/data.ipynb #fb03835f
-@benchmark('metrics')
-def map_and_gap(quick:bool, device:str):
+@benchmark("metrics")
+def map_and_gap(quick: bool, device: str):
     "mAP@100 and GAP against their definitions in plain Python."
     from landmark.parts.metrics import gap, map_at_k
+
     rng, q = np.random.default_rng(0), 200 if quick else 20_000
     ranks = np.stack([rng.choice(5000, 100, replace=False) for _ in range(q)])
     positives = [set(rng.choice(5000, rng.integers(1, 60), replace=False).tolist()) for _ in range(q)]
+
     def slow_map():
         total = 0.0
         for row, pos in zip(ranks.tolist(), positives):
             hits = ap = 0
             for i, r in enumerate(row, 1):
-                if r in pos: hits += 1; ap += hits/i
-            total += ap/min(len(pos), 100)
-        return total/q
+                if r in pos:
+                    hits += 1
+                    ap += hits / i
+            total += ap / min(len(pos), 100)
+        return total / q
+
     same = lambda a, b: (1, int(abs(a - b) > 1e-12))
-    yield compare('metrics/mAP@100', f'{q:,} queries × 100', lambda: map_at_k(ranks, positives), slow_map, agree=same)
+    yield compare(
+        "metrics/mAP@100", f"{q:,} queries × 100", lambda: map_at_k(ranks, positives), slow_map, agree=same
+    )
     n = 500 if quick else 100_000
     predicted, truth, scores = rng.integers(0, 300, n), rng.integers(-1, 300, n), rng.random(n)
+
     def slow_gap():
         hits = total = 0.0
         for i, j in enumerate(sorted(range(n), key=lambda j: -scores[j]), 1):
-            if truth[j] >= 0 and truth[j] == predicted[j]: hits += 1; total += hits/i
-        return total/sum(t >= 0 for t in truth)
-    yield compare('metrics/GAP', f'{n:,} predictions', lambda: gap(predicted, scores, truth), slow_gap, agree=same)
+            if truth[j] >= 0 and truth[j] == predicted[j]:
+                hits += 1
+                total += hits / i
+        return total / sum(t >= 0 for t in truth)
+
+    yield compare(
+        "metrics/GAP", f"{n:,} predictions", lambda: gap(predicted, scores, truth), slow_gap, agree=same
+    )

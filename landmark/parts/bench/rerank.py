@@ -13,156 +13,269 @@ from .side_by_side import benchmark, compare
 from ..rerank.expansion import alpha_qe
 from ..rerank.graph import affinity, diffuse, egt, laplacian
 from ..search.knn import search
-from ..rerank import beyond                 # registers the methods beyond the paper
+from ..rerank import beyond  # registers the methods beyond the paper
 from ..rerank.methods import METHODS, Problem, rank, soft_vote, sort_insert
 from ..descriptors.store import l2n
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #10d079ec
 def listed(
-    q:int, n:int,          # queries, index images
-    n_labels:int,          # landmarks
-    k:int=100,             # length of the lists
-    seed:int=0,
-)->tuple: # ranks, query labels, query scores, index labels, index scores
+    q: int,
+    n: int,  # queries, index images
+    n_labels: int,  # landmarks
+    k: int = 100,  # length of the lists
+    seed: int = 0,
+) -> tuple:  # ranks, query labels, query scores, index labels, index scores
     "Made-up lists and predictions of any size."
     rng = np.random.default_rng(seed)
-    tail = lambda m: np.minimum((n_labels*rng.random(m)**2).astype(np.int64), n_labels-1)
+    tail = lambda m: np.minimum((n_labels * rng.random(m) ** 2).astype(np.int64), n_labels - 1)
     index_labels, q_labels = tail(n), tail(q)
     ranks = rng.integers(0, n, (q, k), dtype=np.int32)
     order = np.argsort(index_labels, kind="stable")
     start, end = (np.searchsorted(index_labels[order], q_labels, s) for s in ("left", "right"))
-    hits = rng.random((q, k)) < .3*(rng.random((q, 1)) < .67)
-    at = (start[:, None] + (rng.random((q, k))*(end-start)[:, None]).astype(np.int64)).clip(max=n-1)
+    hits = rng.random((q, k)) < 0.3 * (rng.random((q, 1)) < 0.67)
+    at = (start[:, None] + (rng.random((q, k)) * (end - start)[:, None]).astype(np.int64)).clip(max=n - 1)
     ranks = np.where(hits & (end > start)[:, None], order[at], ranks).astype(np.int32)
-    twice = np.sort(ranks, 1); twice = (twice[:, 1:] == twice[:, :-1]).any(1)
-    for i in np.flatnonzero(twice):                                     # nothing twice in a list
-        ranks[i] = np.concatenate([ranks[i][np.sort(np.unique(ranks[i], return_index=True)[1])], rng.integers(0, n, k)])[:k]
-        while len(set(ranks[i].tolist())) < k: ranks[i] = rng.choice(n, k, replace=False)
+    twice = np.sort(ranks, 1)
+    twice = (twice[:, 1:] == twice[:, :-1]).any(1)
+    for i in np.flatnonzero(twice):  # nothing twice in a list
+        ranks[i] = np.concatenate(
+            [ranks[i][np.sort(np.unique(ranks[i], return_index=True)[1])], rng.integers(0, n, k)]
+        )[:k]
+        while len(set(ranks[i].tolist())) < k:
+            ranks[i] = rng.choice(n, k, replace=False)
     return ranks, q_labels, rng.random(q, dtype=np.float32), index_labels, rng.random(n, dtype=np.float32)
 
-def plain_sort_insert(ranks, q_labels, q_scores, index_labels, index_scores, thresh=0.6, topk=100)->np.ndarray:
+
+def plain_sort_insert(
+    ranks, q_labels, q_scores, index_labels, index_scores, thresh=0.6, topk=100
+) -> np.ndarray:
     "As the original does it: for every query, look through the whole table of index predictions; ids and labels are strings."
     ids = np.array([f"{i:016x}" for i in range(len(index_labels))], object)
-    table = pd.DataFrame(dict(id=ids, label=np.array([str(l) for l in index_labels], object), score=index_scores), dtype=object).astype(dict(score="float32"))
+    table = pd.DataFrame(
+        dict(id=ids, label=np.array([str(l) for l in index_labels], object), score=index_scores), dtype=object
+    ).astype(dict(score="float32"))
     label_of, out = dict(zip(table.id, table.label)), []
     for row, label, score in zip(ids[ranks], map(str, q_labels), q_scores):
         first, rest = ([x for x in row if (label_of[x] == label) == same] for same in (True, False))
-        more = table[(table.label == label) & ~table.id.isin(row) & (table.score + score > thresh)].sort_values("score", ascending=False, kind="stable")
+        more = table[
+            (table.label == label) & ~table.id.isin(row) & (table.score + score > thresh)
+        ].sort_values("score", ascending=False, kind="stable")
         out.append((first + more.id.tolist() + rest)[:topk])
     return np.array([[int(x, 16) for x in row] for row in out])
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #542bfc01
 @benchmark("rerank")
-def sort_and_insert(quick:bool, device:str):
+def sort_and_insert(quick: bool, device: str):
     "Sort/insert over growing indexes, and at the size of Google Landmarks."
-    sizes = [(200, 2_000)] if quick else [(20_000, 5_000), (20_000, 20_000), (20_000, 80_000), (20_000, 100_000)]
+    sizes = (
+        [(200, 2_000)] if quick else [(20_000, 5_000), (20_000, 20_000), (20_000, 80_000), (20_000, 100_000)]
+    )
     for q, n in sizes:
-        case = listed(q, n, max(40, n//30))
+        case = listed(q, n, max(40, n // 30))
         m = min(q, 100)
         few = [x[:m] for x in case[:3]] + list(case[3:])
-        yield compare("rerank/sort, insert", f"{q:,} queries × {n:,} index images", lambda: sort_insert(*case), lambda: plain_sort_insert(*few), scale=q/m,
-                      agree=lambda a, b: (len(b), int((a[:m] != b).any(1).sum())), note=f"plain: {m} queries, extrapolated; agrees: every list equal")
+        yield compare(
+            "rerank/sort, insert",
+            f"{q:,} queries × {n:,} index images",
+            lambda: sort_insert(*case),
+            lambda: plain_sort_insert(*few),
+            scale=q / m,
+            agree=lambda a, b: (len(b), int((a[:m] != b).any(1).sum())),
+            note=f"plain: {m} queries, extrapolated; agrees: every list equal",
+        )
     q, n = (500, 3_000) if quick else (117_577, 761_757)
-    case = listed(q, n, max(40, n//30))
-    yield compare("rerank/sort, insert, all of Google Landmarks", f"{q:,} queries × {n:,} index images", lambda: sort_insert(*case), repeat=1, threads=2, note="neighbours precomputed")
+    case = listed(q, n, max(40, n // 30))
+    yield compare(
+        "rerank/sort, insert, all of Google Landmarks",
+        f"{q:,} queries × {n:,} index images",
+        lambda: sort_insert(*case),
+        repeat=1,
+        threads=2,
+        note="neighbours precomputed",
+    )
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #ddf56cc4
 def clustered(
-    n:int, d:int=64,     # vectors, dimensions
-    per:int=30,          # vectors per cluster
-    noise:float=.9,      # spread against the distance of centres
-    seed:int=0,
-)->np.ndarray: # unit rows [n, d]
+    n: int,
+    d: int = 64,  # vectors, dimensions
+    per: int = 30,  # vectors per cluster
+    noise: float = 0.9,  # spread against the distance of centres
+    seed: int = 0,
+) -> np.ndarray:  # unit rows [n, d]
     "Descriptors in clusters."
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(max(1, n//per), d))
-    return l2n(centres[rng.integers(0, len(centres), n)] + noise*rng.normal(size=(n, d)))
+    centres = rng.normal(size=(max(1, n // per), d))
+    return l2n(centres[rng.integers(0, len(centres), n)] + noise * rng.normal(size=(n, d)))
 
-def plain_egt(q_sims, q_idxs, sims, idxs, k=100, length=100)->list:
+
+def plain_egt(q_sims, q_idxs, sims, idxs, k=100, length=100) -> list:
     "As the original does it, for t = ∞: the table is a dictionary, membership is asked of a list."
     out = []
     for qs, qi in zip(q_sims, q_idxs):
         table, found = dict(zip(qi[:k], qs[:k])), []
         while len(found) < length:
             best = max(table, key=table.get)
-            del table[best]; found.append(best)
+            del table[best]
+            found.append(best)
             for x, s in zip(idxs[best][:k], sims[best][:k]):
-                if x not in found: table[x] = max(table.get(x, 0), s)
+                if x not in found:
+                    table[x] = max(table.get(x, 0), s)
         out.append(found)
     return out
 
+
 @benchmark("rerank")
-def traversal(quick:bool, device:str):
+def traversal(quick: bool, device: str):
     "EGT with t = ∞ and 100 edges."
     for n in [1_500] if quick else [5_000, 20_000]:
         x, q = clustered(n), clustered(100, seed=1)
-        q = l2n(x[:100] + .5*q)
+        q = l2n(x[:100] + 0.5 * q)
         lists = *search(q, x, 100, "cpu"), *search(x, x, 100, "cpu")
         m = 5 if quick else 20
         few = [lists[0][:m].tolist(), lists[1][:m].tolist(), lists[2].tolist(), lists[3].tolist()]
-        yield compare("rerank/EGT", f"{len(q)} queries × {n:,} index images", lambda: egt(*lists), lambda: plain_egt(*few), scale=len(q)/m,
-                      agree=lambda a, b: (m, int((a[:m] != np.array(b)).any(1).sum())), note=f"plain: {m} queries, extrapolated; agrees: every list equal")
+        yield compare(
+            "rerank/EGT",
+            f"{len(q)} queries × {n:,} index images",
+            lambda: egt(*lists),
+            lambda: plain_egt(*few),
+            scale=len(q) / m,
+            agree=lambda a, b: (m, int((a[:m] != np.array(b)).any(1).sum())),
+            note=f"plain: {m} queries, extrapolated; agrees: every list equal",
+        )
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #c8dfb261
-def plain_diffusion(L, idxs)->np.ndarray:
+def plain_diffusion(L, idxs) -> np.ndarray:
     "As the original does it: slice the sparse matrix, call SciPy's conjugate gradients."
     from scipy.sparse.linalg import cg
+
     out = np.zeros(idxs.shape, np.float32)
-    e = np.zeros(idxs.shape[1]); e[0] = 1
-    for i, ids in enumerate(idxs): out[i] = cg(L[ids][:, ids], e, x0=np.zeros(len(ids)), rtol=1e-6, maxiter=20)[0]
+    e = np.zeros(idxs.shape[1])
+    e[0] = 1
+    for i, ids in enumerate(idxs):
+        out[i] = cg(L[ids][:, ids], e, x0=np.zeros(len(ids)), rtol=1e-6, maxiter=20)[0]
     return out
 
+
 @benchmark("rerank")
-def truncated_diffusion(quick:bool, device:str):
+def truncated_diffusion(quick: bool, device: str):
     "Offline diffusion truncated at 200, and at 1000 as the paper does."
     for n, t in [(1_000, 100)] if quick else [(20_000, 200), (20_000, 1000)]:
         x = clustered(n)
         sims, idxs = search(x, x, t, "cpu")
         L, rows = laplacian(affinity(sims[:, :50], idxs[:, :50])), min(n, 2000)
         m = min(rows, 100)
-        close = lambda a, b: (m, int((np.abs(a[0][:m] - b) > 2e-6*np.abs(b).max(1, keepdims=True)).any(1).sum()))
-        yield compare(f"rerank/diffusion, truncated at {t}", f"{rows:,} of {n:,} images", lambda: diffuse(L, idxs[:rows]), lambda: plain_diffusion(L, idxs[:m]), scale=rows/m,
-                      agree=close, allowed=.02, note=f"plain: {m} images, extrapolated; agrees: within 2e-6 of the row's largest, 2 % of rows may stop one step apart")
-        if device != "cpu": yield compare(f"rerank/diffusion, truncated at {t}", f"{rows:,} of {n:,} images", lambda: diffuse(L, idxs[:rows], device=device), lambda: plain_diffusion(L, idxs[:m]), scale=rows/m,
-                                          agree=close, allowed=.02, device=device, note="dense batches on the GPU")
+        close = lambda a, b: (
+            m,
+            int((np.abs(a[0][:m] - b) > 2e-6 * np.abs(b).max(1, keepdims=True)).any(1).sum()),
+        )
+        yield compare(
+            f"rerank/diffusion, truncated at {t}",
+            f"{rows:,} of {n:,} images",
+            lambda: diffuse(L, idxs[:rows]),
+            lambda: plain_diffusion(L, idxs[:m]),
+            scale=rows / m,
+            agree=close,
+            allowed=0.02,
+            note=f"plain: {m} images, extrapolated; agrees: within 2e-6 of the row's largest, 2 % of rows may stop one step apart",
+        )
+        if device != "cpu":
+            yield compare(
+                f"rerank/diffusion, truncated at {t}",
+                f"{rows:,} of {n:,} images",
+                lambda: diffuse(L, idxs[:rows], device=device),
+                lambda: plain_diffusion(L, idxs[:m]),
+                scale=rows / m,
+                agree=close,
+                allowed=0.02,
+                device=device,
+                note="dense batches on the GPU",
+            )
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #029912e3
 @benchmark("rerank")
-def expansion_and_votes(quick:bool, device:str):
+def expansion_and_votes(quick: bool, device: str):
     "αQE of all queries, soft voting of all index images; neighbours given."
     rng = np.random.default_rng(0)
     q, n, d = (500, 2_000, 64) if quick else (117_577, 761_757, 512)
-    if not quick and not _fits(n*d*4 + 3*q*d*4): q, n = q//4, n//4
+    if not quick and not _fits(n * d * 4 + 3 * q * d * 4):
+        q, n = q // 4, n // 4
     base = rng.standard_normal((n, d), dtype=np.float32)
-    x, idxs, sims = base[:q], rng.integers(0, n, (q, 10)), np.sort(rng.random((q, 10), dtype=np.float32), 1)[:, ::-1]
-    def plain(): return np.stack([(v := a + (w[:, None]**3*base[i]).sum(0))/np.linalg.norm(v) for a, w, i in zip(x[:1000], sims, idxs)])
+    x, idxs, sims = (
+        base[:q],
+        rng.integers(0, n, (q, 10)),
+        np.sort(rng.random((q, 10), dtype=np.float32), 1)[:, ::-1],
+    )
+
+    def plain():
+        return np.stack(
+            [
+                (v := a + (w[:, None] ** 3 * base[i]).sum(0)) / np.linalg.norm(v)
+                for a, w, i in zip(x[:1000], sims, idxs)
+            ]
+        )
+
     m = min(q, 1000)
-    yield compare("rerank/αQE", f"{q:,} queries, 10 neighbours, {d} dimensions", lambda: alpha_qe(x, base, neighbours=(sims, idxs)), plain, scale=q/m, threads=2, repeat=1,
-                  agree=lambda a, b: (m, int((np.abs(a[:m] - b) > 1e-5).any(1).sum())), note="plain: 1,000 queries one by one, extrapolated; agrees: within 1e-5")
+    yield compare(
+        "rerank/αQE",
+        f"{q:,} queries, 10 neighbours, {d} dimensions",
+        lambda: alpha_qe(x, base, neighbours=(sims, idxs)),
+        plain,
+        scale=q / m,
+        threads=2,
+        repeat=1,
+        agree=lambda a, b: (m, int((np.abs(a[:m] - b) > 1e-5).any(1).sum())),
+        note="plain: 1,000 queries one by one, extrapolated; agrees: within 1e-5",
+    )
     near, labels = np.sort(rng.random((n, 3), dtype=np.float32), 1)[:, ::-1], rng.integers(0, 5, (n, 3))
+
     def vote_plain():
         out = []
         for s, l in zip(near[:m].tolist(), labels[:m].tolist()):
             votes = {}
-            for a, b in zip(s, l): votes[b] = votes.get(b, 0) + a
+            for a, b in zip(s, l):
+                votes[b] = votes.get(b, 0) + a
             out.append(max(votes, key=votes.get))
         return out
-    yield compare("rerank/soft voting", f"{n:,} images, 3 voters", lambda: soft_vote(near, labels), vote_plain, scale=n/m, repeat=1,
-                  agree=lambda a, b: (m, int((a[0][:m] != np.array(b)).sum())), note="plain: 1,000 images, extrapolated")
 
-def _fits(n_bytes:int)->bool:
+    yield compare(
+        "rerank/soft voting",
+        f"{n:,} images, 3 voters",
+        lambda: soft_vote(near, labels),
+        vote_plain,
+        scale=n / m,
+        repeat=1,
+        agree=lambda a, b: (m, int((a[0][:m] != np.array(b)).sum())),
+        note="plain: 1,000 images, extrapolated",
+    )
+
+
+def _fits(n_bytes: int) -> bool:
     "Whether so much memory is free."
-    try: free = next(int(l.split()[1])*1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
-    except (OSError, StopIteration): return False
-    return 1.5*n_bytes < free
+    try:
+        free = next(int(l.split()[1]) * 1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return False
+    return 1.5 * n_bytes < free
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #1ac221d8
 @benchmark("rerank")
-def every_method(quick:bool, device:str):
+def every_method(quick: bool, device: str):
     "All registered methods on one world, from descriptors to lists."
     q, n = (20, 300) if quick else (200, 5_000)
     index, rng = clustered(n), np.random.default_rng(1)
-    queries, train = l2n(index[:q] + .05*rng.normal(size=(q, index.shape[1]))), l2n(index[::2] + .05*rng.normal(size=(len(index[::2]), index.shape[1])))
+    queries, train = (
+        l2n(index[:q] + 0.05 * rng.normal(size=(q, index.shape[1]))),
+        l2n(index[::2] + 0.05 * rng.normal(size=(len(index[::2]), index.shape[1]))),
+    )
     for name, m in METHODS.items():
-        work = lambda: rank(Problem(queries, index, train, np.arange(len(train))//15, dict(device=device)), name)
-        yield compare(f"rerank/method: {m.title}", f"{q:,} queries × {n:,} index images", work, repeat=1, device=device, note="searches included" + ("; beyond the paper" if m.beyond else ""))
+        work = lambda: rank(
+            Problem(queries, index, train, np.arange(len(train)) // 15, dict(device=device)), name
+        )
+        yield compare(
+            f"rerank/method: {m.title}",
+            f"{q:,} queries × {n:,} index images",
+            work,
+            repeat=1,
+            device=device,
+            note="searches included" + ("; beyond the paper" if m.beyond else ""),
+        )

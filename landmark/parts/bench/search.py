@@ -16,19 +16,28 @@ from ..search.knn_approximate import build_approximate, neighbours_found, search
 from ..rerank.methods import soft_vote
 from ..core import log, write_json
 from ..descriptors.rows import l2n
-from ..descriptors.store import Store, concat_stores, finish_store, open_store, write_shard, write_store
+from landmark.parts.descriptors.store import (
+    Store,
+    concat_stores,
+    finish_store,
+    open_store,
+    write_shard,
+    write_store,
+)
 
 # %% ../../../nbs/parts/bench/search.ipynb #9bc9a671
 def random_descriptors(
-    n:int, d:int=512, # how many, dimensions
-    seed:int=0,
-)->np.ndarray: # float32 unit rows [n, d]
+    n: int,
+    d: int = 512,  # how many, dimensions
+    seed: int = 0,
+) -> np.ndarray:  # float32 unit rows [n, d]
     "Descriptors without structure, made in blocks."
     rng, out = np.random.default_rng(seed), np.empty((n, d), np.float32)
     for a in range(0, n, 65536):
-        x = rng.standard_normal((min(65536, n-a), d), dtype=np.float32)
-        out[a:a+65536] = x/np.linalg.norm(x, axis=1, keepdims=True)
+        x = rng.standard_normal((min(65536, n - a), d), dtype=np.float32)
+        out[a : a + 65536] = x / np.linalg.norm(x, axis=1, keepdims=True)
     return out
+
 
 def plain_search(queries, base, k):
     "faiss's flat index, as the original uses it; without faiss, NumPy."
@@ -36,99 +45,203 @@ def plain_search(queries, base, k):
         sims = queries @ base.T
         return np.take_along_axis(sims, idxs := np.argsort(-sims, 1, kind="stable")[:, :k], 1), idxs
     import faiss
-    knn = faiss.IndexFlatIP(base.shape[1]); knn.add(base)
+
+    knn = faiss.IndexFlatIP(base.shape[1])
+    knn.add(base)
     return knn.search(queries, k)
+
 
 def same_neighbours(a, b):
     "Compared by similarity: equal to 1e-6 at every place, whoever stands there."
     return len(b[0]), int((np.abs(a[0] - b[0]) > 1e-6).any(1).sum())
 
+
 @benchmark("search")
-def exact_search(quick:bool, device:str):
+def exact_search(quick: bool, device: str):
     "Exact search over growing bases, against faiss's flat index."
     q, d = (100, 64) if quick else (2_000, 512)
     for n in [2_000] if quick else [50_000, 100_000, 200_000]:
         queries, base = random_descriptors(q, d, 1), random_descriptors(n, d)
-        yield compare("search/exact, k = 100", f"{q:,} × {n:,} × {d}", lambda: search(queries, base, 100, device), lambda: plain_search(queries, base, 100), agree=same_neighbours, repeat=5 if n < 200_000 else 3, plain_repeat=5 if n < 200_000 else 3,
-                      device=device, note="plain: faiss IndexFlatIP, adding included; agrees: similarities equal to 1e-6; memory beside queries and base")
+        yield compare(
+            "search/exact, k = 100",
+            f"{q:,} × {n:,} × {d}",
+            lambda: search(queries, base, 100, device),
+            lambda: plain_search(queries, base, 100),
+            agree=same_neighbours,
+            repeat=5 if n < 200_000 else 3,
+            plain_repeat=5 if n < 200_000 else 3,
+            device=device,
+            note="plain: faiss IndexFlatIP, adding included; agrees: similarities equal to 1e-6; memory beside queries and base",
+        )
 
 # %% ../../../nbs/parts/bench/search.ipynb #a8b540c4
-def _large_store(store_dir:Path, n:int, d:int)->Store:
+def _large_store(store_dir: Path, n: int, d: int) -> Store:
     "A float16 store of random descriptors, written shard by shard."
-    n_shards = -(-n//65536)
+    n_shards = -(-n // 65536)
     for i in range(n_shards):
-        m = min(65536, n - i*65536)
-        write_shard(store_dir, i, [f"{j:07d}" for j in range(i*65536, i*65536+m)], random_descriptors(m, d, i+2), dict(bench=n))
+        m = min(65536, n - i * 65536)
+        write_shard(
+            store_dir,
+            i,
+            [f"{j:07d}" for j in range(i * 65536, i * 65536 + m)],
+            random_descriptors(m, d, i + 2),
+            dict(bench=n),
+        )
     return open_store(finish_store(store_dir, n_shards, dict(bench=n)))
 
+
 @benchmark("search")
-def at_size(quick:bool, device:str):
+def at_size(quick: bool, device: str):
     "Search in a store on disk and soft voting: a part of the queries, the whole extrapolated."
     gpu = device != "cpu"
-    sizes = [(200, 5_000, 5_000)] if quick else [(117_577, 761_757, 761_757), (761_757, 4_132_914, 4_132_914 if gpu else 1_000_000)]
+    sizes = (
+        [(200, 5_000, 5_000)]
+        if quick
+        else [(117_577, 761_757, 761_757), (761_757, 4_132_914, 4_132_914 if gpu else 1_000_000)]
+    )
     for wanted, whole, n in sizes:
         d, q = (64, 100) if quick else (512, wanted if gpu else 1_000)
         with tempfile.TemporaryDirectory() as tmp:
-            store, queries = _large_store(Path(tmp)/"base", n, d), random_descriptors(q, d, 1)
-            labels, scale = np.arange(n)//30, wanted/q*whole/n
-            for what, ours in (("search/store on disk, k = 100", lambda: search(queries, store, 100, device)),
-                               ("search/soft voting", lambda: soft_vote(*(lambda s, i: (s, labels[i]))(*search(queries, store, 3, device))))):
-                row = compare(what, f"{q:,} × {n:,} × {d}", ours, repeat=1, threads=2, device=device, warm=False)
-                row.note = f"all {wanted:,} × {whole:,}: {row.ours_s*scale:,.0f} s" + ("" if scale == 1 else f", extrapolated from {q:,} × {n:,}") + f"; the store has {n*d*2/2**20:,.0f} MiB"
+            store, queries = _large_store(Path(tmp) / "base", n, d), random_descriptors(q, d, 1)
+            labels, scale = np.arange(n) // 30, wanted / q * whole / n
+            for what, ours in (
+                ("search/store on disk, k = 100", lambda: search(queries, store, 100, device)),
+                (
+                    "search/soft voting",
+                    lambda: soft_vote(*(lambda s, i: (s, labels[i]))(*search(queries, store, 3, device))),
+                ),
+            ):
+                row = compare(
+                    what, f"{q:,} × {n:,} × {d}", ours, repeat=1, threads=2, device=device, warm=False
+                )
+                row.note = (
+                    f"all {wanted:,} × {whole:,}: {row.ours_s * scale:,.0f} s"
+                    + ("" if scale == 1 else f", extrapolated from {q:,} × {n:,}")
+                    + f"; the store has {n * d * 2 / 2**20:,.0f} MiB"
+                )
                 yield row
 
 # %% ../../../nbs/parts/bench/search.ipynb #313b08a9
 def device_rows(
-    sizes:list,   # (queries, base rows, k, what)
-    d:int,        # dimensions
-    device:str,   # where
-): # yields rows
+    sizes: list,  # (queries, base rows, k, what)
+    d: int,  # dimensions
+    device: str,  # where
+):  # yields rows
     "Search with queries and base on the device, held against float32."
     import torch
+
     for q, n, k, what in sizes:
         make = torch.Generator(device=device).manual_seed(1)
         base = torch.nn.functional.normalize(torch.randn(n, d, generator=make, device=device))
-        queries = torch.from_numpy(random_descriptors(q, d, 1)).to(device); few = queries[:min(q, 1000)]
-        yield compare(what, f"{q:,} × {n:,} × {d}", lambda: search(queries, base, k, device), lambda: search(few, base, k, device, "torch32"), scale=q/len(few),
-                      agree=lambda a, b: (b[1].size, int((a[1][:len(b[1])] != b[1]).sum())), repeat=3, device=device, note=f"plain: float32, {len(few):,} queries, extrapolated; agrees: the same images at every place")
+        queries = torch.from_numpy(random_descriptors(q, d, 1)).to(device)
+        few = queries[: min(q, 1000)]
+        yield compare(
+            what,
+            f"{q:,} × {n:,} × {d}",
+            lambda: search(queries, base, k, device),
+            lambda: search(few, base, k, device, "torch32"),
+            scale=q / len(few),
+            agree=lambda a, b: (b[1].size, int((a[1][: len(b[1])] != b[1]).sum())),
+            repeat=3,
+            device=device,
+            note=f"plain: float32, {len(few):,} queries, extrapolated; agrees: the same images at every place",
+        )
+
 
 @benchmark("search")
-def on_device(quick:bool, device:str):
+def on_device(quick: bool, device: str):
     "All queries of Google Landmarks, and all votes of its training set, on a GPU."
-    if device == "cpu": log("search: no GPU was asked for (--device cuda), so the rows with descriptors on the device did not run"); return
-    yield from device_rows([(200, 20_000, 100, "search/on the device, k = 100")] if quick else
-                           [(117_577, 761_757, 100, "search/on the device, k = 100"), (761_757, 4_132_914, 3, "search/on the device, votes of the training set")], 512, device)
+    if device == "cpu":
+        log(
+            "search: no GPU was asked for (--device cuda), so the rows with descriptors on the device did not run"
+        )
+        return
+    yield from device_rows(
+        [(200, 20_000, 100, "search/on the device, k = 100")]
+        if quick
+        else [
+            (117_577, 761_757, 100, "search/on the device, k = 100"),
+            (761_757, 4_132_914, 3, "search/on the device, votes of the training set"),
+        ],
+        512,
+        device,
+    )
 
 # %% ../../../nbs/parts/bench/search.ipynb #48e5e02d
 @benchmark("search")
-def approximate(quick:bool, device:str):
+def approximate(quick: bool, device: str):
     "IVF-PQ and HNSW beside exact search: time per pass and recall."
-    if not has_faiss(): log("search: faiss is not installed, so approximate search did not run"); return
+    if not has_faiss():
+        log("search: faiss is not installed, so approximate search did not run")
+        return
     from time import perf_counter
+
     n, q, d, k = (2_000, 100, 64, 10) if quick else (100_000, 1_000, 128, 100)
-    rng = np.random.default_rng(0); centres = rng.standard_normal((n//30, d), dtype=np.float32)
-    draw = lambda m: l2n(centres[rng.integers(0, len(centres), m)] + .9*rng.standard_normal((m, d), dtype=np.float32))
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((n // 30, d), dtype=np.float32)
+    draw = lambda m: l2n(
+        centres[rng.integers(0, len(centres), m)] + 0.9 * rng.standard_normal((m, d), dtype=np.float32)
+    )
     base, queries = draw(n), draw(q)
     exact = search(queries, base, k, "cpu")[1]
-    for name, effort in (("IVF32,PQ16x4", 8), ("HNSW16", 64)) if quick else (("IVF1024,PQ32", 32), ("HNSW32", 128)):
-        start = perf_counter(); knn = build_approximate(base, name); built = perf_counter()-start
-        row = compare(f"search/approximate, {name}", f"{q:,} × {n:,} × {d}, k = {k}", lambda: search_approximately(queries, knn, k, effort)[1], lambda: search(queries, base, k, "cpu")[1], agree=lambda a, b: (b.size, b.size - round(neighbours_found(a, b)*b.size)), allowed=1.0)
+    for name, effort in (
+        (("IVF32,PQ16x4", 8), ("HNSW16", 64)) if quick else (("IVF1024,PQ32", 32), ("HNSW32", 128))
+    ):
+        start = perf_counter()
+        knn = build_approximate(base, name)
+        built = perf_counter() - start
+        row = compare(
+            f"search/approximate, {name}",
+            f"{q:,} × {n:,} × {d}, k = {k}",
+            lambda: search_approximately(queries, knn, k, effort)[1],
+            lambda: search(queries, base, k, "cpu")[1],
+            agree=lambda a, b: (b.size, b.size - round(neighbours_found(a, b) * b.size)),
+            allowed=1.0,
+        )
         row.note = f"effort {effort}: {neighbours_found(search_approximately(queries, knn, k, effort)[1], exact):.1%} of the exact neighbours; built in {built:.1f} s; plain: exact search"
         yield row
 
 # %% ../../../nbs/parts/bench/search.ipynb #4a7934fd
 @benchmark("search")
-def store_costs(quick:bool, device:str):
+def store_costs(quick: bool, device: str):
     "Opening at full size, and joining models."
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        n = 4_132_914; (tmp/"full").mkdir()
-        write_json(tmp/"full"/"card.json", dict(format="landmark descriptors", version=1, n=n, dim=512, dtype="float16", made_by={}, shards=[dict(n=min(65536, n-a)) for a in range(0, n, 65536)]))
-        yield compare("search/open a store", f"{n:,} × 512", lambda: open_store(tmp/"full"), note="milliseconds at any size")
+        n = 4_132_914
+        (tmp / "full").mkdir()
+        write_json(
+            tmp / "full" / "card.json",
+            dict(
+                format="landmark descriptors",
+                version=1,
+                n=n,
+                dim=512,
+                dtype="float16",
+                made_by={},
+                shards=[dict(n=min(65536, n - a)) for a in range(0, n, 65536)],
+            ),
+        )
+        yield compare(
+            "search/open a store",
+            f"{n:,} × 512",
+            lambda: open_store(tmp / "full"),
+            note="milliseconds at any size",
+        )
         m, d = (500, 16) if quick else (20_000, 512)
         xs = [random_descriptors(m, d, s) for s in range(3)]
-        stores = [write_store(tmp/str(s), [f"{i:06d}" for i in range(m)], x, dict(model=s), dtype="float32") for s, x in enumerate(xs)]
+        stores = [
+            write_store(tmp / str(s), [f"{i:06d}" for i in range(m)], x, dict(model=s), dtype="float32")
+            for s, x in enumerate(xs)
+        ]
         turn = iter(range(99))
-        plain = lambda: l2n(np.concatenate([x*w for x, w in zip(xs, (1, .5, 1))], 1))
-        yield compare("search/ensemble of 3", f"{m:,} × {3*d}", lambda: concat_stores(stores, tmp/f"out{next(turn)}", [1, .5, 1], shard_size=4096, dtype="float32"), plain,
-                      agree=lambda a, b: (m, int((np.abs(a[:] - b) > 1e-6).any(1).sum())), note="ours streams from disk to disk, with sums; plain: one array in memory")
+        plain = lambda: l2n(np.concatenate([x * w for x, w in zip(xs, (1, 0.5, 1))], 1))
+        yield compare(
+            "search/ensemble of 3",
+            f"{m:,} × {3 * d}",
+            lambda: concat_stores(
+                stores, tmp / f"out{next(turn)}", [1, 0.5, 1], shard_size=4096, dtype="float32"
+            ),
+            plain,
+            agree=lambda a, b: (m, int((np.abs(a[:] - b) > 1e-6).any(1).sum())),
+            note="ours streams from disk to disk, with sums; plain: one array in memory",
+        )

@@ -14,112 +14,196 @@ import numpy as np
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #2de1c4cc
 @contextlib.contextmanager
 def use_threads(
-    n:int, # threads for torch, faiss, numba and OpenCV
+    n: int,  # threads for torch, faiss, numba and OpenCV
 ):
     "Give every library the same number of threads, and put it back afterwards."
     import cv2, torch
-    old = torch.get_num_threads(), cv2.getNumThreads(); put_back = []
-    torch.set_num_threads(n); cv2.setNumThreads(n)
-    with contextlib.suppress(ImportError):
-        import faiss; before = faiss.omp_get_max_threads(); faiss.omp_set_num_threads(n); put_back.append(lambda: faiss.omp_set_num_threads(before))
-    with contextlib.suppress(ImportError):
-        import numba; had = numba.get_num_threads(); numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS)); put_back.append(lambda: numba.set_num_threads(had))
-    with contextlib.suppress(ImportError):
-        from threadpoolctl import threadpool_limits; limit = threadpool_limits(n); put_back.append(limit.restore_original_limits)
-    try: yield
-    finally:
-        torch.set_num_threads(old[0]); cv2.setNumThreads(old[1])
-        for f in put_back: f()
 
-def own_mib()->float: # mapped files left out, where the system tells them apart
+    old = torch.get_num_threads(), cv2.getNumThreads()
+    put_back = []
+    torch.set_num_threads(n)
+    cv2.setNumThreads(n)
+    with contextlib.suppress(ImportError):
+        import faiss
+
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(n)
+        put_back.append(lambda: faiss.omp_set_num_threads(before))
+    with contextlib.suppress(ImportError):
+        import numba
+
+        had = numba.get_num_threads()
+        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+        put_back.append(lambda: numba.set_num_threads(had))
+    with contextlib.suppress(ImportError):
+        from threadpoolctl import threadpool_limits
+
+        limit = threadpool_limits(n)
+        put_back.append(limit.restore_original_limits)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(old[0])
+        cv2.setNumThreads(old[1])
+        for f in put_back:
+            f()
+
+
+def own_mib() -> float:  # mapped files left out, where the system tells them apart
     "Memory of this process in MiB."
-    try: return next(int(line.split()[1])/2**10 for line in open('/proc/self/status') if line.startswith('RssAnon'))
-    except (OSError, StopIteration): import resource; return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+    try:
+        return next(
+            int(line.split()[1]) / 2**10 for line in open("/proc/self/status") if line.startswith("RssAnon")
+        )
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
+
 
 class PeakMemory:
     "Memory above the start while the block runs, in MiB, sampled every 5 ms."
+
     def __enter__(self):
-        self.base = self.top = own_mib(); self._stop = threading.Event()
+        self.base = self.top = own_mib()
+        self._stop = threading.Event()
+
         def watch():
-            while not self._stop.wait(0.005): self.top = max(self.top, own_mib())
-        self._thread = threading.Thread(target=watch, daemon=True); self._thread.start(); return self
-    def __exit__(self, *exc): self._stop.set(); self._thread.join(); self.top = max(self.top, own_mib()); self.mib = self.top - self.base
+            while not self._stop.wait(0.005):
+                self.top = max(self.top, own_mib())
+
+        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._thread.join()
+        self.top = max(self.top, own_mib())
+        self.mib = self.top - self.base
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #88fd49ef
 @dataclass
 class Row:
     "One line of the benchmark table."
-    name: str           # family/what
-    size: str           # in words: what was computed
-    ours_s: float       # median seconds, ours
-    plain_s: float|None # median seconds, plain version; None where there is nothing to compare with
-    ratio: float|None   # plain / ours
-    peak_mib: float     # memory of ours above its inputs
-    device: str         # cpu, or the GPU's name
-    threads: int        # for both sides
-    n: int              # results compared
-    n_disagree: int     # of them different
-    agrees: bool        # by the benchmark's rule
-    note: str = ''      # an extrapolation, a rule, a remark
+
+    name: str  # family/what
+    size: str  # in words: what was computed
+    ours_s: float  # median seconds, ours
+    plain_s: float | None  # median seconds, plain version; None where there is nothing to compare with
+    ratio: float | None  # plain / ours
+    peak_mib: float  # memory of ours above its inputs
+    device: str  # cpu, or the GPU's name
+    threads: int  # for both sides
+    n: int  # results compared
+    n_disagree: int  # of them different
+    agrees: bool  # by the benchmark's rule
+    note: str = ""  # an extrapolation, a rule, a remark
+
 
 def device_name(
-    device='cpu', # cpu or cuda
-)->str: # processor or GPU, for a file name
+    device="cpu",  # cpu or cuda
+) -> str:  # processor or GPU, for a file name
     "What the machine calls itself."
-    if str(device).startswith('cuda'):
-        import torch; return torch.cuda.get_device_name()
-    return f'cpu-{platform.machine()}'
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"cpu-{platform.machine()}"
+
 
 def _time(fn, sync):
-    sync(); t = time.perf_counter(); out = fn(); sync()
+    sync()
+    t = time.perf_counter()
+    out = fn()
+    sync()
     return time.perf_counter() - t, out
 
-def _gpu_mib(device, peak:bool=False)->float: # MiB in use, or the most since it was asked before
-    if not str(device).startswith('cuda'): return 0.
+
+def _gpu_mib(device, peak: bool = False) -> float:  # MiB in use, or the most since it was asked before
+    if not str(device).startswith("cuda"):
+        return 0.0
     import torch
-    if peak: return torch.cuda.max_memory_allocated()/2**20
-    torch.cuda.reset_peak_memory_stats(); return torch.cuda.memory_allocated()/2**20
+
+    if peak:
+        return torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**20
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #a1c0def7
 def compare(
-    name:str, size:str,   # family/what, and how large
-    ours, plain=None,     # functions without arguments, over the same inputs
-    agree=None,           # (ours' result, plain's result) → (n compared, n different); equality if not given
-    allowed:float=0.0,    # share of differences that still counts as agreement, stated in `note`
-    repeat:int=3,         # runs of ours; the median counts
-    plain_repeat:int=1,   # runs of the plain version
-    scale:float=1.0,      # the plain version ran on 1/scale of the work; its time is multiplied
-    threads:int=1,        # for both sides
-    device:str='cpu',     # where ours runs
-    warm:bool=True,       # run ours once before timing: compilation is not part of the figure
-    note:str='',
-)->Row:
+    name: str,
+    size: str,  # family/what, and how large
+    ours,
+    plain=None,  # functions without arguments, over the same inputs
+    agree=None,  # (ours' result, plain's result) → (n compared, n different); equality if not given
+    allowed: float = 0.0,  # share of differences that still counts as agreement, stated in `note`
+    repeat: int = 3,  # runs of ours; the median counts
+    plain_repeat: int = 1,  # runs of the plain version
+    scale: float = 1.0,  # the plain version ran on 1/scale of the work; its time is multiplied
+    threads: int = 1,  # for both sides
+    device: str = "cpu",  # where ours runs
+    warm: bool = True,  # run ours once before timing: compilation is not part of the figure
+    note: str = "",
+) -> Row:
     "Time ours against the plain version and compare their results."
     sync = lambda: None
-    if str(device).startswith('cuda'): import torch; sync = torch.cuda.synchronize
+    if str(device).startswith("cuda"):
+        import torch
+
+        sync = torch.cuda.synchronize
     with use_threads(threads):
-        if warm: ours()
+        if warm:
+            ours()
         before = _gpu_mib(device)
-        with PeakMemory() as mem: t, a = _time(ours, sync)
-        if device != 'cpu': mem.mib = _gpu_mib(device, peak=True) - before
+        with PeakMemory() as mem:
+            t, a = _time(ours, sync)
+        if device != "cpu":
+            mem.mib = _gpu_mib(device, peak=True) - before
         ours_times, plain_times = [t], []
         for i in range(max(repeat, plain_repeat if plain else 0)):
-            if plain and i < plain_repeat: t, b = _time(plain, sync); plain_times.append(t*scale)
-            if 0 < i < repeat: t, a = _time(ours, sync); ours_times.append(t)
-    if plain is None: n = bad = 0
-    else: n, bad = agree(a, b) if agree else (int(np.size(b)), int((np.asarray(a) != np.asarray(b)).sum()))
+            if plain and i < plain_repeat:
+                t, b = _time(plain, sync)
+                plain_times.append(t * scale)
+            if 0 < i < repeat:
+                t, a = _time(ours, sync)
+                ours_times.append(t)
+    if plain is None:
+        n = bad = 0
+    else:
+        n, bad = agree(a, b) if agree else (int(np.size(b)), int((np.asarray(a) != np.asarray(b)).sum()))
     ours_s, plain_s = float(np.median(ours_times)), float(np.median(plain_times)) if plain else None
-    return Row(name, size, ours_s, plain_s, plain_s/ours_s if plain_s else None, round(mem.mib, 1), 'cpu' if device == 'cpu' else device_name(device), threads, n, bad,
-               plain is None or bad <= allowed*max(n, 1), note)
+    return Row(
+        name,
+        size,
+        ours_s,
+        plain_s,
+        plain_s / ours_s if plain_s else None,
+        round(mem.mib, 1),
+        "cpu" if device == "cpu" else device_name(device),
+        threads,
+        n,
+        bad,
+        plain is None or bad <= allowed * max(n, 1),
+        note,
+    )
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #6559da1a
-FAMILIES = ('verify', 'rerank', 'search', 'train', 'extract', 'data', 'metrics')
+FAMILIES = ("verify", "rerank", "search", "train", "extract", "data", "metrics")
 REGISTRY = {}
 
+
 def benchmark(
-    family:str, # one of FAMILIES
+    family: str,  # one of FAMILIES
 ):
     "Register a function `(quick, device)` that yields rows."
-    if family not in FAMILIES: raise ValueError(f'family is {family!r}; allowed: {", ".join(FAMILIES)}')
-    def register(fn): REGISTRY.setdefault(family, {})[f'{fn.__module__}.{fn.__name__}'] = fn; return fn
+    if family not in FAMILIES:
+        raise ValueError(f"family is {family!r}; allowed: {', '.join(FAMILIES)}")
+
+    def register(fn):
+        REGISTRY.setdefault(family, {})[f"{fn.__module__}.{fn.__name__}"] = fn
+        return fn
+
     return register

@@ -13,142 +13,257 @@ import numpy as np
 from .side_by_side import benchmark, compare
 
 # %% ../../../nbs/parts/bench/train.ipynb #df954856
-def plain_arcface(x, weight, labels, s:float=30.0, m:float=0.3):
+def plain_arcface(x, weight, labels, s: float = 30.0, m: float = 0.3):
     "ArcFace with a one-hot mask and full-size tables, forward and backward."
     x, weight = x.clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    loss = onehot_loss(x, weight, labels, s, m); loss.backward()
+    loss = onehot_loss(x, weight, labels, s, m)
+    loss.backward()
     return loss.item(), x.grad.cpu().numpy()
 
-def onehot_loss(x, weight, labels, s:float=30.0, m:float=0.3):
+
+def onehot_loss(x, weight, labels, s: float = 30.0, m: float = 0.3):
     "ArcFace as the original writes it."
     import torch, torch.nn.functional as F
-    cos = F.linear(F.normalize(x), F.normalize(weight))
-    phi = cos*np.cos(m) - (1 - cos**2).clamp_min(1e-12).sqrt()*np.sin(m)
-    phi = torch.where(cos > np.cos(np.pi - m), phi, cos - m*np.sin(np.pi - m))
-    one_hot = torch.zeros_like(cos).scatter_(1, labels[:, None], 1)
-    return F.cross_entropy(s*(one_hot*phi + (1 - one_hot)*cos), labels)
 
-@benchmark('train')
-def margin_head(quick:bool, device:str):
+    cos = F.linear(F.normalize(x), F.normalize(weight))
+    phi = cos * np.cos(m) - (1 - cos**2).clamp_min(1e-12).sqrt() * np.sin(m)
+    phi = torch.where(cos > np.cos(np.pi - m), phi, cos - m * np.sin(np.pi - m))
+    one_hot = torch.zeros_like(cos).scatter_(1, labels[:, None], 1)
+    return F.cross_entropy(s * (one_hot * phi + (1 - one_hot) * cos), labels)
+
+
+@benchmark("train")
+def margin_head(quick: bool, device: str):
     "Forward and backward of ArcFace over many classes."
     import torch
     from landmark.parts.nets.losses import MarginHead
-    dev = torch.device('cuda' if device != 'cpu' else 'cpu')
+
+    dev = torch.device("cuda" if device != "cpu" else "cpu")
     b, c, d = (8, 2_000, 64) if quick else (32, 203_094, 512)
     g = torch.Generator().manual_seed(0)
     x, labels = torch.randn(b, d, generator=g).to(dev), torch.randint(c, (b,), generator=g).to(dev)
     head = MarginHead(d, c).to(dev)
+
     def ours():
-        head.weight.grad = None; v = x.clone().requires_grad_()
-        loss, _ = head.loss(v, labels); loss.backward()
+        head.weight.grad = None
+        v = x.clone().requires_grad_()
+        loss, _ = head.loss(v, labels)
+        loss.backward()
         return loss.item(), v.grad.cpu().numpy()
+
     plain = lambda: plain_arcface(x, head.weight, labels)
-    agree = lambda a, p: (1, int(abs(a[0]-p[0]) > 1e-4 or np.abs(a[1]-p[1]).max() > 1e-5))
-    row = compare('train/margin head', f'{b} × {c:,} classes, {d}-d', ours, plain, agree=agree, repeat=3 if not quick else 1, device=str(dev))
-    row.note = f'memory of the plain head: {_peak(plain, dev, head):,.0f} MiB'
+    agree = lambda a, p: (1, int(abs(a[0] - p[0]) > 1e-4 or np.abs(a[1] - p[1]).max() > 1e-5))
+    row = compare(
+        "train/margin head",
+        f"{b} × {c:,} classes, {d}-d",
+        ours,
+        plain,
+        agree=agree,
+        repeat=3 if not quick else 1,
+        device=str(dev),
+    )
+    row.note = f"memory of the plain head: {_peak(plain, dev, head):,.0f} MiB"
     yield row
+
 
 def _peak(fn, dev, head):
     "Memory a function needs above what is there, in MiB."
     import torch
     from landmark.parts.bench.side_by_side import PeakMemory
+
     head.weight.grad = None
-    if dev.type == 'cpu':
-        with PeakMemory() as mem: fn()
+    if dev.type == "cpu":
+        with PeakMemory() as mem:
+            fn()
         return mem.mib
-    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); fn()
-    return (torch.cuda.max_memory_allocated()-before)/2**20
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 # %% ../../../nbs/parts/bench/train.ipynb #281e9f0c
 class PlainPhotos:
     "The original's way to a batch: decode at full size, reduce, normalise, one photo after the other."
-    def __init__(self, paths, size, mean, std): self.paths, self.size, self.mean, self.std = paths, size, np.float32(mean), np.float32(std)
-    def __len__(self): return len(self.paths)
+
+    def __init__(self, paths, size, mean, std):
+        self.paths, self.size, self.mean, self.std = paths, size, np.float32(mean), np.float32(std)
+
+    def __len__(self):
+        return len(self.paths)
+
     def __getitem__(self, i):
         import cv2, torch
+
         x = cv2.resize(cv2.imread(self.paths[i])[..., ::-1], self.size, interpolation=cv2.INTER_AREA)
-        return i, torch.from_numpy(((x/np.float32(255) - self.mean)/self.std).transpose(2, 0, 1).astype(np.float32))
+        return i, torch.from_numpy(
+            ((x / np.float32(255) - self.mean) / self.std).transpose(2, 0, 1).astype(np.float32)
+        )
+
 
 class Clock:
     "Seconds from the end of step `first` to the end of the last."
-    def __init__(self, first:int, device): self.first, self.device, self.n = first, device, 0
+
+    def __init__(self, first: int, device):
+        self.first, self.device, self.n = first, device, 0
+
     def tick(self):
         import time, torch
+
         self.n += 1
-        if self.device.type == 'cuda' and self.n >= self.first: torch.cuda.synchronize()
-        if self.n == self.first: self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - getattr(self, 'start', 0)
+        if self.device.type == "cuda" and self.n >= self.first:
+            torch.cuda.synchronize()
+        if self.n == self.first:
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - getattr(self, "start", 0)
+
 
 def plain_training(
-    model, weight,  # network, class weights
-    batches,        # gives (positions, float images)
-    labels, device, # classes, where to train
-    clock:Clock,    # what is timed
-)->np.ndarray: # loss of every step
+    model,
+    weight,  # network, class weights
+    batches,  # gives (positions, float images)
+    labels,
+    device,  # classes, where to train
+    clock: Clock,  # what is timed
+) -> np.ndarray:  # loss of every step
     "Train in fp32 with the one-hot head."
     import torch
-    weight = weight.detach().clone().to(device).requires_grad_(); model = model.to(device).train()
-    opt = torch.optim.SGD([*model.parameters(), weight], 1e-3, momentum=0.9, weight_decay=1e-5); losses = []
+
+    weight = weight.detach().clone().to(device).requires_grad_()
+    model = model.to(device).train()
+    opt = torch.optim.SGD([*model.parameters(), weight], 1e-3, momentum=0.9, weight_decay=1e-5)
+    losses = []
     for at, x in batches:
-        opt.zero_grad(); loss = onehot_loss(model.bn(model.fc(model.pool(model.backbone(x.to(device))))), weight, labels[at].to(device)); loss.backward(); opt.step()
-        losses.append(loss.item()); clock.tick()                    # it prints the loss of every step
+        opt.zero_grad()
+        loss = onehot_loss(
+            model.bn(model.fc(model.pool(model.backbone(x.to(device))))), weight, labels[at].to(device)
+        )
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+        clock.tick()  # it prints the loss of every step
     return np.array(losses)
 
 # %% ../../../nbs/parts/bench/train.ipynb #073aa41a
 def our_training(
-    model, weight,  # network, class weights
-    photos, batches, # Photos, positions of each batch
-    labels, device, # classes, where to train
-    clock:Clock,    # what is timed
-    n_loaders:int=0, precision:str='fp32',
-)->np.ndarray: # loss of every step
+    model,
+    weight,  # network, class weights
+    photos,
+    batches,  # Photos, positions of each batch
+    labels,
+    device,  # classes, where to train
+    clock: Clock,  # what is timed
+    n_loaders: int = 0,
+    precision: str = "fp32",
+) -> np.ndarray:  # loss of every step
     "The same steps by the engine."
     from landmark.parts.training.engine import Trainer, Training
     from landmark.parts.nets.losses import MarginHead
     from landmark.parts.training.recipe import Recipe
-    head = MarginHead(model.d, len(weight)); head.weight.data.copy_(weight); losses = []
+
+    head = MarginHead(model.d, len(weight))
+    head.weight.data.copy_(weight)
+    losses = []
+
     class Timed(Trainer):
-        def n_batches(self): return len(batches)
-        def make_plan(self): return [np.asarray(b) for b in batches]
-        def save(self): pass                                         # the plain side writes no checkpoint either
+        def n_batches(self):
+            return len(batches)
+
+        def make_plan(self):
+            return [np.asarray(b) for b in batches]
+
+        def save(self):
+            pass  # the plain side writes no checkpoint either
+
         def train_step(self, images, at):
             super().train_step(images, at)
-            if self.step + 1 in (clock.first, len(batches)): clock.n = self.step; clock.tick()
-        def log(self): losses.extend(float(x[2]) for x in self.recent); super().log()
-    recipe = Recipe(epochs=1, batch_size=len(batches[0]), lr=1e-3, lr_end=1e-3, precision=precision, n_loaders=n_loaders)
-    with tempfile.TemporaryDirectory() as d: Timed(Training(model, head), photos, labels, recipe, d, str(device), desc='bench').run()
+            if self.step + 1 in (clock.first, len(batches)):
+                clock.n = self.step
+                clock.tick()
+
+        def log(self):
+            losses.extend(float(x[2]) for x in self.recent)
+            super().log()
+
+    recipe = Recipe(
+        epochs=1, batch_size=len(batches[0]), lr=1e-3, lr_end=1e-3, precision=precision, n_loaders=n_loaders
+    )
+    with tempfile.TemporaryDirectory() as d:
+        Timed(Training(model, head), photos, labels, recipe, d, str(device), desc="bench").run()
     return np.array(losses)
 
-def take(items): return items
+
+def take(items):
+    return items
+
 
 def on_device(paths, sizes, images):
     "Photos that lie on the device already."
     from landmark.parts.images.loading import Photos
+
     class There(Photos):
-        def __getitem__(self, key): return key[1]
+        def __getitem__(self, key):
+            return key[1]
+
         collate = staticmethod(take)
+
         def finish(self, loader):
             import torch
-            for at in loader: at = torch.tensor(at); yield images[(at % len(images)).to(images.device)], at, []
-    return There(paths, sizes, images=[np.empty((images.shape[2], images.shape[3], 3), np.uint8)]*len(paths))
+
+            for at in loader:
+                at = torch.tensor(at)
+                yield images[(at % len(images)).to(images.device)], at, []
+
+    return There(
+        paths, sizes, images=[np.empty((images.shape[2], images.shape[3], 3), np.uint8)] * len(paths)
+    )
+
 
 def _files(folder, n, side):
     "Landscape JPEGs, all of one size group."
     from landmark.parts.bench.data import photos_of_noise
-    return [p for p in photos_of_noise(folder, 3*n//2+3, side) if int(Path(p).stem) % 3][:n]
+
+    return [p for p in photos_of_noise(folder, 3 * n // 2 + 3, side) if int(Path(p).stem) % 3][:n]
 
 # %% ../../../nbs/parts/bench/train.ipynb #33805bf2
-def _setting(device:str, quick:bool):
+def _setting(device: str, quick: bool):
     "What is trained where."
     import os, torch
-    dev = torch.device('cuda' if device != 'cpu' else 'cpu')
-    if dev.type == 'cuda':
-        cores = len(os.sched_getaffinity(0)); return dev, dict(name='resnet101', sizes='S2', side=800, b=64, classes=81_313, d=512, loaders=cores, first=4*cores+2, steps=4*cores+102, threads=cores, files=256)
-    b, steps, sizes, side, classes = (4, 3, '64', 320, 20) if quick else (16, 7, '128', 800, 1000)
-    return dev, dict(name='test_resnet', sizes=sizes, side=side, b=b, classes=classes, d=64, loaders=0, first=1, steps=steps, threads=1, files=16)
 
-@benchmark('train')
-def training_rate(quick:bool, device:str):
+    dev = torch.device("cuda" if device != "cpu" else "cpu")
+    if dev.type == "cuda":
+        cores = len(os.sched_getaffinity(0))
+        return dev, dict(
+            name="resnet101",
+            sizes="S2",
+            side=800,
+            b=64,
+            classes=81_313,
+            d=512,
+            loaders=cores,
+            first=4 * cores + 2,
+            steps=4 * cores + 102,
+            threads=cores,
+            files=256,
+        )
+    b, steps, sizes, side, classes = (4, 3, "64", 320, 20) if quick else (16, 7, "128", 800, 1000)
+    return dev, dict(
+        name="test_resnet",
+        sizes=sizes,
+        side=side,
+        b=b,
+        classes=classes,
+        d=64,
+        loaders=0,
+        first=1,
+        steps=steps,
+        threads=1,
+        files=16,
+    )
+
+
+@benchmark("train")
+def training_rate(quick: bool, device: str):
     "Photos per second of a whole training loop, with data on the device and from files."
     import copy, torch
     from torch.utils.data import DataLoader
@@ -157,68 +272,166 @@ def training_rate(quick:bool, device:str):
     from landmark.parts.images.batching import aspect_groups, size_table
     from landmark.parts.images.decoding import EncodedPhotos, why_not
     from landmark.parts.images.loading import Photos
-    dev, o = _setting(device, quick); gpu, n = dev.type == 'cuda', o['steps']*o['b']
-    torch.manual_seed(0); model, weight = make_model(o['name'], d=o['d']), torch.nn.init.xavier_uniform_(torch.empty(o['classes'], o['d']))
-    batches, labels = np.arange(n).reshape(-1, o['b']).tolist(), torch.randint(o['classes'], (n,), generator=torch.Generator().manual_seed(0))
-    bins, table = size_table(o['sizes']); size = table[int(aspect_groups([o['side']*3//4], [o['side']], bins)[0])]
-    with tempfile.TemporaryDirectory() as d, use_threads(o['threads']):
-        files = _files(Path(d), o['files'], o['side']); paths = [files[i % len(files)] for i in range(n)]
-        pixels = torch.stack([x for _, x in (Photos(files, o['sizes'])[-1, i] for i in range(len(files)))]).to(dev)
-        normal = ((pixels/255 - torch.tensor(model.backbone.mean, device=dev).view(3, 1, 1))/torch.tensor(model.backbone.std, device=dev).view(3, 1, 1)) # float32
+
+    dev, o = _setting(device, quick)
+    gpu, n = dev.type == "cuda", o["steps"] * o["b"]
+    torch.manual_seed(0)
+    model, weight = (
+        make_model(o["name"], d=o["d"]),
+        torch.nn.init.xavier_uniform_(torch.empty(o["classes"], o["d"])),
+    )
+    batches, labels = (
+        np.arange(n).reshape(-1, o["b"]).tolist(),
+        torch.randint(o["classes"], (n,), generator=torch.Generator().manual_seed(0)),
+    )
+    bins, table = size_table(o["sizes"])
+    size = table[int(aspect_groups([o["side"] * 3 // 4], [o["side"]], bins)[0])]
+    with tempfile.TemporaryDirectory() as d, use_threads(o["threads"]):
+        files = _files(Path(d), o["files"], o["side"])
+        paths = [files[i % len(files)] for i in range(n)]
+        pixels = torch.stack(
+            [x for _, x in (Photos(files, o["sizes"])[-1, i] for i in range(len(files)))]
+        ).to(dev)
+        normal = (pixels / 255 - torch.tensor(model.backbone.mean, device=dev).view(3, 1, 1)) / torch.tensor(
+            model.backbone.std, device=dev
+        ).view(3, 1, 1)  # float32
         ready = lambda: ((torch.tensor(b), normal[[i % len(files) for i in b]]) for b in batches)
-        from_files = lambda: DataLoader(PlainPhotos(paths, size, model.backbone.mean, model.backbone.std), batch_sampler=batches, num_workers=o['loaders'])
-        sources = {'on the device': (lambda: on_device(paths, o['sizes'], pixels), ready, 0), 'from files': (lambda: Photos(paths, o['sizes']), from_files, o['loaders'])}
-        if gpu and not why_not(dev): sources['from files, decoded on the GPU'] = lambda: EncodedPhotos(paths, o['sizes']), from_files, o['loaders']
+        from_files = lambda: DataLoader(
+            PlainPhotos(paths, size, model.backbone.mean, model.backbone.std),
+            batch_sampler=batches,
+            num_workers=o["loaders"],
+        )
+        sources = {
+            "on the device": (lambda: on_device(paths, o["sizes"], pixels), ready, 0),
+            "from files": (lambda: Photos(paths, o["sizes"]), from_files, o["loaders"]),
+        }
+        if gpu and not why_not(dev):
+            sources["from files, decoded on the GPU"] = (
+                lambda: EncodedPhotos(paths, o["sizes"]),
+                from_files,
+                o["loaders"],
+            )
         rates = {}
         for source, (photos, loader, loaders) in sources.items():
-            mine, plain = Clock(o['first'], dev), Clock(o['first'], dev)
-            if gpu: torch.cuda.reset_peak_memory_stats()
-            with PeakMemory() as mem: a = our_training(copy.deepcopy(model), weight, photos(), batches, labels, dev, mine, loaders, 'bf16' if gpu else 'fp32')
-            peak = torch.cuda.max_memory_allocated()/2**20 if gpu else mem.mib
+            mine, plain = Clock(o["first"], dev), Clock(o["first"], dev)
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            with PeakMemory() as mem:
+                a = our_training(
+                    copy.deepcopy(model),
+                    weight,
+                    photos(),
+                    batches,
+                    labels,
+                    dev,
+                    mine,
+                    loaders,
+                    "bf16" if gpu else "fp32",
+                )
+            peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else mem.mib
             p = plain_training(copy.deepcopy(model), weight, loader(), labels, dev, plain)
-            timed = n - o['first']*o['b']; rates[source] = timed/mine.seconds; off = abs(a.mean()/p.mean() - 1) > (0.01 if source == 'on the device' and not gpu else 0.1)
-            note = f'{rates[source]:,.0f} against {timed/plain.seconds:,.0f} images/s' + (f', {rates[source]/rates["on the device"]:.0%} of the rate on the device' if loader is from_files else '') + ('' if gpu else '; no GPU: a small network stands in for ResNet-101')
-            yield Row(f'train/{o["name"]}, photos {source}', f'{timed:,} photos, {o["b"]} a batch at {o["sizes"]}, {o["classes"]:,} classes', mine.seconds, plain.seconds, plain.seconds/mine.seconds, round(peak, 1),
-                      device_name(dev) if gpu else 'cpu', o['threads'], 1, int(off), not off, note)
+            timed = n - o["first"] * o["b"]
+            rates[source] = timed / mine.seconds
+            off = abs(a.mean() / p.mean() - 1) > (0.01 if source == "on the device" and not gpu else 0.1)
+            note = (
+                f"{rates[source]:,.0f} against {timed / plain.seconds:,.0f} images/s"
+                + (
+                    f", {rates[source] / rates['on the device']:.0%} of the rate on the device"
+                    if loader is from_files
+                    else ""
+                )
+                + ("" if gpu else "; no GPU: a small network stands in for ResNet-101")
+            )
+            yield Row(
+                f"train/{o['name']}, photos {source}",
+                f"{timed:,} photos, {o['b']} a batch at {o['sizes']}, {o['classes']:,} classes",
+                mine.seconds,
+                plain.seconds,
+                plain.seconds / mine.seconds,
+                round(peak, 1),
+                device_name(dev) if gpu else "cpu",
+                o["threads"],
+                1,
+                int(off),
+                not off,
+                note,
+            )
 
 # %% ../../../nbs/parts/bench/train.ipynb #89693218
 def colour_fields(
-    n:int, h:int, w:int, # how many, height and width
-    device,              # where to
+    n: int,
+    h: int,
+    w: int,  # how many, height and width
+    device,  # where to
 ):  # uint8 [n, 3, h, w]
     "Photos that a network can tell apart: a few large patches of colour."
     import torch, torch.nn.functional as F
-    patches = 255*torch.rand(n, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    return torch.cat([F.interpolate(x.to(device), (h, w), mode='bicubic').clamp(0, 255).byte() for x in patches.split(32)])
+
+    patches = 255 * torch.rand(n, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    return torch.cat(
+        [F.interpolate(x.to(device), (h, w), mode="bicubic").clamp(0, 255).byte() for x in patches.split(32)]
+    )
+
 
 def extraction_row(
-    device,          # cpu or cuda
-    name:str, d:int, # network, dimensions
-    n:int, h:int, w:int, # photos, height and width
-    precision:str,   # of ours; the plain side has fp32
-    least:float,     # cosine to fp32 that counts as equal
-    **sides,         # multiple, min_side
+    device,  # cpu or cuda
+    name: str,
+    d: int,  # network, dimensions
+    n: int,
+    h: int,
+    w: int,  # photos, height and width
+    precision: str,  # of ours; the plain side has fp32
+    least: float,  # cosine to fp32 that counts as equal
+    **sides,  # multiple, min_side
 ):  # a `Row`
     "Descriptors at three scales: ours in batches, plain one photo after another."
     import copy, torch
     from landmark.parts.nets.backbones import make_model
     from landmark.parts.descriptors.extraction import describe_scales
-    torch.manual_seed(0); model = make_model(name, 'gem', d).eval().to(device); fast, images, near = copy.deepcopy(model).to(memory_format=torch.channels_last), colour_fields(n, h, w, device), {}
-    ours = lambda: torch.cat([describe_scales(fast, x, precision=precision, **sides) for x in images.split(32)]).cpu().numpy()
+
+    torch.manual_seed(0)
+    model = make_model(name, "gem", d).eval().to(device)
+    fast, images, near = (
+        copy.deepcopy(model).to(memory_format=torch.channels_last),
+        colour_fields(n, h, w, device),
+        {},
+    )
+    ours = lambda: (
+        torch.cat([describe_scales(fast, x, precision=precision, **sides) for x in images.split(32)])
+        .cpu()
+        .numpy()
+    )
     plain = lambda: torch.cat([describe_scales(model, x, **sides) for x in images.split(1)]).cpu().numpy()
+
     def agree(a, b):
-        if device != 'cpu':
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): b = plain()
-        sims = a @ b.T; own = sims.diagonal().copy(); np.fill_diagonal(sims, -1)
+        if device != "cpu":
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                b = plain()
+        sims = a @ b.T
+        own = sims.diagonal().copy()
+        np.fill_diagonal(sims, -1)
         near.update(own=own.min(), other=sims.max())
         return n, int(((own < least) | (own <= sims.max(1))).sum())
-    row = compare(f'extract/{name}, three scales', f'{n} images of {w} × {h}, {precision}', ours, plain, agree=agree, device=device)
-    row.note = f'{n/row.ours_s:,.0f} against {n/row.plain_s:,.0f} images/s; cosine to fp32 at least {near["own"]:.6f}, to another photo at most {near["other"]:.6f}'
+
+    row = compare(
+        f"extract/{name}, three scales",
+        f"{n} images of {w} × {h}, {precision}",
+        ours,
+        plain,
+        agree=agree,
+        device=device,
+    )
+    row.note = f"{n / row.ours_s:,.0f} against {n / row.plain_s:,.0f} images/s; cosine to fp32 at least {near['own']:.6f}, to another photo at most {near['other']:.6f}"
     return row
 
-@benchmark('extract')
-def three_scales(quick:bool, device:str):
+
+@benchmark("extract")
+def three_scales(quick: bool, device: str):
     "Three scales, images in memory."
-    if device != 'cpu': yield extraction_row('cuda', 'resnet101', 512, 32 if quick else 256, 608, 800, 'bf16', 0.999); return
+    if device != "cpu":
+        yield extraction_row("cuda", "resnet101", 512, 32 if quick else 256, 608, 800, "bf16", 0.999)
+        return
     n, side = (8, 64) if quick else (96, 128)
-    yield extraction_row('cpu', 'test_resnet', 128, n, side, side*4//3//32*32, 'fp32', 0.9999, multiple=16, min_side=32)
+    yield extraction_row(
+        "cpu", "test_resnet", 128, n, side, side * 4 // 3 // 32 * 32, "fp32", 0.9999, multiple=16, min_side=32
+    )

@@ -17,90 +17,161 @@ from ..local.verification import verify_pairs, verify_prepared
 
 # %% ../../../nbs/parts/bench/verify.ipynb #b6b02525
 def structured_views(
-    n_views:int=6,    # two of each scene
-    k:int=1000,       # local features of a view
-    n_words:int=150,  # visual words they repeat
-    n_shared:int=250, # features that both views of a scene have
-    seed:int=0,
-)->list: # LocalFeatures, neighbours 0 and 1, 2 and 3 … show one scene
+    n_views: int = 6,  # two of each scene
+    k: int = 1000,  # local features of a view
+    n_words: int = 150,  # visual words they repeat
+    n_shared: int = 250,  # features that both views of a scene have
+    seed: int = 0,
+) -> list:  # LocalFeatures, neighbours 0 and 1, 2 and 3 … show one scene
     "Views with repeated structure, mapped by an affine map with 2 px of noise."
-    rng = np.random.default_rng(seed); unit = lambda x: (x/np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
-    words = unit(rng.normal(size=(n_words, 40))); out = []
-    for scene in range(-(-n_views//2)):
+    rng = np.random.default_rng(seed)
+    unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+    words = unit(rng.normal(size=(n_words, 40)))
+    out = []
+    for scene in range(-(-n_views // 2)):
         base_word, base_xy = rng.integers(0, n_words, n_shared), rng.uniform(50, 750, (n_shared, 2))
-        base = words[base_word] + rng.normal(0, .06, (n_shared, 40))
+        base = words[base_word] + rng.normal(0, 0.06, (n_shared, 40))
         for _ in range(2):
-            M = np.eye(2)*rng.uniform(.7, 1.3) + rng.normal(0, .12, (2, 2))
-            own = words[rng.integers(0, n_words, k-n_shared)] + rng.normal(0, .11, (k-n_shared, 40))
-            desc = unit(np.concatenate([base + rng.normal(0, .05, base.shape), own]))
-            xy = np.concatenate([(base_xy-400) @ M.T + 400 + rng.normal(0, 2, base_xy.shape), rng.uniform(0, 800, (k-n_shared, 2))])
-            out.append(LocalFeatures(np.clip(xy, 0, 799).astype(np.float32), desc, np.ones(k), (800, 800), 'delf'))
+            M = np.eye(2) * rng.uniform(0.7, 1.3) + rng.normal(0, 0.12, (2, 2))
+            own = words[rng.integers(0, n_words, k - n_shared)] + rng.normal(0, 0.11, (k - n_shared, 40))
+            desc = unit(np.concatenate([base + rng.normal(0, 0.05, base.shape), own]))
+            xy = np.concatenate(
+                [
+                    (base_xy - 400) @ M.T + 400 + rng.normal(0, 2, base_xy.shape),
+                    rng.uniform(0, 800, (k - n_shared, 2)),
+                ]
+            )
+            out.append(
+                LocalFeatures(np.clip(xy, 0, 799).astype(np.float32), desc, np.ones(k), (800, 800), "delf")
+            )
     return out[:n_views]
 
+
 def plain_inliers(
-    a:LocalFeatures, b:LocalFeatures, # two photos
-    seed:int=0,                       # of the sampling
-)->tuple: # inliers, matches
+    a: LocalFeatures,
+    b: LocalFeatures,  # two photos
+    seed: int = 0,  # of the sampling
+) -> tuple:  # inliers, matches
     "The original's way, from library calls: kd-tree under 0.8, 1000 trials of RANSAC at 20 px; a failed fit is 0."
     from scipy.spatial import cKDTree
     from skimage.measure import ransac
     from skimage.transform import AffineTransform
-    _, idx = cKDTree(a.desc).query(b.desc, distance_upper_bound=.8)
+
+    _, idx = cKDTree(a.desc).query(b.desc, distance_upper_bound=0.8)
     ok = np.flatnonzero(idx < len(a.desc))
-    if len(ok) < 3: return 0, len(ok)
-    try: _, mask = ransac((a.xy[idx[ok]], b.xy[ok]), AffineTransform, min_samples=3, residual_threshold=20, max_trials=1000, stop_probability=1, rng=seed)
-    except ValueError: return 0, len(ok)
+    if len(ok) < 3:
+        return 0, len(ok)
+    try:
+        _, mask = ransac(
+            (a.xy[idx[ok]], b.xy[ok]),
+            AffineTransform,
+            min_samples=3,
+            residual_threshold=20,
+            max_trials=1000,
+            stop_probability=1,
+            rng=seed,
+        )
+    except ValueError:
+        return 0, len(ok)
     return (0 if mask is None else int(mask.sum())), len(ok)
 
+
 def decisions(
-    ours:np.ndarray,  # inliers [pairs]
-    plain:np.ndarray, # inliers of the plain side [seeds, pairs]
-    min_inliers:int=30,
-)->tuple: # pairs on which all seeds agree, those where ours differs
+    ours: np.ndarray,  # inliers [pairs]
+    plain: np.ndarray,  # inliers of the plain side [seeds, pairs]
+    min_inliers: int = 30,
+) -> tuple:  # pairs on which all seeds agree, those where ours differs
     "Keep or drop, where the plain side is sure."
     yes, no = plain.min(0) >= min_inliers, plain.max(0) < min_inliers
     return int((yes | no).sum()), int(((yes & (ours < min_inliers)) | (no & (ours >= min_inliers))).sum())
 
 # %% ../../../nbs/parts/bench/verify.ipynb #18146009
-@benchmark('verify')
-def one_pair(quick:bool, device:str):
+@benchmark("verify")
+def one_pair(quick: bool, device: str):
     "All ordered pairs of a few views, one thread; ours prepares each view once per row of pairs, as cleaning does."
     k, n = (300, 4) if quick else (1000, 4)
-    views = structured_views(n, k, n_shared=k//4); pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
-    rule, seeds = rule_for('delf'), range(2 if quick else 3)
+    views = structured_views(n, k, n_shared=k // 4)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    rule, seeds = rule_for("delf"), range(2 if quick else 3)
+
     def ours():
         ready = [Prepared(v) for v in views]
         return np.array([verify_prepared(ready[i], ready[j], rule)[0] for i, j in pairs])
+
     matches = np.median([plain_inliers(views[i], views[j])[1] for i, j in pairs[:4]])
-    row = compare('verify/one pair', '', ours, lambda: np.array([[plain_inliers(views[i], views[j], s)[0] for i, j in pairs] for s in seeds]), agree=decisions, repeat=5)
-    row.ours_s, row.plain_s = row.ours_s/len(pairs), row.plain_s/len(pairs)/len(seeds); row.ratio = row.plain_s/row.ours_s
-    row.size, row.note = f'{k} × 40-d, {matches:.0f} matches', 'agrees: same decision at 30 inliers wherever three random streams of the plain side agree'
+    row = compare(
+        "verify/one pair",
+        "",
+        ours,
+        lambda: np.array([[plain_inliers(views[i], views[j], s)[0] for i, j in pairs] for s in seeds]),
+        agree=decisions,
+        repeat=5,
+    )
+    row.ours_s, row.plain_s = row.ours_s / len(pairs), row.plain_s / len(pairs) / len(seeds)
+    row.ratio = row.plain_s / row.ours_s
+    row.size, row.note = (
+        f"{k} × 40-d, {matches:.0f} matches",
+        "agrees: same decision at 30 inliers wherever three random streams of the plain side agree",
+    )
     yield row
 
 # %% ../../../nbs/parts/bench/verify.ipynb #5f2038a0
-NO_GPU = 'no GPU here: the same code on the CPU, its figure says nothing about a GPU; the compiled loop is what a CPU uses'
+NO_GPU = "no GPU here: the same code on the CPU, its figure says nothing about a GPU; the compiled loop is what a CPU uses"
 
-@benchmark('verify')
-def batches(quick:bool, device:str):
+
+@benchmark("verify")
+def batches(quick: bool, device: str):
     "Ordered pairs of some views, batched; per pair."
-    gpu = str(device).startswith('cuda'); k, n, times = (300, 4, 1) if quick else (1000, 40, 64) if gpu else (1000, 6, 1)
-    rule = rule_for('delf'); pairs = np.array([(i, j) for i in range(n) for j in range(n) if i != j]); many = np.concatenate([pairs]*times)
+    gpu = str(device).startswith("cuda")
+    k, n, times = (300, 4, 1) if quick else (1000, 40, 64) if gpu else (1000, 6, 1)
+    rule = rule_for("delf")
+    pairs = np.array([(i, j) for i in range(n) for j in range(n) if i != j])
+    many = np.concatenate([pairs] * times)
     with tempfile.TemporaryDirectory() as tmp:
-        open_meta(tmp, range(n), n, kind='delf', max_keypoints=k); write_shard(Path(tmp)/'00000', [(f, 1, '') for f in structured_views(n, k, n_shared=k//4)], 'delf', 40)
-        store = open_local(tmp); ours = lambda: verify_pairs(store, many, rule, device=device if gpu else 'torch', memory_mib=8192 if gpu else 256, desc='')[1]
-        row = compare('verify/batches', f'{len(many)} pairs, {k} × 40-d', ours, lambda: np.concatenate([verify_pairs(store, pairs, rule, n_threads=1, desc='')[1]]*times), scale=times, device=device)
-    row.ours_s, row.plain_s = row.ours_s/len(many), row.plain_s/len(many)
-    row.note = f'{1/row.ours_s:,.0f} pairs per second; plain is the compiled loop on one core, agrees: equal counts' + ('' if gpu else f'; {NO_GPU}')
+        open_meta(tmp, range(n), n, kind="delf", max_keypoints=k)
+        write_shard(
+            Path(tmp) / "00000", [(f, 1, "") for f in structured_views(n, k, n_shared=k // 4)], "delf", 40
+        )
+        store = open_local(tmp)
+        ours = lambda: verify_pairs(
+            store, many, rule, device=device if gpu else "torch", memory_mib=8192 if gpu else 256, desc=""
+        )[1]
+        row = compare(
+            "verify/batches",
+            f"{len(many)} pairs, {k} × 40-d",
+            ours,
+            lambda: np.concatenate([verify_pairs(store, pairs, rule, n_threads=1, desc="")[1]] * times),
+            scale=times,
+            device=device,
+        )
+    row.ours_s, row.plain_s = row.ours_s / len(many), row.plain_s / len(many)
+    row.note = (
+        f"{1 / row.ours_s:,.0f} pairs per second; plain is the compiled loop on one core, agrees: equal counts"
+        + ("" if gpu else f"; {NO_GPU}")
+    )
     yield row
 
-@benchmark('verify')
-def delf_extraction(quick:bool, device:str):
+
+@benchmark("verify")
+def delf_extraction(quick: bool, device: str):
     "DELF at seven scales over a ResNet-50 (quick: a ResNet-10), random weights, images in memory; per image."
     import timm, torch
     from landmark.parts.local.delf import Attention, Delf, Trunk
-    gpu = str(device).startswith('cuda'); n, h, w = (16, 600, 800) if gpu else (1, 96, 128) if quick else (1, 600, 800)
-    trunk = Trunk(timm.create_model('resnet10t' if quick else 'resnet50', num_classes=0)); torch.manual_seed(0)
-    delf = Delf(trunk, Attention(trunk.channels), components=torch.eye(trunk.channels)[:, :40]).to(device); images = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, device=device)
-    row = compare('verify/DELF extraction', f'{n} × {w}×{h}', lambda: len(delf.extract_batch(images)), repeat=3 if gpu or quick else 1, device=device, warm=gpu or quick)
-    row.ours_s /= n; row.note = f'{1/row.ours_s:.3g} images per second' + ('' if gpu else '; no GPU here')
+
+    gpu = str(device).startswith("cuda")
+    n, h, w = (16, 600, 800) if gpu else (1, 96, 128) if quick else (1, 600, 800)
+    trunk = Trunk(timm.create_model("resnet10t" if quick else "resnet50", num_classes=0))
+    torch.manual_seed(0)
+    delf = Delf(trunk, Attention(trunk.channels), components=torch.eye(trunk.channels)[:, :40]).to(device)
+    images = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, device=device)
+    row = compare(
+        "verify/DELF extraction",
+        f"{n} × {w}×{h}",
+        lambda: len(delf.extract_batch(images)),
+        repeat=3 if gpu or quick else 1,
+        device=device,
+        warm=gpu or quick,
+    )
+    row.ours_s /= n
+    row.note = f"{1 / row.ours_s:.3g} images per second" + ("" if gpu else "; no GPU here")
     yield row

@@ -14,8 +14,13 @@ from ..core import ParameterError, atomic_path, log, progress, write_text
 # %% ../../../nbs/parts/data/download.ipynb #5d18b413
 BUCKET = "https://s3.amazonaws.com/google-landmark"
 N_TARS = dict(train=500, index=100, test=20)
-TABLES = {f"metadata/{name}.csv": f"{name}.csv" for name in ("train", "train_clean", "train_label_to_category", "index", "test")} | {
-    f"ground_truth/{name}_solution_v2.1.csv": f"{name}_solution.csv" for name in ("retrieval", "recognition")}
+TABLES = {
+    f"metadata/{name}.csv": f"{name}.csv"
+    for name in ("train", "train_clean", "train_label_to_category", "index", "test")
+} | {
+    f"ground_truth/{name}_solution_v2.1.csv": f"{name}_solution.csv" for name in ("retrieval", "recognition")
+}
+
 
 class DownloadError(RuntimeError):
     "A file that could not be had, or is not what it should be."
@@ -24,116 +29,171 @@ class DownloadError(RuntimeError):
 def _open(url, start, timeout):
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     local = urllib.request.urlparse(url).hostname in ("127.0.0.1", "localhost")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if local else urllib.request.build_opener()
+    opener = (
+        urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        if local
+        else urllib.request.build_opener()
+    )
     return opener.open(request, timeout=timeout)
+
 
 def _receive(url, part, timeout):
     "One try: append what is missing; the length must be what the server announced."
     start = part.stat().st_size if part.exists() else 0
-    try: answer = _open(url, start, timeout)
+    try:
+        answer = _open(url, start, timeout)
     except urllib.error.HTTPError as e:
-        if e.code != 416: raise                                     # 416: nothing is missing, or the part is of something else
-        part.unlink(); return _receive(url, part, timeout)
+        if e.code != 416:
+            raise  # 416: nothing is missing, or the part is of something else
+        part.unlink()
+        return _receive(url, part, timeout)
     with answer:
         whole = answer.headers.get("Content-Length")
-        if start and answer.status != 206: start = 0                # the server sends everything again
+        if start and answer.status != 206:
+            start = 0  # the server sends everything again
         with open(part, "ab" if start else "wb") as f:
-            while block := answer.read(2**20): f.write(block)
-    if whole is not None and part.stat().st_size != start + int(whole): raise OSError(f"the connection ended after {part.stat().st_size - start:,} of {int(whole):,} bytes")
+            while block := answer.read(2**20):
+                f.write(block)
+    if whole is not None and part.stat().st_size != start + int(whole):
+        raise OSError(f"the connection ended after {part.stat().st_size - start:,} of {int(whole):,} bytes")
+
 
 def fetch(
-    url:str,            # what
-    path:Path,          # where to
-    tries:int=5,        # before giving up
-    pause:float=1.0,    # seconds after the first failure; doubles
-    timeout:float=60,   # seconds without a byte
-)->Path:
+    url: str,  # what
+    path: Path,  # where to
+    tries: int = 5,  # before giving up
+    pause: float = 1.0,  # seconds after the first failure; doubles
+    timeout: float = 60,  # seconds without a byte
+) -> Path:
     "Download a file, going on where an earlier try broke off."
-    path = Path(path); part = path.with_name(path.name + ".part"); path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists(): return path
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return path
     for n in range(tries):
-        try: _receive(url, part, timeout); part.replace(path); return path
-        except OSError as e:                                        # URLError, timeouts and resets are OSErrors
-            if getattr(e, "code", 0) in (403, 404): raise DownloadError(f"{url} is not there ({e})") from None
-            if n == tries-1: raise DownloadError(f"{url}: {tries} tries failed, the last with: {e}; run again, what has come stays") from None
-            log(f"{url}: {e}; trying again"); time.sleep(pause*2**n)
+        try:
+            _receive(url, part, timeout)
+            part.replace(path)
+            return path
+        except OSError as e:  # URLError, timeouts and resets are OSErrors
+            if getattr(e, "code", 0) in (403, 404):
+                raise DownloadError(f"{url} is not there ({e})") from None
+            if n == tries - 1:
+                raise DownloadError(
+                    f"{url}: {tries} tries failed, the last with: {e}; run again, what has come stays"
+                ) from None
+            log(f"{url}: {e}; trying again")
+            time.sleep(pause * 2**n)
 
-def md5_of(path:Path)->str:
+
+def md5_of(path: Path) -> str:
     "Hexadecimal md5 of a file."
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as f:
-        while block := f.read(2**22): digest.update(block)
+        while block := f.read(2**22):
+            digest.update(block)
     return digest.hexdigest()
 
 # %% ../../../nbs/parts/data/download.ipynb #85dee222
 def fetch_tar(
-    split:str,          # train, index or test
-    number:int,         # of the tar
-    tar_dir:Path,       # where to
-    bucket:str=BUCKET,  # address
-    pins:dict=None,     # "train/images_000.tar" → md5 that is accepted in spite of the recorded one
-    tries:int=3,        # downloads until a sum that does not match is believed
-    pause:float=1.0,    # seconds between them
-)->Path: # the tar
+    split: str,  # train, index or test
+    number: int,  # of the tar
+    tar_dir: Path,  # where to
+    bucket: str = BUCKET,  # address
+    pins: dict = None,  # "train/images_000.tar" → md5 that is accepted in spite of the recorded one
+    tries: int = 3,  # downloads until a sum that does not match is believed
+    pause: float = 1.0,  # seconds between them
+) -> Path:  # the tar
     "Download a tar and hold it against its sum."
     name = f"images_{number:03d}.tar"
-    path, record = Path(tar_dir)/split/name, Path(tar_dir)/split/f"md5.images_{number:03d}.txt"
+    path, record = Path(tar_dir) / split / name, Path(tar_dir) / split / f"md5.images_{number:03d}.txt"
     fetch(f"{bucket}/md5sum/{split}/{record.name}", record, pause=pause)
     recorded = record.read_text().split()[:1]
     if not recorded or not re.fullmatch("[0-9a-f]{32}", recorded[0]):
-        record.unlink(); raise DownloadError(f"{bucket}/md5sum/{split}/{record.name} holds no md5")
+        record.unlink()
+        raise DownloadError(f"{bucket}/md5sum/{split}/{record.name} holds no md5")
     allowed, found = {recorded[0], (pins or {}).get(f"{split}/{name}")}, ""
     for n in range(tries):
         found = md5_of(fetch(f"{bucket}/{split}/{name}", path, pause=pause))
-        if found in allowed: return path
-        path.unlink(); log(f"{split}/{name} has md5 {found}, recorded is {recorded[0]}; fetching it again"); time.sleep(pause*n)
-    raise DownloadError(f"{split}/{name} has md5 {found} after {tries} downloads, recorded is {recorded[0]}; if you trust it, pin it: pins={{'{split}/{name}': '{found}'}}")
+        if found in allowed:
+            return path
+        path.unlink()
+        log(f"{split}/{name} has md5 {found}, recorded is {recorded[0]}; fetching it again")
+        time.sleep(pause * n)
+    raise DownloadError(
+        f"{split}/{name} has md5 {found} after {tries} downloads, recorded is {recorded[0]}; if you trust it, pin it: pins={{'{split}/{name}': '{found}'}}"
+    )
 
 # %% ../../../nbs/parts/data/download.ipynb #e376ffa2
 _PLACE = re.compile(r"(?:\./)?(([0-9a-f])/([0-9a-f])/([0-9a-f])/(\2\3\4[0-9a-f]{13})\.jpg)")
 
+
 def unpack(
-    tar_path:Path,  # a tar of images
-    split_dir:Path, # such as v2/train
-)->int: # images
+    tar_path: Path,  # a tar of images
+    split_dir: Path,  # such as v2/train
+) -> int:  # images
     "Unpack the images of a tar into their places."
     n, split_dir = 0, Path(split_dir)
     with tarfile.open(tar_path) as tar:
         members = [m for m in tar if not m.isdir()]
         odd = [m.name for m in members if not (m.isfile() and _PLACE.fullmatch(m.name))]
-        if odd: raise DownloadError(f"{tar_path} holds {len(odd)} entries that are no images at their place ({odd[0]!r} first); nothing of it was unpacked")
+        if odd:
+            raise DownloadError(
+                f"{tar_path} holds {len(odd)} entries that are no images at their place ({odd[0]!r} first); nothing of it was unpacked"
+            )
         for m in members:
-            path = split_dir/_PLACE.fullmatch(m.name)[1]
-            if path.exists() and path.stat().st_size == m.size: continue
-            with atomic_path(path) as tmp, open(tmp, "wb") as f: f.write(tar.extractfile(m).read())
+            path = split_dir / _PLACE.fullmatch(m.name)[1]
+            if path.exists() and path.stat().st_size == m.size:
+                continue
+            with atomic_path(path) as tmp, open(tmp, "wb") as f:
+                f.write(tar.extractfile(m).read())
             n += 1
     return len(members)
 
 # %% ../../../nbs/parts/data/download.ipynb #02891454
 def download(
-    world:Path,             # folder of the world, such as data/gld
-    wanted=("index", "test", "train"), # splits
-    bucket:str=BUCKET,      # address
-    pins:dict=None,         # accepted sums, see `fetch_tar`
-    numbers=None,           # numbers of the tars; all by default
-    n_threads:int=4,        # tars at a time
-    keep:bool=False,        # keep the tars
-    pause:float=1.0,        # seconds between tries
-)->Path: # `world`
+    world: Path,  # folder of the world, such as data/gld
+    wanted=("index", "test", "train"),  # splits
+    bucket: str = BUCKET,  # address
+    pins: dict = None,  # accepted sums, see `fetch_tar`
+    numbers=None,  # numbers of the tars; all by default
+    n_threads: int = 4,  # tars at a time
+    keep: bool = False,  # keep the tars
+    pause: float = 1.0,  # seconds between tries
+) -> Path:  # `world`
     "Download Google Landmarks v2 and lay it out; what is there already stays."
-    if unknown := set(wanted) - set(N_TARS): raise ParameterError(f"there is no split {', '.join(sorted(unknown))} to download; there are {', '.join(N_TARS)}")
-    home, tars = Path(world)/"v2", Path(world)/".tars"
-    for source, name in TABLES.items(): fetch(f"{bucket}/{source}", home/name, pause=pause)
-    todo = [(s, n) for s in wanted for n in (range(N_TARS[s]) if numbers is None else numbers) if not (tars/s/f"images_{n:03d}.done").exists()]
+    if unknown := set(wanted) - set(N_TARS):
+        raise ParameterError(
+            f"there is no split {', '.join(sorted(unknown))} to download; there are {', '.join(N_TARS)}"
+        )
+    home, tars = Path(world) / "v2", Path(world) / ".tars"
+    for source, name in TABLES.items():
+        fetch(f"{bucket}/{source}", home / name, pause=pause)
+    todo = [
+        (s, n)
+        for s in wanted
+        for n in (range(N_TARS[s]) if numbers is None else numbers)
+        if not (tars / s / f"images_{n:03d}.done").exists()
+    ]
+
     def one(job):
         split, n = job
         tar = fetch_tar(split, n, tars, bucket, pins, pause=pause)
-        write_text(tars/split/f"images_{n:03d}.done", f"{unpack(tar, home/split)} images\n")
-        if not keep: tar.unlink()
+        write_text(tars / split / f"images_{n:03d}.done", f"{unpack(tar, home / split)} images\n")
+        if not keep:
+            tar.unlink()
+
     failed = []
     with ThreadPoolExecutor(n_threads) as pool:
         for job, answer in progress([(job, pool.submit(one, job)) for job in todo], "tars", len(todo)):
-            try: answer.result()
-            except DownloadError as e: failed.append(str(e))
-    if failed: raise DownloadError(f"{len(failed)} of {len(todo)} tars are missing; the others are unpacked. " + " | ".join(failed[:3]))
+            try:
+                answer.result()
+            except DownloadError as e:
+                failed.append(str(e))
+    if failed:
+        raise DownloadError(
+            f"{len(failed)} of {len(todo)} tars are missing; the others are unpacked. "
+            + " | ".join(failed[:3])
+        )
     return Path(world)

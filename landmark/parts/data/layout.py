@@ -17,145 +17,208 @@ from ..images.reading import image_path
 
 # %% ../../../nbs/parts/data/layout.ipynb #5bea5246
 def read_table(
-    path:Path,     # a CSV file
-    columns:list,  # columns it must have
-    only:bool=False, # leave all others unread: 4 million addresses are half a gigabyte
-)->pd.DataFrame: # ids as strings
+    path: Path,  # a CSV file
+    columns: list,  # columns it must have
+    only: bool = False,  # leave all others unread: 4 million addresses are half a gigabyte
+) -> pd.DataFrame:  # ids as strings
     "Read a CSV and insist on its columns."
-    if not Path(path).exists(): raise FileNotFoundError(f'{path} is not there')
-    try: there = pd.read_csv(path, nrows=0).columns
-    except pd.errors.EmptyDataError: raise ValueError(f'{path} is empty; it needs the columns {", ".join(columns)}') from None
-    if missing := [c for c in columns if c not in there]: raise ValueError(f'{path} has no column {", ".join(missing)}; it has {", ".join(map(str, there))}')
-    return pd.read_csv(path, dtype={'id': str, 'image_id': str, 'landmarks': str, 'images': str}, keep_default_na=False, usecols=columns if only else None)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        there = pd.read_csv(path, nrows=0).columns
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path} is empty; it needs the columns {', '.join(columns)}") from None
+    if missing := [c for c in columns if c not in there]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, there))}")
+    return pd.read_csv(
+        path,
+        dtype={"id": str, "image_id": str, "landmarks": str, "images": str},
+        keep_default_na=False,
+        usecols=columns if only else None,
+    )
+
 
 def benchmarks(
-    world:Path, # folder of a world
-)->list: # names, sorted
+    world: Path,  # folder of a world
+) -> list:  # names, sorted
     "The revisited-style benchmarks of a world."
-    return sorted(p.parent.name for p in Path(world).glob('revisited/*/gnd_*.pkl'))
+    return sorted(p.parent.name for p in Path(world).glob("revisited/*/gnd_*.pkl"))
 
-_SPLITS = dict(v1_train=('v1', 'train'), v2_train=('v2', 'train'), index=('v2', 'index'), test=('v2', 'test'))
 
-def splits(world:Path)->list:
+_SPLITS = dict(v1_train=("v1", "train"), v2_train=("v2", "train"), index=("v2", "index"), test=("v2", "test"))
+
+
+def splits(world: Path) -> list:
     "The names of all image sets of a world."
-    return [s for s, (v, k) in _SPLITS.items() if (Path(world)/v/f'{k}.csv').exists()] + [f'{b}_{k}' for b in benchmarks(world) for k in ('query', 'index')]
+    return [s for s, (v, k) in _SPLITS.items() if (Path(world) / v / f"{k}.csv").exists()] + [
+        f"{b}_{k}" for b in benchmarks(world) for k in ("query", "index")
+    ]
 
 # %% ../../../nbs/parts/data/layout.ipynb #33e9731b
 def _bench(world, split):
     "The ground truth behind a benchmark's split."
-    name = split.rpartition('_')[0]
-    if name not in benchmarks(world) or split not in (f'{name}_query', f'{name}_index'): raise ParameterError(f'there is no split {split!r} in {world}; there are {", ".join(splits(world))}')
+    name = split.rpartition("_")[0]
+    if name not in benchmarks(world) or split not in (f"{name}_query", f"{name}_index"):
+        raise ParameterError(f"there is no split {split!r} in {world}; there are {', '.join(splits(world))}")
     return read_revisited(world, name)
 
+
 def read_ids(
-    world:Path, # folder of a world
-    split:str,  # v1_train, v2_train, index, test, <benchmark>_query or <benchmark>_index
-)->np.ndarray: # image ids, text [n]
+    world: Path,  # folder of a world
+    split: str,  # v1_train, v2_train, index, test, <benchmark>_query or <benchmark>_index
+) -> np.ndarray:  # image ids, text [n]
     "The ids of a split, in the order of its table."
-    if split not in _SPLITS: return np.array(_bench(Path(world), split)['qimlist' if split.endswith('_query') else 'imlist'], str)
-    v, k = _SPLITS[split]; path = Path(world)/v/f'{k}.csv'
-    ids = read_table(path, ['id'], only=True).id
-    if ids.duplicated().any(): raise ValueError(f'{path} lists {ids[ids.duplicated()].iloc[0]} twice')
+    if split not in _SPLITS:
+        return np.array(_bench(Path(world), split)["qimlist" if split.endswith("_query") else "imlist"], str)
+    v, k = _SPLITS[split]
+    path = Path(world) / v / f"{k}.csv"
+    ids = read_table(path, ["id"], only=True).id
+    if ids.duplicated().any():
+        raise ValueError(f"{path} lists {ids[ids.duplicated()].iloc[0]} twice")
     short = ids.str.len() < 3
-    if short.any(): raise ValueError(f'{path}: the id {ids[short].iloc[0]!r} in row {int(short.argmax())+2} is too short; its first three characters name the folders of the image')
-    return ids.to_numpy(str) if len(ids) else np.zeros(0, 'U16')
+    if short.any():
+        raise ValueError(
+            f"{path}: the id {ids[short].iloc[0]!r} in row {int(short.argmax()) + 2} is too short; its first three characters name the folders of the image"
+        )
+    return ids.to_numpy(str) if len(ids) else np.zeros(0, "U16")
+
 
 def image_paths(
-    world:Path, # folder of a world
-    split:str,  # name of the split
-    ids,        # image ids of it
-)->list: # paths, text
+    world: Path,  # folder of a world
+    split: str,  # name of the split
+    ids,  # image ids of it
+) -> list:  # paths, text
     "Where images of a split lie."
-    if split not in _SPLITS: return [str(Path(world)/'revisited'/split.rpartition('_')[0]/'jpg'/f'{i}.jpg') for i in ids]
+    if split not in _SPLITS:
+        return [str(Path(world) / "revisited" / split.rpartition("_")[0] / "jpg" / f"{i}.jpg") for i in ids]
     v, k = _SPLITS[split]
-    return [str(image_path(Path(world)/v/k, i)) for i in ids]
+    return [str(image_path(Path(world) / v / k, i)) for i in ids]
+
 
 def read_boxes(
-    world:Path, # folder of a world
-    split:str,  # name of the split
-)->np.ndarray: # x0, y0, x1, y1 in pixels [n, 4], or None where images are taken whole
+    world: Path,  # folder of a world
+    split: str,  # name of the split
+) -> np.ndarray:  # x0, y0, x1, y1 in pixels [n, 4], or None where images are taken whole
     "The boxes to which the queries of a benchmark are cropped."
-    if split in _SPLITS or not split.endswith('_query'): return None
-    return np.array([g['bbx'] for g in _bench(Path(world), split)['gnd']], dtype=float).reshape(-1, 4)
+    if split in _SPLITS or not split.endswith("_query"):
+        return None
+    return np.array([g["bbx"] for g in _bench(Path(world), split)["gnd"]], dtype=float).reshape(-1, 4)
 
 # %% ../../../nbs/parts/data/layout.ipynb #1c09a9ca
 def read_images(
-    world:Path, # folder of a world
-    split:str,  # v1_train, v2_train, index, test, <benchmark>_query or <benchmark>_index
-)->pd.DataFrame: # image_id, path; landmark_id for training sets; x0, y0, x1, y1 for benchmark queries
+    world: Path,  # folder of a world
+    split: str,  # v1_train, v2_train, index, test, <benchmark>_query or <benchmark>_index
+) -> pd.DataFrame:  # image_id, path; landmark_id for training sets; x0, y0, x1, y1 for benchmark queries
     "The images of a split, in the order of its table."
     ids, boxes = read_ids(world, split), read_boxes(world, split)
     df = pd.DataFrame(dict(image_id=pd.Series(ids, dtype=object), path=image_paths(world, split, ids)))
-    if split in ('v1_train', 'v2_train'):
+    if split in ("v1_train", "v2_train"):
         v, k = _SPLITS[split]
-        df['landmark_id'] = read_table(Path(world)/v/f'{k}.csv', ['id', 'landmark_id'], only=True).landmark_id.to_numpy()
-    if boxes is not None: df[['x0', 'y0', 'x1', 'y1']] = boxes
+        df["landmark_id"] = read_table(
+            Path(world) / v / f"{k}.csv", ["id", "landmark_id"], only=True
+        ).landmark_id.to_numpy()
+    if boxes is not None:
+        df[["x0", "y0", "x1", "y1"]] = boxes
     return df
 
+
 def landmark_names(
-    world:Path, # folder of a world
-)->dict: # landmark_id → name
+    world: Path,  # folder of a world
+) -> dict:  # landmark_id → name
     "Names of the landmarks, as far as the data has them; a Wikimedia category loses its address."
     out = {}
-    for v in ('v1', 'v2'):
-        p = Path(world)/v/'train_label_to_category.csv'
+    for v in ("v1", "v2"):
+        p = Path(world) / v / "train_label_to_category.csv"
         if p.exists():
-            df = read_table(p, ['landmark_id', 'category'])
-            out |= dict(zip(df.landmark_id, df.category.str.replace(r'^.*Category:', '', regex=True).str.replace('_', ' ')))
+            df = read_table(p, ["landmark_id", "category"])
+            out |= dict(
+                zip(
+                    df.landmark_id,
+                    df.category.str.replace(r"^.*Category:", "", regex=True).str.replace("_", " "),
+                )
+            )
     return out
 
-def read_truth(world:Path)->pd.DataFrame:
+
+def read_truth(world: Path) -> pd.DataFrame:
     "What is really in each image; only drawn worlds know."
-    return pd.read_csv(Path(world)/'truth.csv', dtype={'image_id': str})
+    return pd.read_csv(Path(world) / "truth.csv", dtype={"image_id": str})
 
 # %% ../../../nbs/parts/data/layout.ipynb #62a80f10
 def train_set(
-    world:Path,          # folder of a world
-    name:str,            # v1, v2 or v2-clean
-    clean_csv:Path|None=None, # `train_clean.csv`; for v2-clean
-)->pd.DataFrame: # image_id, path, landmark_id
+    world: Path,  # folder of a world
+    name: str,  # v1, v2 or v2-clean
+    clean_csv: Path | None = None,  # `train_clean.csv`; for v2-clean
+) -> pd.DataFrame:  # image_id, path, landmark_id
     "The images and labels of a training set."
-    if name in ('v1', 'v2'): return read_images(world, f'{name}_train')
-    if name != 'v2-clean': raise ParameterError(f'train set is {name!r}; allowed: v1, v2, v2-clean')
-    clean_csv = Path(clean_csv) if clean_csv else Path(world)/'v2'/'train_clean.csv'
-    clean = read_table(clean_csv, ['landmark_id', 'images'])
-    df = read_images(world, 'v2_train')
+    if name in ("v1", "v2"):
+        return read_images(world, f"{name}_train")
+    if name != "v2-clean":
+        raise ParameterError(f"train set is {name!r}; allowed: v1, v2, v2-clean")
+    clean_csv = Path(clean_csv) if clean_csv else Path(world) / "v2" / "train_clean.csv"
+    clean = read_table(clean_csv, ["landmark_id", "images"])
+    df = read_images(world, "v2_train")
     kept = [i for images in clean.images for i in images.split()]
     unknown = set(kept) - set(df.image_id)
-    if unknown: raise ValueError(f'{clean_csv} names {len(unknown)} images that v2/train.csv does not have, for instance {min(unknown)}')
+    if unknown:
+        raise ValueError(
+            f"{clean_csv} names {len(unknown)} images that v2/train.csv does not have, for instance {min(unknown)}"
+        )
     return df[df.image_id.isin(kept)].reset_index(drop=True)
 
 # %% ../../../nbs/parts/data/layout.ipynb #758986e8
 def read_retrieval_solution(
-    world:Path, # folder of a world
-)->pd.DataFrame: # image_id, images (list of index ids), usage (Public, Private, Ignored)
+    world: Path,  # folder of a world
+) -> pd.DataFrame:  # image_id, images (list of index ids), usage (Public, Private, Ignored)
     "Which index images answer each test image."
-    df = read_table(Path(world)/'v2'/'retrieval_solution.csv', ['id', 'images', 'Usage'])
-    images = [[] if u == 'Ignored' or s == 'None' else s.split() for s, u in zip(df.images, df.Usage)]
+    df = read_table(Path(world) / "v2" / "retrieval_solution.csv", ["id", "images", "Usage"])
+    images = [[] if u == "Ignored" or s == "None" else s.split() for s, u in zip(df.images, df.Usage)]
     return pd.DataFrame(dict(image_id=df.id, images=images, usage=df.Usage))
 
+
 def read_recognition_solution(
-    world:Path, # folder of a world
-)->pd.DataFrame: # image_id, landmarks (list of landmark ids, empty for none), usage
+    world: Path,  # folder of a world
+) -> pd.DataFrame:  # image_id, landmarks (list of landmark ids, empty for none), usage
     "Which landmarks each test image shows."
-    df = read_table(Path(world)/'v2'/'recognition_solution.csv', ['id', 'landmarks', 'Usage'])
-    return pd.DataFrame(dict(image_id=df.id, landmarks=[[int(x) for x in str(s).split()] if s != 'None' else [] for s in df.landmarks], usage=df.Usage))
+    df = read_table(Path(world) / "v2" / "recognition_solution.csv", ["id", "landmarks", "Usage"])
+    return pd.DataFrame(
+        dict(
+            image_id=df.id,
+            landmarks=[[int(x) for x in str(s).split()] if s != "None" else [] for s in df.landmarks],
+            usage=df.Usage,
+        )
+    )
 
 # %% ../../../nbs/parts/data/layout.ipynb #aa635917
 class _PlainUnpickler(pickle.Unpickler):
-    _allowed = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode')} | {
-        (f'numpy.{core}.{m}', f) for core in ('core', '_core') for m, f in (('multiarray', '_reconstruct'), ('multiarray', 'scalar'), ('numeric', '_frombuffer'))}
+    _allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.{m}", f)
+        for core in ("core", "_core")
+        for m, f in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+    }
+
     def find_class(self, module, name):
-        if (module, name) in self._allowed: return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'the pickle asks for {module}.{name}; only plain containers and numbers are read')
+        if (module, name) in self._allowed:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"the pickle asks for {module}.{name}; only plain containers and numbers are read"
+        )
+
 
 def read_revisited(
-    world:Path, # folder of a world
-    name:str,   # benchmark
-)->dict: # imlist, qimlist, gnd (list of bbx, easy, hard, junk; positions into imlist)
+    world: Path,  # folder of a world
+    name: str,  # benchmark
+) -> dict:  # imlist, qimlist, gnd (list of bbx, easy, hard, junk; positions into imlist)
     "The ground truth of a revisited-style benchmark."
-    path = Path(world)/'revisited'/name/f'gnd_{name}.pkl'
+    path = Path(world) / "revisited" / name / f"gnd_{name}.pkl"
     gnd = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-    if missing := {'imlist', 'qimlist', 'gnd'} - set(gnd): raise ValueError(f'{path} lacks {", ".join(sorted(missing))}')
-    rows = [{k: list(np.asarray(g.get(k, []), dtype=float if k == 'bbx' else int)) for k in ('bbx', 'easy', 'hard', 'junk')} for g in gnd['gnd']]
-    return dict(imlist=list(gnd['imlist']), qimlist=list(gnd['qimlist']), gnd=rows)
+    if missing := {"imlist", "qimlist", "gnd"} - set(gnd):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    rows = [
+        {
+            k: list(np.asarray(g.get(k, []), dtype=float if k == "bbx" else int))
+            for k in ("bbx", "easy", "hard", "junk")
+        }
+        for g in gnd["gnd"]
+    ]
+    return dict(imlist=list(gnd["imlist"]), qimlist=list(gnd["qimlist"]), gnd=rows)

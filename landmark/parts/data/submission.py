@@ -16,77 +16,115 @@ from .layout import read_table
 class SubmissionError(ValueError):
     "Rows that are no submission."
 
+
 def _unique(ids, what):
     s = pd.Series(np.asarray(ids, str), dtype=object)
-    if s.duplicated().any(): raise SubmissionError(f"{what} {s[s.duplicated()].iloc[0]} occurs twice")
+    if s.duplicated().any():
+        raise SubmissionError(f"{what} {s[s.duplicated()].iloc[0]} occurs twice")
     return s
 
+
 def _write(df, path):
-    with atomic_path(path) as tmp: df.to_csv(tmp, index=False, compression="gzip" if str(path).endswith(".gz") else None)
+    with atomic_path(path) as tmp:
+        df.to_csv(tmp, index=False, compression="gzip" if str(path).endswith(".gz") else None)
     return Path(path)
+
 
 def _in_order(df, wanted, column):
     "Rows in the order of the official list; test images without an answer get an empty one, unknown ones are refused."
     wanted = _unique(wanted, "test image")
-    if (unknown := ~df.id.isin(set(wanted))).any(): raise SubmissionError(f"{int(unknown.sum())} of {len(df)} images are no test images ({df.id[unknown].iloc[0]} first)")
+    if (unknown := ~df.id.isin(set(wanted))).any():
+        raise SubmissionError(
+            f"{int(unknown.sum())} of {len(df)} images are no test images ({df.id[unknown].iloc[0]} first)"
+        )
     return df.set_index("id")[column].reindex(wanted, fill_value="").rename_axis("id").reset_index()
 
 # %% ../../../nbs/parts/data/submission.ipynb #10d9380d
 def write_retrieval(
-    path:Path,          # CSV file, or .csv.gz
-    query_ids,          # image id of each list [q]
-    ranks:np.ndarray,   # positions in the index, best first, −1 for none [q, k]
-    index_ids,          # image ids of the index [n]
-    all_queries=None,   # the official test ids; those without a list get an empty row
-    most:int=100,       # images per list
-)->Path:
+    path: Path,  # CSV file, or .csv.gz
+    query_ids,  # image id of each list [q]
+    ranks: np.ndarray,  # positions in the index, best first, −1 for none [q, k]
+    index_ids,  # image ids of the index [n]
+    all_queries=None,  # the official test ids; those without a list get an empty row
+    most: int = 100,  # images per list
+) -> Path:
     "Write ranked lists as a submission of the retrieval track."
     index_ids, ranks = np.asarray(index_ids, str), np.asarray(ranks)[:, :most]
     ids = _unique(query_ids, "query")
-    if len(ids) != len(ranks): raise SubmissionError(f"{len(ids)} queries but {len(ranks)} lists")
-    if ranks.size and ranks.max() >= len(index_ids): raise SubmissionError(f"a list names image {ranks.max()}, the index has {len(index_ids)}")
-    ordered = np.sort(ranks, axis=1); twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
-    if twice.any(): raise SubmissionError(f"{int(twice.sum())} lists name an image twice (that of {ids[twice.argmax()]} first)")
+    if len(ids) != len(ranks):
+        raise SubmissionError(f"{len(ids)} queries but {len(ranks)} lists")
+    if ranks.size and ranks.max() >= len(index_ids):
+        raise SubmissionError(f"a list names image {ranks.max()}, the index has {len(index_ids)}")
+    ordered = np.sort(ranks, axis=1)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    if twice.any():
+        raise SubmissionError(
+            f"{int(twice.sum())} lists name an image twice (that of {ids[twice.argmax()]} first)"
+        )
     df = pd.DataFrame(dict(id=ids, images=[" ".join(index_ids[row[row >= 0]]) for row in ranks]))
     return _write(_in_order(df, ids if all_queries is None else all_queries, "images"), path)
 
+
 def read_retrieval(
-    path:Path,          # CSV file
-    query_ids=None,     # the official test ids: each must be there
-    index_ids=None,     # the official index ids: no other may be named
-)->pd.DataFrame: # image_id, images (list of index ids)
+    path: Path,  # CSV file
+    query_ids=None,  # the official test ids: each must be there
+    index_ids=None,  # the official index ids: no other may be named
+) -> pd.DataFrame:  # image_id, images (list of index ids)
     "Read a submission of the retrieval track."
-    df = read_table(path, ["id", "images"]); ids = _unique(df.id, f"{path}: query")
+    df = read_table(path, ["id", "images"])
+    ids = _unique(df.id, f"{path}: query")
     lists = [s.split() for s in df.images]
-    if query_ids is not None and (missing := set(np.asarray(query_ids, str)) - set(ids)): raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
-    if index_ids is not None and (unknown := {i for row in lists for i in row} - set(np.asarray(index_ids, str))): raise SubmissionError(f"{path} names {len(unknown)} images that the index does not have ({min(unknown)} first)")
+    if query_ids is not None and (missing := set(np.asarray(query_ids, str)) - set(ids)):
+        raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
+    if index_ids is not None and (
+        unknown := {i for row in lists for i in row} - set(np.asarray(index_ids, str))
+    ):
+        raise SubmissionError(
+            f"{path} names {len(unknown)} images that the index does not have ({min(unknown)} first)"
+        )
     return pd.DataFrame(dict(image_id=ids, images=lists))
 
 # %% ../../../nbs/parts/data/submission.ipynb #a83c1a95
 def write_recognition(
-    path:Path,          # CSV file, or .csv.gz
-    image_ids,          # test image of each prediction [q]
-    labels,             # predicted landmark_id, below 0 for no answer [q]
-    scores,             # confidence [q]
-    all_images=None,    # the official test ids; those without a prediction get an empty row
-)->Path:
+    path: Path,  # CSV file, or .csv.gz
+    image_ids,  # test image of each prediction [q]
+    labels,  # predicted landmark_id, below 0 for no answer [q]
+    scores,  # confidence [q]
+    all_images=None,  # the official test ids; those without a prediction get an empty row
+) -> Path:
     "Write predictions as a submission of the recognition track."
     ids, labels, scores = _unique(image_ids, "test image"), np.asarray(labels), np.asarray(scores, np.float64)
-    if not len(ids) == len(labels) == len(scores): raise SubmissionError(f"{len(ids)} images, {len(labels)} labels and {len(scores)} scores; each image has one of both")
+    if not len(ids) == len(labels) == len(scores):
+        raise SubmissionError(
+            f"{len(ids)} images, {len(labels)} labels and {len(scores)} scores; each image has one of both"
+        )
     bad = (labels >= 0) & ~np.isfinite(scores)
-    if bad.any(): raise SubmissionError(f"{int(bad.sum())} predictions have no finite confidence (that of {ids[bad.argmax()]} first)")
-    df = pd.DataFrame(dict(id=ids, landmarks=["" if l < 0 else f"{l} {s:.9f}" for l, s in zip(labels, scores)]))
+    if bad.any():
+        raise SubmissionError(
+            f"{int(bad.sum())} predictions have no finite confidence (that of {ids[bad.argmax()]} first)"
+        )
+    df = pd.DataFrame(
+        dict(id=ids, landmarks=["" if l < 0 else f"{l} {s:.9f}" for l, s in zip(labels, scores)])
+    )
     return _write(_in_order(df, ids if all_images is None else all_images, "landmarks"), path)
 
+
 def read_recognition(
-    path:Path,          # CSV file
-    image_ids=None,     # the official test ids: each must be there
-)->pd.DataFrame: # image_id, landmark_id (−1 for no answer), score (NaN for no answer)
+    path: Path,  # CSV file
+    image_ids=None,  # the official test ids: each must be there
+) -> pd.DataFrame:  # image_id, landmark_id (−1 for no answer), score (NaN for no answer)
     "Read a submission of the recognition track."
-    df = read_table(path, ["id", "landmarks"]); ids = _unique(df.id, f"{path}: test image")
-    if image_ids is not None and (missing := set(np.asarray(image_ids, str)) - set(ids)): raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
+    df = read_table(path, ["id", "landmarks"])
+    ids = _unique(df.id, f"{path}: test image")
+    if image_ids is not None and (missing := set(np.asarray(image_ids, str)) - set(ids)):
+        raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
     rows = []
     for i, s in zip(ids, df.landmarks):
-        try: label, score = s.split() if s.strip() else (-1, np.nan); rows.append((i, int(label), float(score)))
-        except ValueError: raise SubmissionError(f"{path}: {i} has the answer {s!r}; it should be one landmark and its confidence, or nothing") from None
+        try:
+            label, score = s.split() if s.strip() else (-1, np.nan)
+            rows.append((i, int(label), float(score)))
+        except ValueError:
+            raise SubmissionError(
+                f"{path}: {i} has the answer {s!r}; it should be one landmark and its confidence, or nothing"
+            ) from None
     return pd.DataFrame(rows, columns=["image_id", "landmark_id", "score"])

@@ -10,89 +10,129 @@ from dataclasses import field
 from pathlib import Path
 from ..artifacts import open_stage
 from ..core import ParameterError, stage_config
-from .store import Store, concat_stores, finish_store, missing_shards, open_store, write_shard
+from landmark.parts.descriptors.store import (
+    Store,
+    concat_stores,
+    finish_store,
+    missing_shards,
+    open_store,
+    write_shard,
+)
 from .whitening import Whitening, learn_pca
 
 # %% ../../../nbs/parts/descriptors/ensemble.ipynb #81409472
 @stage_config
 class Config:
     "What joining needs to know."
-    profile: str = "mini"    # names the folder of runs
-    name: str = "default"    # names this run
-    seed: int = 1            # seed of world and training
-    world: str = "default"   # the descriptors' world
-    descriptors: str = ""    # artifact of 04_extract, by the end of its path
-    models: list[str] = field(default_factory=list)    # models in it
-    weights: list[float] = field(default_factory=list) # of the models; none: they are not joined
-    pca_dims: int = 0        # dimensions to keep after whitening; 0: do not whiten
+
+    profile: str = "mini"  # names the folder of runs
+    name: str = "default"  # names this run
+    seed: int = 1  # seed of world and training
+    world: str = "default"  # the descriptors' world
+    descriptors: str = ""  # artifact of 04_extract, by the end of its path
+    models: list[str] = field(default_factory=list)  # models in it
+    weights: list[float] = field(default_factory=list)  # of the models; none: they are not joined
+    pca_dims: int = 0  # dimensions to keep after whitening; 0: do not whiten
 
 # %% ../../../nbs/parts/descriptors/ensemble.ipynb #981977e8
 def whiten_store(
-    store:Store,          # any split
-    pca:Whitening,        # learned on the training split
-    dims:int,             # dimensions to keep
-    out_dir:Path,         # folder of the new store
-    card:dict,            # what the whitening was learned on
-    shard_size:int=65536, # rows per shard, and rows in memory at a time
-)->Store: # the same images in the same order
+    store: Store,  # any split
+    pca: Whitening,  # learned on the training split
+    dims: int,  # dimensions to keep
+    out_dir: Path,  # folder of the new store
+    card: dict,  # what the whitening was learned on
+    shard_size: int = 65536,  # rows per shard, and rows in memory at a time
+) -> Store:  # the same images in the same order
     "Stream a store through a whitening; a killed run goes on with the next shard."
-    card = dict(whitened=store.card["made_by"], dims=dims, learned_on=card, shard_size=shard_size, n=len(store))
+    card = dict(
+        whitened=store.card["made_by"], dims=dims, learned_on=card, shard_size=shard_size, n=len(store)
+    )
     n_shards = max(1, -(-len(store) // shard_size))
     for i in missing_shards(out_dir, n_shards, card):
-        part = slice(i*shard_size, (i+1)*shard_size)
+        part = slice(i * shard_size, (i + 1) * shard_size)
         write_shard(out_dir, i, store.ids[part], pca(store[part], dims), card, str(store.dtype))
     return open_store(finish_store(out_dir, n_shards, card))
 
 # %% ../../../nbs/parts/descriptors/ensemble.ipynb #a459a51b
 def stores_of(
-    folder:Path, # a model's folder
-)->dict: # split → store
+    folder: Path,  # a model's folder
+) -> dict:  # split → store
     "The descriptor stores of a model."
     return {p.parent.name: open_store(p.parent) for p in sorted(Path(folder).glob("*/card.json"))}
 
+
 def models_in(
-    extracted:Path, # artifact of 04_extract
-    splits=(),      # that a model must have
-)->list: # names
+    extracted: Path,  # artifact of 04_extract
+    splits=(),  # that a model must have
+) -> list:  # names
     "The models of an extraction."
     there = sorted({p.parent.parent for p in Path(extracted).glob("*/*/card.json")})
-    return [m.name for m in there if all((m/s/"card.json").exists() for s in splits)]
+    return [m.name for m in there if all((m / s / "card.json").exists() for s in splits)]
+
 
 def choose_models(
-    cfg,            # the asking stage's config, with `models` and `weights`
-    extracted:Path, # artifact of 04_extract
-    splits=(),      # that a model must have
-)->list: # names
+    cfg,  # the asking stage's config, with `models` and `weights`
+    extracted: Path,  # artifact of 04_extract
+    splits=(),  # that a model must have
+) -> list:  # names
     "The models asked for, or all, in the order of the parameters; unknown ones are refused."
     asking, there = type(cfg).__module__.rpartition(".")[2], models_in(extracted, splits)
     what = " of " + " and ".join(splits) if splits else ""
     unknown = [m for m in cfg.models if m not in there]
-    if unknown or not there: raise ParameterError(f"{asking}: there are no descriptors{what} by {', '.join(unknown) or 'any model'} in {extracted}; there are those by {', '.join(there) or 'none'}")
+    if unknown or not there:
+        raise ParameterError(
+            f"{asking}: there are no descriptors{what} by {', '.join(unknown) or 'any model'} in {extracted}; there are those by {', '.join(there) or 'none'}"
+        )
     chosen = list(cfg.models or there)
-    if cfg.weights and len(cfg.weights) != len(chosen): raise ParameterError(f"{asking}: {len(cfg.weights)} weights for {len(chosen)} models ({', '.join(chosen)}); each has one")
+    if cfg.weights and len(cfg.weights) != len(chosen):
+        raise ParameterError(
+            f"{asking}: {len(cfg.weights)} weights for {len(chosen)} models ({', '.join(chosen)}); each has one"
+        )
     return chosen
 
+
 def join_models(
-    cfg,            # the asking stage's config, with `weights` and `pca_dims`
-    extracted:Path, # artifact of 04_extract
-    models:list,    # names, in the order of the weights
-)->dict: # model → its stores by split; one model, `ensemble`, with weights
+    cfg,  # the asking stage's config, with `weights` and `pca_dims`
+    extracted: Path,  # artifact of 04_extract
+    models: list,  # names, in the order of the weights
+) -> dict:  # model → its stores by split; one model, `ensemble`, with weights
     "Stores of the models, or of the ensemble of them; whitened ones and ensembles are made once and kept for whoever asks next."
     extracted = Path(extracted)
-    if not (cfg.weights or cfg.pca_dims): return {m: stores_of(extracted/m) for m in models}
-    if not cfg.weights and len(models) > 1: return {k: v for m in models for k, v in join_models(cfg, extracted, [m]).items()}
-    own = Config(profile=cfg.profile, name="ensemble" if cfg.weights else models[0], seed=cfg.seed, world=cfg.world, descriptors="/".join(extracted.parts[-3:]),
-                 models=list(models), weights=list(cfg.weights), pca_dims=cfg.pca_dims)
+    if not (cfg.weights or cfg.pca_dims):
+        return {m: stores_of(extracted / m) for m in models}
+    if not cfg.weights and len(models) > 1:
+        return {k: v for m in models for k, v in join_models(cfg, extracted, [m]).items()}
+    own = Config(
+        profile=cfg.profile,
+        name="ensemble" if cfg.weights else models[0],
+        seed=cfg.seed,
+        world=cfg.world,
+        descriptors="/".join(extracted.parts[-3:]),
+        models=list(models),
+        weights=list(cfg.weights),
+        pca_dims=cfg.pca_dims,
+    )
     with open_stage("ensemble", own, inputs=[extracted], code="landmark.parts.descriptors.ensemble") as st:
         if not st.done:
-            stores = [stores_of(extracted/m) for m in models]
-            if cfg.weights: stores = {s: concat_stores([m[s] for m in stores], st.dir/"joined"/s, list(cfg.weights)) for s in sorted(set.intersection(*map(set, stores)))}
-            else: stores, = stores
-            if cfg.pca_dims: _whiten(cfg, stores, st.dir/"whitened")
-    return {own.name: stores_of(st.dir/("whitened" if cfg.pca_dims else "joined"))}
+            stores = [stores_of(extracted / m) for m in models]
+            if cfg.weights:
+                stores = {
+                    s: concat_stores([m[s] for m in stores], st.dir / "joined" / s, list(cfg.weights))
+                    for s in sorted(set.intersection(*map(set, stores)))
+                }
+            else:
+                (stores,) = stores
+            if cfg.pca_dims:
+                _whiten(cfg, stores, st.dir / "whitened")
+    return {own.name: stores_of(st.dir / ("whitened" if cfg.pca_dims else "joined"))}
+
 
 def _whiten(cfg, stores, out_dir):
     "Learn on the training split, apply to all."
-    if "v2_train" not in stores: raise ParameterError(f"{type(cfg).__module__.rpartition('.')[2]}: pca_dims needs descriptors of v2_train to learn from; extract that split, or set pca_dims to 0")
+    if "v2_train" not in stores:
+        raise ParameterError(
+            f"{type(cfg).__module__.rpartition('.')[2]}: pca_dims needs descriptors of v2_train to learn from; extract that split, or set pca_dims to 0"
+        )
     pca = learn_pca(stores["v2_train"])
-    for split, store in stores.items(): whiten_store(store, pca, cfg.pca_dims, out_dir/split, stores["v2_train"].card["made_by"])
+    for split, store in stores.items():
+        whiten_store(store, pca, cfg.pca_dims, out_dir / split, stores["v2_train"].card["made_by"])

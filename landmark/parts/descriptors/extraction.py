@@ -17,107 +17,146 @@ from ..images.loading import Crops, make_loader
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #9675b2e5
 def group_sizes(
-    wh:np.ndarray,  # width and height of each photo [n, 2]
-    sizes:str='L2', # size group
-)->np.ndarray: # width and height of the network input [n, 2]
+    wh: np.ndarray,  # width and height of each photo [n, 2]
+    sizes: str = "L2",  # size group
+) -> np.ndarray:  # width and height of the network input [n, 2]
     "Network input of each photo by its aspect group."
     bins, table = size_table(sizes)
     return np.array(table)[aspect_groups(np.maximum(wh[:, 1], 1), np.maximum(wh[:, 0], 1), bins)]
 
+
 def side_sizes(
-    wh:np.ndarray,       # width and height of each photo or box [n, 2]
-    max_side:int=1024,   # longest side of the network input
-)->np.ndarray: # width and height of the network input [n, 2]
+    wh: np.ndarray,  # width and height of each photo or box [n, 2]
+    max_side: int = 1024,  # longest side of the network input
+) -> np.ndarray:  # width and height of the network input [n, 2]
     "Network input of each photo by its longest side, never enlarged."
     wh = np.maximum(np.asarray(wh, float), 1)
-    return np.maximum(1, np.round(wh*np.minimum(1, max_side/wh.max(1, keepdims=True)))).astype(int)
+    return np.maximum(1, np.round(wh * np.minimum(1, max_side / wh.max(1, keepdims=True)))).astype(int)
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #f6c9b58a
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
+
 @torch.inference_mode()
 def describe_scales(
-    model,               # a RetrievalModel in evaluation mode
-    images:torch.Tensor, # uint8 RGB on the model's device [b, 3, h, w]
-    scales=(0.75, 1, 1.25), # factors of height and width
-    multiple:int=32,     # sides become multiples of this
-    min_side:int=128,    # and at least this
-    precision:str='fp32', # fp32, bf16 or fp16
-)->torch.Tensor: # unit descriptors, float32 [b, d]
+    model,  # a RetrievalModel in evaluation mode
+    images: torch.Tensor,  # uint8 RGB on the model's device [b, 3, h, w]
+    scales=(0.75, 1, 1.25),  # factors of height and width
+    multiple: int = 32,  # sides become multiples of this
+    min_side: int = 128,  # and at least this
+    precision: str = "fp32",  # fp32, bf16 or fp16
+) -> torch.Tensor:  # unit descriptors, float32 [b, d]
     "Mean of the outputs at several scales, normalised once."
-    if precision not in PRECISIONS: raise ValueError(f"`precision` is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
     images, dtype = images.float(), PRECISIONS[precision]
     outputs = []
     for s in scales:
         size = scaled_size(*images.shape[2:], s, multiple, min_side)
-        x = images if size == tuple(images.shape[2:]) else F.interpolate(images, size, mode='bilinear', align_corners=True)
-        with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext(): outputs.append(model(x).float())
+        x = (
+            images
+            if size == tuple(images.shape[2:])
+            else F.interpolate(images, size, mode="bilinear", align_corners=True)
+        )
+        with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
+            outputs.append(model(x).float())
     return F.normalize(torch.stack(outputs).mean(0))
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #eb3497f0
 def same_size_batches(
-    sizes,              # width and height of each network input at scale 1 [n, 2]
-    batch_size:int=32,  # photos at a time
-)->list: # positions of each batch
+    sizes,  # width and height of each network input at scale 1 [n, 2]
+    batch_size: int = 32,  # photos at a time
+) -> list:  # positions of each batch
     "Batches of photos of the same size."
-    if not len(sizes): return []
-    _, same = np.unique(np.asarray(sizes), axis=0, return_inverse=True); same = same.reshape(-1)
-    order = np.argsort(same, kind='stable')
-    groups = np.split(order, np.flatnonzero(np.diff(same[order]))+1)
-    return [b[i:i+batch_size] for b in groups for i in range(0, len(b), batch_size)]
+    if not len(sizes):
+        return []
+    _, same = np.unique(np.asarray(sizes), axis=0, return_inverse=True)
+    same = same.reshape(-1)
+    order = np.argsort(same, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(same[order])) + 1)
+    return [b[i : i + batch_size] for b in groups for i in range(0, len(b), batch_size)]
+
 
 class Unfinished:
     "Descriptors of a shard that is not finished, set down now and then."
-    def __init__(self,
-        path,            # file, or None to set nothing down
-        batches:list,    # the plan
-        made_by:str='',  # what makes the descriptors
-        every:float=60,  # seconds between two notes
+
+    def __init__(
+        self,
+        path,  # file, or None to set nothing down
+        batches: list,  # the plan
+        made_by: str = "",  # what makes the descriptors
+        every: float = 60,  # seconds between two notes
     ):
         self.path, self.every, self.last = path and Path(path), every, time.monotonic()
         self.key = hashlib.sha256(repr((made_by, [b.tolist() for b in batches])).encode()).hexdigest()
-    def read(self)->tuple: # batches done, descriptors [n, d], which rows are described [n], [(position, reason)]
+
+    def read(
+        self,
+    ) -> tuple:  # batches done, descriptors [n, d], which rows are described [n], [(position, reason)]
         "What was set down, or None."
-        if not (self.path and self.path.exists()): return None
+        if not (self.path and self.path.exists()):
+            return None
         with np.load(self.path, allow_pickle=False) as f:
-            if str(f['key']) != self.key: return None
-            return int(f['done']), f['x'], f['ok'], [(int(i), str(why)) for i, why in zip(f['bad'], f['why'])]
+            if str(f["key"]) != self.key:
+                return None
+            return int(f["done"]), f["x"], f["ok"], [(int(i), str(why)) for i, why in zip(f["bad"], f["why"])]
+
     def note(self, done, x, ok, bad):
         "Set down, if it is time."
-        if not self.path or time.monotonic() - self.last < self.every: return
-        with atomic_path(self.path) as tmp, open(tmp, 'wb') as f:
-            np.savez(f, key=self.key, done=done, x=x, ok=ok, bad=np.array([i for i, _ in bad], int), why=np.array([w for _, w in bad], str))
+        if not self.path or time.monotonic() - self.last < self.every:
+            return
+        with atomic_path(self.path) as tmp, open(tmp, "wb") as f:
+            np.savez(
+                f,
+                key=self.key,
+                done=done,
+                x=x,
+                ok=ok,
+                bad=np.array([i for i, _ in bad], int),
+                why=np.array([w for _, w in bad], str),
+            )
         self.last = time.monotonic()
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #f2dc6026
 def extract(
-    model,                # a RetrievalModel in evaluation mode
-    paths:list,           # image files [n]
-    sizes:np.ndarray,     # width and height of each network input at scale 1 [n, 2]
-    boxes:list=None,      # crops in pixels of the photo, or None
-    scales=(0.75, 1, 1.25), # factors
-    multiple:int=32,      # sides become multiples of this
-    min_side:int=128,     # and at least this
-    precision:str='fp32', # fp32, bf16 or fp16
-    batch_size:int=32,    # photos at a time
-    n_loaders:int=0,      # worker processes that load images
-    photos=None,          # instead of `Crops`: gives (position, image or reason) of (epoch, position)
-    load=None,            # instead of `make_loader`: gives the loaded batches, of the batches that are left
+    model,  # a RetrievalModel in evaluation mode
+    paths: list,  # image files [n]
+    sizes: np.ndarray,  # width and height of each network input at scale 1 [n, 2]
+    boxes: list = None,  # crops in pixels of the photo, or None
+    scales=(0.75, 1, 1.25),  # factors
+    multiple: int = 32,  # sides become multiples of this
+    min_side: int = 128,  # and at least this
+    precision: str = "fp32",  # fp32, bf16 or fp16
+    batch_size: int = 32,  # photos at a time
+    n_loaders: int = 0,  # worker processes that load images
+    photos=None,  # instead of `Crops`: gives (position, image or reason) of (epoch, position)
+    load=None,  # instead of `make_loader`: gives the loaded batches, of the batches that are left
     done=lambda n: None,  # told how many photos have just been dealt with
-    notes=None,           # file in which a killed run finds what it had
-    made_by:str='',       # what makes the descriptors; notes of something else are not read
-    every:float=60,       # seconds between two notes
-)->tuple: # descriptors of the readable photos [m, d], their positions [m], [(position, reason)] of the others
+    notes=None,  # file in which a killed run finds what it had
+    made_by: str = "",  # what makes the descriptors; notes of something else are not read
+    every: float = 60,  # seconds between two notes
+) -> (
+    tuple
+):  # descriptors of the readable photos [m, d], their positions [m], [(position, reason)] of the others
     "Descriptors of photos."
     device, n, batches = next(model.parameters()).device, len(sizes), same_size_batches(sizes, batch_size)
     photos = photos if photos is not None else Crops(paths, [tuple(map(int, s)) for s in sizes], boxes)
     unfinished = Unfinished(notes, batches, made_by, every)
-    load = load or (lambda left: make_loader(photos, left, n_loaders=n_loaders, pin=device.type == 'cuda'))
+    load = load or (lambda left: make_loader(photos, left, n_loaders=n_loaders, pin=device.type == "cuda"))
     start, x, ok, bad = unfinished.read() or (0, np.zeros((n, model.d), np.float32), np.zeros(n, bool), [])
     done(int(ok.sum()) + len(bad))
-    for i, (images, at, wrong) in enumerate(load(batches[start:]), start+1):
+    for i, (images, at, wrong) in enumerate(load(batches[start:]), start + 1):
         if len(at):
-            x[at] = describe_scales(model, images.to(device, non_blocking=True), scales, multiple, min_side, precision).cpu().numpy(); ok[at] = True
-        bad += wrong; done(len(at)+len(wrong))
-        if i < len(batches): unfinished.note(i, x, ok, bad)
+            x[at] = (
+                describe_scales(
+                    model, images.to(device, non_blocking=True), scales, multiple, min_side, precision
+                )
+                .cpu()
+                .numpy()
+            )
+            ok[at] = True
+        bad += wrong
+        done(len(at) + len(wrong))
+        if i < len(batches):
+            unfinished.note(i, x, ok, bad)
     return x[ok], np.flatnonzero(ok), bad

@@ -14,56 +14,75 @@ class StoreError(ValueError):
 
 # %% ../../../nbs/parts/descriptors/rows.ipynb #8a1b8c3f
 def check_rows(
-    x:np.ndarray,          # rows to look at [n, d]
-    what:str="descriptors", # name used in the error
-    zeros:bool=True,       # also refuse rows of zeros
-)->np.ndarray: # `x` itself
+    x: np.ndarray,  # rows to look at [n, d]
+    what: str = "descriptors",  # name used in the error
+    zeros: bool = True,  # also refuse rows of zeros
+) -> np.ndarray:  # `x` itself
     "Refuse rows that are not finite or have no direction."
     x = np.asarray(x)
-    if x.ndim != 2: raise StoreError(f"{what} must be [n, d], not an array of shape {x.shape}")
-    top = np.abs(x).max(1, initial=0) if x.size else np.zeros(len(x))   # NaN and infinity survive the maximum
+    if x.ndim != 2:
+        raise StoreError(f"{what} must be [n, d], not an array of shape {x.shape}")
+    top = np.abs(x).max(1, initial=0) if x.size else np.zeros(len(x))  # NaN and infinity survive the maximum
     for bad, word in ((~np.isfinite(top), "not finite"), (zeros & (top == 0), "all zero")):
         if bad.any():
-            raise StoreError(f"{what}: {bad.sum()} of {len(x)} rows are {word} (rows {np.flatnonzero(bad)[:5].tolist()}); "
-                             "a descriptor is finite and has a direction")
+            raise StoreError(
+                f"{what}: {bad.sum()} of {len(x)} rows are {word} (rows {np.flatnonzero(bad)[:5].tolist()}); "
+                "a descriptor is finite and has a direction"
+            )
     return x
 
+
 def l2n(
-    x:np.ndarray, # rows [n, d]
-    what:str="descriptors", # name used in the error
-)->np.ndarray: # float32 [n, d], every row of length 1
+    x: np.ndarray,  # rows [n, d]
+    what: str = "descriptors",  # name used in the error
+) -> np.ndarray:  # float32 [n, d], every row of length 1
     "L2-normalise rows."
     x = np.asarray(x, np.float32)
     check_rows(x, what)
-    scale = np.abs(x).max(1, keepdims=True, initial=0)      # squares of tiny or huge numbers would leave float32
+    scale = np.abs(x).max(1, keepdims=True, initial=0)  # squares of tiny or huge numbers would leave float32
     x = x / np.where(scale == 0, 1, scale)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 # %% ../../../nbs/parts/descriptors/rows.ipynb #272bd8cd
 def rows_of(
-    wanted:np.ndarray, # ids to find [m]
-    ids:np.ndarray,    # ids of a table [n], unique
-    where:str="the store", # name used in the error
-)->np.ndarray: # positions of `wanted` in `ids` [m]
+    wanted: np.ndarray,  # ids to find [m]
+    ids: np.ndarray,  # ids of a table [n], unique
+    where: str = "the store",  # name used in the error
+) -> np.ndarray:  # positions of `wanted` in `ids` [m]
     "Find ids in a table of ids; an unknown id is an error."
     wanted, ids = np.asarray(wanted, str), np.asarray(ids, str)
-    if len(wanted) == len(ids) and (wanted == ids).all(): return np.arange(len(ids))
+    if len(wanted) == len(ids) and (wanted == ids).all():
+        return np.arange(len(ids))
     order = np.argsort(ids, kind="stable")
-    at = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids)-1)] if len(ids) else np.zeros(len(wanted), int)
+    at = (
+        order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
+        if len(ids)
+        else np.zeros(len(wanted), int)
+    )
     unknown = ids[at] != wanted if len(ids) else np.ones(len(wanted), bool)
-    if unknown.any(): raise StoreError(f"{int(unknown.sum())} of {len(wanted)} ids are not in {where} ({wanted[unknown][0]} first)")
+    if unknown.any():
+        raise StoreError(
+            f"{int(unknown.sum())} of {len(wanted)} ids are not in {where} ({wanted[unknown][0]} first)"
+        )
     return at
 
 # %% ../../../nbs/parts/descriptors/rows.ipynb #89965818
 def ensemble(
-    xs:list,              # one array [n, d_i] per model, rows of the same images
-    weights:list=None,    # one number per model; 1 each by default
-    normalise:bool=True,  # L2-normalise the joined rows
-)->np.ndarray: # float32 [n, sum of d_i]
+    xs: list,  # one array [n, d_i] per model, rows of the same images
+    weights: list = None,  # one number per model; 1 each by default
+    normalise: bool = True,  # L2-normalise the joined rows
+) -> np.ndarray:  # float32 [n, sum of d_i]
     "Join the descriptors of several models into one."
-    weights = [1.0]*len(xs) if weights is None else list(weights)
-    if len(weights) != len(xs): raise StoreError(f"{len(xs)} models but {len(weights)} weights")
-    if any(not np.isfinite(w) or w <= 0 for w in weights): raise StoreError(f"weights are {weights}; each must be above 0")
-    if len({len(x) for x in xs}) > 1: raise StoreError(f"models have {[len(x) for x in xs]} descriptors; an ensemble needs the same images from each")
-    out = np.concatenate([l2n(x, f"model {i}") * np.float32(w) for i, (x, w) in enumerate(zip(xs, weights))], 1)
+    weights = [1.0] * len(xs) if weights is None else list(weights)
+    if len(weights) != len(xs):
+        raise StoreError(f"{len(xs)} models but {len(weights)} weights")
+    if any(not np.isfinite(w) or w <= 0 for w in weights):
+        raise StoreError(f"weights are {weights}; each must be above 0")
+    if len({len(x) for x in xs}) > 1:
+        raise StoreError(
+            f"models have {[len(x) for x in xs]} descriptors; an ensemble needs the same images from each"
+        )
+    out = np.concatenate(
+        [l2n(x, f"model {i}") * np.float32(w) for i, (x, w) in enumerate(zip(xs, weights))], 1
+    )
     return l2n(out) if normalise else out

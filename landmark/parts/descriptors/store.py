@@ -16,85 +16,140 @@ from ..core import atomic_path, read_json, sha256_of, write_json
 from .rows import StoreError, check_rows, ensemble, l2n, rows_of
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #5d939b0b
-STORE_VERSION = 1   # of the layout above; a store of a later version is refused
+STORE_VERSION = 1  # of the layout above; a store of a later version is refused
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #156a89d2
-def fingerprint(card:dict)->str:
+def fingerprint(card: dict) -> str:
     "Twelve hex digits that change with the card."
     return hashlib.sha256(json.dumps(card, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-def _names(store_dir, number): return [Path(store_dir)/f"{number:05d}{end}" for end in (".npy", ".ids.npy", ".json")]
+
+def _names(store_dir, number):
+    return [Path(store_dir) / f"{number:05d}{end}" for end in (".npy", ".ids.npy", ".json")]
+
 
 def write_shard(
-    store_dir:Path,      # folder of the store, made if absent
-    number:int,          # shard number, 0 first
-    ids,                 # image ids [n]
-    x:np.ndarray,        # descriptors [n, d]
-    card:dict,           # what made them: model, weights, scales, …
-    dtype:str="float16", # stored type: float16 or float32
-)->Path: # the shard's JSON
+    store_dir: Path,  # folder of the store, made if absent
+    number: int,  # shard number, 0 first
+    ids,  # image ids [n]
+    x: np.ndarray,  # descriptors [n, d]
+    card: dict,  # what made them: model, weights, scales, …
+    dtype: str = "float16",  # stored type: float16 or float32
+) -> Path:  # the shard's JSON
     "Write one shard of a store; it exists once its JSON does."
-    if dtype not in ("float16", "float32"): raise StoreError(f"dtype is {dtype!r}; a store holds float16 or float32")
+    if dtype not in ("float16", "float32"):
+        raise StoreError(f"dtype is {dtype!r}; a store holds float16 or float32")
     check_rows(x, f"shard {number} of {store_dir}")
-    with np.errstate(over="ignore"): x = np.ascontiguousarray(x, dtype)
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, dtype)
     check_rows(x, f"shard {number} of {store_dir} as {dtype}")
     ids = np.char.encode(np.asarray(ids, str).reshape(-1), "utf-8")
-    if len(ids) != len(x): raise StoreError(f"shard {number} of {store_dir}: {len(ids)} ids but {len(x)} descriptors")
+    if len(ids) != len(x):
+        raise StoreError(f"shard {number} of {store_dir}: {len(ids)} ids but {len(x)} descriptors")
     data, id_file, note = _names(store_dir, number)
     data.parent.mkdir(parents=True, exist_ok=True)
-    for path in (data.parent/"card.json", note): path.unlink(missing_ok=True)      # from here on neither store nor shard is finished
+    for path in (data.parent / "card.json", note):
+        path.unlink(missing_ok=True)  # from here on neither store nor shard is finished
     for path, array in ((id_file, ids), (data, x)):
-        with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, array)
-    write_json(note, dict(n=len(x), dim=x.shape[1], dtype=dtype, made_by=fingerprint(card),
-                          sha256=sha256_of(data), sha256_ids=sha256_of(id_file)))
+        with atomic_path(path) as tmp, open(tmp, "wb") as f:
+            np.save(f, array)
+    write_json(
+        note,
+        dict(
+            n=len(x),
+            dim=x.shape[1],
+            dtype=dtype,
+            made_by=fingerprint(card),
+            sha256=sha256_of(data),
+            sha256_ids=sha256_of(id_file),
+        ),
+    )
     return note
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #b630e541
 def missing_shards(
-    store_dir:Path, # folder of the store
-    n_shards:int,   # how many it will have
-    card:dict,      # what makes them
-)->list: # numbers of the shards still to be written
+    store_dir: Path,  # folder of the store
+    n_shards: int,  # how many it will have
+    card: dict,  # what makes them
+) -> list:  # numbers of the shards still to be written
     "Shards that do not exist yet, or were made by something else."
     return [i for i in range(n_shards) if (_note(store_dir, i) or {}).get("made_by") != fingerprint(card)]
+
 
 def _note(store_dir, number):
     "What a shard says of itself; None while it is missing or cut."
     paths = _names(store_dir, number)
-    try: return read_json(paths[2]) if all(p.is_file() for p in paths) else None
-    except ValueError: return None
+    try:
+        return read_json(paths[2]) if all(p.is_file() for p in paths) else None
+    except ValueError:
+        return None
+
 
 def _load(path, **how):
     "One array of a store."
-    if not path.is_file(): raise StoreError(f"{path.parent}: {path.name} is missing")
-    try: return np.load(path, **how)
+    if not path.is_file():
+        raise StoreError(f"{path.parent}: {path.name} is missing")
+    try:
+        return np.load(path, **how)
     except (ValueError, EOFError, OSError) as e:
-        if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE): raise StoreError(f"{path} is not read because too many files are open ({e.strerror}); nothing is wrong with it: close other stores or allow more open files (ulimit -n)") from None
+        if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise StoreError(
+                f"{path} is not read because too many files are open ({e.strerror}); nothing is wrong with it: close other stores or allow more open files (ulimit -n)"
+            ) from None
         raise StoreError(f"{path} cannot be read, it was cut or overwritten: {e}") from None
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #cc646936
 def finish_store(
-    store_dir:Path, # folder with all shards
-    n_shards:int,   # how many there must be
-    card:dict,      # what made them
-)->Path: # `store_dir`
+    store_dir: Path,  # folder with all shards
+    n_shards: int,  # how many there must be
+    card: dict,  # what made them
+) -> Path:  # `store_dir`
     "Write the card of a store whose shards are complete and fit each other."
     store_dir = Path(store_dir)
     notes = [_note(store_dir, i) for i in range(n_shards)]
-    if None in notes: raise StoreError(f"{store_dir}: shard {notes.index(None)} of {n_shards} is missing ({notes.count(None)} in all); write it before finishing the store")
+    if None in notes:
+        raise StoreError(
+            f"{store_dir}: shard {notes.index(None)} of {n_shards} is missing ({notes.count(None)} in all); write it before finishing the store"
+        )
     surplus = sorted(p.name for p in store_dir.glob("[0-9]*.json") if int(p.stem) >= n_shards)
-    if surplus: raise StoreError(f"{store_dir} holds {len(surplus)} shards beyond its {n_shards} ({surplus[0]} first); they belong to another run, delete them")
+    if surplus:
+        raise StoreError(
+            f"{store_dir} holds {len(surplus)} shards beyond its {n_shards} ({surplus[0]} first); they belong to another run, delete them"
+        )
     for key, word in (("made_by", "models"), ("dim", "dimensions"), ("dtype", "types")):
         first = {note[key]: i for i, note in reversed([*enumerate(notes)]) if note["n"] or key == "made_by"}
-        if len(first) > 1: raise StoreError(f"{store_dir} mixes shards of {len(first)} {word}: {', '.join(f'{v} (shard {i} first)' for v, i in sorted(first.items(), key=lambda x: x[1]))}; one store has one")
-    if notes and notes[0]["made_by"] != fingerprint(card): raise StoreError(f"{store_dir}: its shards were not made by this card")
+        if len(first) > 1:
+            raise StoreError(
+                f"{store_dir} mixes shards of {len(first)} {word}: {', '.join(f'{v} (shard {i} first)' for v, i in sorted(first.items(), key=lambda x: x[1]))}; one store has one"
+            )
+    if notes and notes[0]["made_by"] != fingerprint(card):
+        raise StoreError(f"{store_dir}: its shards were not made by this card")
     sums = [note["sha256_ids"] if note["n"] else i for i, note in enumerate(notes)]
-    if twice := [i for i, s in enumerate(sums) if sums.index(s) < i]: raise StoreError(f"{store_dir}: shard {twice[0]} holds the same images as shard {sums.index(sums[twice[0]])}; a shard was doubled, write it again")
-    ids = np.concatenate([_load(_names(store_dir, i)[1]) for i in range(n_shards)]) if notes else np.zeros(0, "S1")
+    if twice := [i for i, s in enumerate(sums) if sums.index(s) < i]:
+        raise StoreError(
+            f"{store_dir}: shard {twice[0]} holds the same images as shard {sums.index(sums[twice[0]])}; a shard was doubled, write it again"
+        )
+    ids = (
+        np.concatenate([_load(_names(store_dir, i)[1]) for i in range(n_shards)])
+        if notes
+        else np.zeros(0, "S1")
+    )
     _unique(ids, store_dir)
     shown = next((n for n in notes if n["n"]), dict(dim=0, dtype="float32"))
-    write_json(store_dir/"card.json", dict(format="landmark descriptors", version=STORE_VERSION, n=len(ids), dim=shown["dim"],
-        dtype=shown["dtype"], made_by=card, shards=[dict(n=note["n"], sha256=note["sha256"], sha256_ids=note["sha256_ids"]) for note in notes]))
+    write_json(
+        store_dir / "card.json",
+        dict(
+            format="landmark descriptors",
+            version=STORE_VERSION,
+            n=len(ids),
+            dim=shown["dim"],
+            dtype=shown["dtype"],
+            made_by=card,
+            shards=[
+                dict(n=note["n"], sha256=note["sha256"], sha256_ids=note["sha256_ids"]) for note in notes
+            ],
+        ),
+    )
     return store_dir
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #6e25cbde
@@ -103,67 +158,111 @@ def _unique(ids, where):
     found, counts = np.unique(ids, return_counts=True)
     if len(found) < len(ids):
         twice = [i.decode() if isinstance(i, bytes) else str(i) for i in found[counts > 1][:3]]
-        raise StoreError(f"{where}: {int((counts > 1).sum())} ids occur more than once ({', '.join(twice)}); every image has one descriptor")
+        raise StoreError(
+            f"{where}: {int((counts > 1).sum())} ids occur more than once ({', '.join(twice)}); every image has one descriptor"
+        )
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #c7c0e3eb
 class Store:
     "Descriptors on disk; rows are read when asked for."
-    def __init__(self,
-        store_dir:Path,   # its folder
-        card:dict,        # what `finish_store` wrote
-        keep_open:int=64, # shards mapped at a time
+
+    def __init__(
+        self,
+        store_dir: Path,  # its folder
+        card: dict,  # what `finish_store` wrote
+        keep_open: int = 64,  # shards mapped at a time
     ):
-        self.dir, self.card, self.dim, self.dtype, self.keep_open = Path(store_dir), card, card["dim"], np.dtype(card["dtype"]), keep_open
-        self.starts = np.concatenate([[0], np.cumsum([s["n"] for s in card["shards"]], dtype=np.int64)]).astype(np.int64)
+        self.dir, self.card, self.dim, self.dtype, self.keep_open = (
+            Path(store_dir),
+            card,
+            card["dim"],
+            np.dtype(card["dtype"]),
+            keep_open,
+        )
+        self.starts = np.concatenate(
+            [[0], np.cumsum([s["n"] for s in card["shards"]], dtype=np.int64)]
+        ).astype(np.int64)
         self._maps = {}
-    def __len__(self): return int(self.starts[-1])
-    def __repr__(self): return f"Store({self.dir.name}: {len(self):,} × {self.dim} {self.dtype}, {len(self.starts)-1} shards)"
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __repr__(self):
+        return (
+            f"Store({self.dir.name}: {len(self):,} × {self.dim} {self.dtype}, {len(self.starts) - 1} shards)"
+        )
+
     shape = property(lambda self: (len(self), self.dim))
     ndim = 2
+
     @cached_property
-    def ids(self)->np.ndarray:
+    def ids(self) -> np.ndarray:
         "Image ids, as text [n]."
-        ids = np.concatenate([np.zeros(0, "S1"), *(_load(_names(self.dir, i)[1]) for i in range(len(self.starts)-1))])
-        if len(ids) != len(self): raise StoreError(f"{self.dir} holds {len(ids)} ids, its card says {len(self)}; check_store names the shard")
+        ids = np.concatenate(
+            [np.zeros(0, "S1"), *(_load(_names(self.dir, i)[1]) for i in range(len(self.starts) - 1))]
+        )
+        if len(ids) != len(self):
+            raise StoreError(
+                f"{self.dir} holds {len(ids)} ids, its card says {len(self)}; check_store names the shard"
+            )
         return np.char.decode(ids, "utf-8")
-    def shard(self, number:int)->np.ndarray:
+
+    def shard(self, number: int) -> np.ndarray:
         "The memory map of one shard, in its stored type."
-        x = self._maps.get(number)      # threads share a store: what another one closes meanwhile stays alive here
+        x = self._maps.get(
+            number
+        )  # threads share a store: what another one closes meanwhile stays alive here
         if x is None:
             path = _names(self.dir, number)[0]
             x, expected = _load(path, mmap_mode="r"), (self.card["shards"][number]["n"], self.dim)
-            if (len(x) or expected[0]) and x.shape != expected: raise StoreError(f"{path} holds {x.shape}, its card says {expected}")
-            if len(x) and x.dtype != self.dtype: raise StoreError(f"{path} holds {x.dtype}, its card says {self.dtype}")
+            if (len(x) or expected[0]) and x.shape != expected:
+                raise StoreError(f"{path} holds {x.shape}, its card says {expected}")
+            if len(x) and x.dtype != self.dtype:
+                raise StoreError(f"{path} holds {x.dtype}, its card says {self.dtype}")
             self._maps[number] = x
-            for old in list(self._maps)[:-self.keep_open]: self._maps.pop(old, None)
+            for old in list(self._maps)[: -self.keep_open]:
+                self._maps.pop(old, None)
         return x
-    def __getitem__(self, rows)->np.ndarray: return self._rows(rows)
-    def __array__(self, dtype=None, copy=None): return self.array().astype(dtype or np.float32, copy=False)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return self._rows(rows)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array().astype(dtype or np.float32, copy=False)
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #d8c7040e
 def _rows(self, rows, dtype=np.float32):
     "Rows by slice, integer, integer array or mask: [m, d] (or [d]), float32 unless another type is asked for."
-    if isinstance(rows, (int, np.integer)): return self._rows(np.array([rows]), dtype)[0]
+    if isinstance(rows, (int, np.integer)):
+        return self._rows(np.array([rows]), dtype)[0]
     if isinstance(rows, slice):
         a, b, step = rows.indices(len(self))
-        if step != 1: return self._rows(np.arange(a, b, step), dtype)
-        out = np.empty((max(b-a, 0), self.dim), dtype)
-        for s in range(len(self.starts)-1):
-            lo, hi = max(a, self.starts[s]), min(b, self.starts[s+1])
-            if lo < hi: out[lo-a:hi-a] = self.shard(s)[lo-self.starts[s]:hi-self.starts[s]]
+        if step != 1:
+            return self._rows(np.arange(a, b, step), dtype)
+        out = np.empty((max(b - a, 0), self.dim), dtype)
+        for s in range(len(self.starts) - 1):
+            lo, hi = max(a, self.starts[s]), min(b, self.starts[s + 1])
+            if lo < hi:
+                out[lo - a : hi - a] = self.shard(s)[lo - self.starts[s] : hi - self.starts[s]]
         return out
     rows = _positions(rows)
-    if (beyond := rows[(rows < -len(self)) | (rows >= len(self))]).size: raise IndexError(f"row {beyond[0]} asked of {self!r}")
+    if (beyond := rows[(rows < -len(self)) | (rows >= len(self))]).size:
+        raise IndexError(f"row {beyond[0]} asked of {self!r}")
     flat = rows.reshape(-1) % max(len(self), 1)
     out, where = np.empty((flat.size, self.dim), dtype), np.searchsorted(self.starts, flat, "right") - 1
     for s in np.unique(where):
         m = where == s
         out[m] = self.shard(s)[flat[m] - self.starts[s]]
     return out.reshape(*rows.shape, self.dim)
+
+
 def _stored(self, rows):
     "Rows in the type in which they are stored: half the bytes, for a device that widens them itself."
     return self._rows(rows, self.dtype)
+
+
 Store._rows, Store.stored = _rows, _stored
+
 
 def _positions(rows):
     "Row numbers, of a mask too."
@@ -171,138 +270,211 @@ def _positions(rows):
     return np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #de573e79
-def _blocks(self, n:int=65536)->Iterator:
+def _blocks(self, n: int = 65536) -> Iterator:
     "Pairs (first row, float32 [≤n, d]) that cover the store in order."
-    for a in range(0, len(self), n): yield a, self[a:a+n]
-def _array(self)->np.ndarray:
+    for a in range(0, len(self), n):
+        yield a, self[a : a + n]
+
+
+def _array(self) -> np.ndarray:
     "Everything as float32 [n, d]: without a copy when one float32 shard holds it, else read into memory."
-    if len(self.starts) == 2 and self.dtype == np.float32 and len(self): return self.shard(0)
+    if len(self.starts) == 2 and self.dtype == np.float32 and len(self):
+        return self.shard(0)
     return self[:]
+
+
 Store.blocks, Store.array = _blocks, _array
 
+
 def open_store(
-    store_dir:Path, # folder that `finish_store` completed
-)->Store:
+    store_dir: Path,  # folder that `finish_store` completed
+) -> Store:
     "Open a descriptor store: reads the card, maps shards later."
-    path = Path(store_dir)/"card.json"
+    path = Path(store_dir) / "card.json"
     if not path.is_file():
         shards = len(list(Path(store_dir).glob("[0-9]*.json"))) if Path(store_dir).is_dir() else None
-        raise StoreError(f"{store_dir} is no descriptor store: " + ("there is no such folder" if shards is None else
-                         f"no card.json, {shards} finished shards; its writing was interrupted, run it again"))
-    try: card = read_json(path)
-    except ValueError: raise StoreError(f"{path} is not JSON: it was cut or overwritten; delete it and finish the store again") from None
-    if not isinstance(card, dict) or card.get("format") != "landmark descriptors": raise StoreError(f"{path} is not the card of a descriptor store")
-    if not isinstance(version := card.get("version", 0), int) or version > STORE_VERSION: raise StoreError(f"{store_dir} was made by version {version} of the store, this program reads up to {STORE_VERSION}; update landmark")
-    if missing := [k for k in ("version", "n", "dim", "dtype", "made_by", "shards") if k not in card]: raise StoreError(f"{path} lacks {', '.join(missing)}; the card was edited or cut")
-    if (total := sum(s.get("n", 0) for s in card["shards"])) != card["n"]: raise StoreError(f"{path} says {card['n']} rows, but its shards have {total}; the card was edited")
+        raise StoreError(
+            f"{store_dir} is no descriptor store: "
+            + (
+                "there is no such folder"
+                if shards is None
+                else f"no card.json, {shards} finished shards; its writing was interrupted, run it again"
+            )
+        )
+    try:
+        card = read_json(path)
+    except ValueError:
+        raise StoreError(
+            f"{path} is not JSON: it was cut or overwritten; delete it and finish the store again"
+        ) from None
+    if not isinstance(card, dict) or card.get("format") != "landmark descriptors":
+        raise StoreError(f"{path} is not the card of a descriptor store")
+    if not isinstance(version := card.get("version", 0), int) or version > STORE_VERSION:
+        raise StoreError(
+            f"{store_dir} was made by version {version} of the store, this program reads up to {STORE_VERSION}; update landmark"
+        )
+    if missing := [k for k in ("version", "n", "dim", "dtype", "made_by", "shards") if k not in card]:
+        raise StoreError(f"{path} lacks {', '.join(missing)}; the card was edited or cut")
+    if (total := sum(s.get("n", 0) for s in card["shards"])) != card["n"]:
+        raise StoreError(f"{path} says {card['n']} rows, but its shards have {total}; the card was edited")
     return Store(store_dir, card)
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #db2fcb50
 def write_store(
-    store_dir:Path,        # folder of the store
-    ids,                   # image ids [n]
-    x:np.ndarray,          # descriptors [n, d]
-    card:dict,             # what made them
-    shard_size:int=65536,  # rows per shard
-    dtype:str="float16",   # stored type
-)->Store:
+    store_dir: Path,  # folder of the store
+    ids,  # image ids [n]
+    x: np.ndarray,  # descriptors [n, d]
+    card: dict,  # what made them
+    shard_size: int = 65536,  # rows per shard
+    dtype: str = "float16",  # stored type
+) -> Store:
     "Write descriptors as a finished store and open it."
-    if len(ids) != len(x): raise StoreError(f"{store_dir}: {len(ids)} ids but {len(x)} descriptors")
+    if len(ids) != len(x):
+        raise StoreError(f"{store_dir}: {len(ids)} ids but {len(x)} descriptors")
     n_shards = max(1, -(-len(x) // shard_size))
     for i in range(n_shards):
-        rows = slice(i*shard_size, (i+1)*shard_size)
+        rows = slice(i * shard_size, (i + 1) * shard_size)
         write_shard(store_dir, i, ids[rows], np.asarray(x[rows]), card, dtype)
     return open_store(finish_store(store_dir, n_shards, card))
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #979ed7e3
 class Rows:
     "Chosen rows of a store or array, read when asked for."
-    def __init__(self, base, rows): self.base, self.rows, self.ndim = base, _positions(rows), 2
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, rows): return np.asarray(self.base[self.rows[rows]], np.float32)
-    def stored(self, rows): return getattr(self.base, "stored", self.base.__getitem__)(self.rows[rows])
+
+    def __init__(self, base, rows):
+        self.base, self.rows, self.ndim = base, _positions(rows), 2
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        return np.asarray(self.base[self.rows[rows]], np.float32)
+
+    def stored(self, rows):
+        return getattr(self.base, "stored", self.base.__getitem__)(self.rows[rows])
+
     shape = property(lambda self: (len(self), self.base.shape[1]))
     ids = property(lambda self: self.base.ids[self.rows])
-    def blocks(self, n:int=65536)->Iterator:
+
+    def blocks(self, n: int = 65536) -> Iterator:
         "Pairs (first row, float32 [≤n, d]) that cover the rows in order."
-        for a in range(0, len(self), n): yield a, self[a:a+n]
+        for a in range(0, len(self), n):
+            yield a, self[a : a + n]
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #86683e42
 def check_store(
-    store_dir:Path,        # folder of a store
-    sha256:bool=True,      # also compare the files with their recorded sha256
-)->list: # one sentence per problem, empty when all is well
+    store_dir: Path,  # folder of a store
+    sha256: bool = True,  # also compare the files with their recorded sha256
+) -> list:  # one sentence per problem, empty when all is well
     "Everything that is wrong with a store: files, sizes, sums, ids, values."
-    try: store = open_store(store_dir)
-    except StoreError as e: return [str(e)]
+    try:
+        store = open_store(store_dir)
+    except StoreError as e:
+        return [str(e)]
     problems, all_ids = [], []
     for i, note in enumerate(store.card["shards"]):
         data, id_file, _ = _names(store.dir, i)
         absent = [p.name for p in (data, id_file) if not p.is_file()]
-        if absent: problems.append(f"{', '.join(absent)} missing"); continue
+        if absent:
+            problems.append(f"{', '.join(absent)} missing")
+            continue
         for path, key in ((data, "sha256"), (id_file, "sha256_ids")):
-            if sha256 and sha256_of(path) != note.get(key): problems.append(f"{path.name} differs from its recorded sha256")
-        try: x, ids = store.shard(i), _load(id_file)
-        except StoreError as e: problems.append(str(e)); continue
-        if len(ids) != note["n"]: problems.append(f"{id_file.name} holds {len(ids)} ids, the card says {note['n']}")
+            if sha256 and sha256_of(path) != note.get(key):
+                problems.append(f"{path.name} differs from its recorded sha256")
+        try:
+            x, ids = store.shard(i), _load(id_file)
+        except StoreError as e:
+            problems.append(str(e))
+            continue
+        if len(ids) != note["n"]:
+            problems.append(f"{id_file.name} holds {len(ids)} ids, the card says {note['n']}")
         for a in range(0, len(x), 65536):
-            try: check_rows(np.asarray(x[a:a+65536], np.float32), f"{data.name} from row {a}")
-            except StoreError as e: problems.append(str(e))
+            try:
+                check_rows(np.asarray(x[a : a + 65536], np.float32), f"{data.name} from row {a}")
+            except StoreError as e:
+                problems.append(str(e))
         all_ids.append(ids)
-    try: _unique(np.concatenate(all_ids) if all_ids else np.zeros(0, "S1"), store_dir)
-    except StoreError as e: problems.append(str(e))
+    try:
+        _unique(np.concatenate(all_ids) if all_ids else np.zeros(0, "S1"), store_dir)
+    except StoreError as e:
+        problems.append(str(e))
     return problems
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #74703c10
 def concat_stores(
-    stores:list,             # opened stores, one per model
-    out_dir:Path,            # folder of the new store
-    weights:list=None,       # one number per model
-    normalise:bool=True,     # L2-normalise the joined rows
-    sort:bool=False,         # order by id, as the original; else the first store's order
-    shard_size:int=65536,    # rows per shard, and rows in memory at a time
-    dtype:str="float16",     # stored type
-)->Store:
+    stores: list,  # opened stores, one per model
+    out_dir: Path,  # folder of the new store
+    weights: list = None,  # one number per model
+    normalise: bool = True,  # L2-normalise the joined rows
+    sort: bool = False,  # order by id, as the original; else the first store's order
+    shard_size: int = 65536,  # rows per shard, and rows in memory at a time
+    dtype: str = "float16",  # stored type
+) -> Store:
     "Stream several models' stores into one weighted, normalised store."
-    if not stores: raise StoreError("an ensemble needs at least one store")
+    if not stores:
+        raise StoreError("an ensemble needs at least one store")
     ids = np.sort(stores[0].ids) if sort else stores[0].ids
     rows = [rows_of(ids, s.ids, f"{s.dir}") for s in stores]
     for s in stores[1:]:
-        if len(s) != len(ids): raise StoreError(f"{s.dir} has {len(s)} descriptors, {stores[0].dir} has {len(ids)}; an ensemble needs the same images from each")
-    card = dict(ensemble=[s.card["made_by"] for s in stores], weights=[1.0]*len(stores) if weights is None else [float(w) for w in weights],
-                normalise=normalise, sort=sort, shard_size=shard_size, dtype=dtype, n=len(ids))    # a shard of another size or type is another shard
+        if len(s) != len(ids):
+            raise StoreError(
+                f"{s.dir} has {len(s)} descriptors, {stores[0].dir} has {len(ids)}; an ensemble needs the same images from each"
+            )
+    card = dict(
+        ensemble=[s.card["made_by"] for s in stores],
+        weights=[1.0] * len(stores) if weights is None else [float(w) for w in weights],
+        normalise=normalise,
+        sort=sort,
+        shard_size=shard_size,
+        dtype=dtype,
+        n=len(ids),
+    )  # a shard of another size or type is another shard
     n_shards = max(1, -(-len(ids) // shard_size))
     for i in missing_shards(out_dir, n_shards, card):
-        part = slice(i*shard_size, (i+1)*shard_size)
-        write_shard(out_dir, i, ids[part], ensemble([s[r[part]] for s, r in zip(stores, rows)], weights, normalise), card, dtype)
+        part = slice(i * shard_size, (i + 1) * shard_size)
+        write_shard(
+            out_dir,
+            i,
+            ids[part],
+            ensemble([s[r[part]] for s, r in zip(stores, rows)], weights, normalise),
+            card,
+            dtype,
+        )
     return open_store(finish_store(out_dir, n_shards, card))
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #9c73651d
 def read_h5(
-    path:Path,             # HDF5 file with `ids` and `feats`
-    store_dir:Path,        # folder of the new store
-    card:dict=None,        # what made them; the file's name by default
-    shard_size:int=65536,  # rows per shard
-    dtype:str="float32",   # stored type
-)->Store:
+    path: Path,  # HDF5 file with `ids` and `feats`
+    store_dir: Path,  # folder of the new store
+    card: dict = None,  # what made them; the file's name by default
+    shard_size: int = 65536,  # rows per shard
+    dtype: str = "float32",  # stored type
+) -> Store:
     "Read a descriptor file of the original into a store."
     import h5py
-    try: file = h5py.File(path, "r")
-    except OSError as e: raise StoreError(f"{path} cannot be read as HDF5: {e}") from None
+
+    try:
+        file = h5py.File(path, "r")
+    except OSError as e:
+        raise StoreError(f"{path} cannot be read as HDF5: {e}") from None
     with file as f:
         for name in ("ids", "feats"):
-            if name not in f: raise StoreError(f"{path} has no dataset `{name}`; it has {sorted(f)}")
+            if name not in f:
+                raise StoreError(f"{path} has no dataset `{name}`; it has {sorted(f)}")
         ids = [i.decode() if isinstance(i, bytes) else str(i) for i in f["ids"][()].tolist()]
         return write_store(store_dir, ids, f["feats"], card or dict(h5=Path(path).name), shard_size, dtype)
 
+
 def write_h5(
-    store:Store, # an opened store
-    path:Path,   # HDF5 file to write
-)->Path:
+    store: Store,  # an opened store
+    path: Path,  # HDF5 file to write
+) -> Path:
     "Write a store as a descriptor file of the original."
     import h5py
+
     with atomic_path(path) as tmp, h5py.File(tmp, "w") as f:
         f.create_dataset("ids", data=np.char.encode(store.ids, "utf-8"))
         out = f.create_dataset("feats", store.shape, "f4")
-        for a, x in store.blocks(): out[a:a+len(x)] = x
+        for a, x in store.blocks():
+            out[a : a + len(x)] = x
     return Path(path)

@@ -15,69 +15,102 @@ from .store import check_rows
 @dataclass(frozen=True)
 class Whitening:
     "A learned whitening."
+
     mean: np.ndarray  # [d]
-    P: np.ndarray     # rows by descending eigenvalue [r, d]; r below d where the data has no more directions
-    def __call__(self,
-        x:np.ndarray,          # descriptors [n, d]
-        dims:int=None,         # dimensions to keep; all by default
-        normalise:bool=True,   # L2-normalise the result
-    )->np.ndarray: # float32 [n, dims]
+    P: np.ndarray  # rows by descending eigenvalue [r, d]; r below d where the data has no more directions
+
+    def __call__(
+        self,
+        x: np.ndarray,  # descriptors [n, d]
+        dims: int = None,  # dimensions to keep; all by default
+        normalise: bool = True,  # L2-normalise the result
+    ) -> np.ndarray:  # float32 [n, dims]
         "Whiten descriptors."
         dims = len(self.P) if dims is None else dims
-        if not 1 <= dims <= len(self.P): raise ValueError(f"{dims} dimensions are asked for; the data this was learned on has {len(self.P)}")
-        if x.shape[1] != len(self.mean): raise ValueError(f"descriptors have {x.shape[1]} dimensions, the whitening was learned on {len(self.mean)}")
+        if not 1 <= dims <= len(self.P):
+            raise ValueError(
+                f"{dims} dimensions are asked for; the data this was learned on has {len(self.P)}"
+            )
+        if x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"descriptors have {x.shape[1]} dimensions, the whitening was learned on {len(self.mean)}"
+            )
         y = (check_rows(np.asarray(x, np.float64), zeros=False) - self.mean) @ self.P[:dims].T
-        if normalise: y = check_rows(y, "whitened descriptors")/(np.linalg.norm(y, axis=1, keepdims=True) + 1e-6)
+        if normalise:
+            y = check_rows(y, "whitened descriptors") / (np.linalg.norm(y, axis=1, keepdims=True) + 1e-6)
         return y.astype(np.float32)
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #a6afec7d
 def _directions(S, what):
     "Eigenvectors of a symmetric matrix as rows, by descending eigenvalue, and the eigenvalues; empty directions left out."
-    values, vectors = np.linalg.eigh(S)                 # symmetric: eigh, where the original's eig may turn complex
+    values, vectors = np.linalg.eigh(S)  # symmetric: eigh, where the original's eig may turn complex
     values, rows = values[::-1], vectors.T[::-1]
-    keep = values > len(S)*np.finfo(np.float64).eps*max(values[0], 0)
-    if not keep.any(): raise ValueError(f"{what}: all descriptors are the same, there is nothing to whiten")
-    if not keep.all(): log(f"{what}: the data has {int(keep.sum())} directions of {len(S)} dimensions; the others are left out")
+    keep = values > len(S) * np.finfo(np.float64).eps * max(values[0], 0)
+    if not keep.any():
+        raise ValueError(f"{what}: all descriptors are the same, there is nothing to whiten")
+    if not keep.all():
+        log(
+            f"{what}: the data has {int(keep.sum())} directions of {len(S)} dimensions; the others are left out"
+        )
     rows = rows[keep]
-    return rows*np.sign(np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)), values[keep]
+    return rows * np.sign(np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)), values[keep]
+
 
 def _sum_of_products(x, mean, block=65536):
     "Σ (x − m)(x − m)ᵀ over a store or array, block by block."
-    S = np.zeros((x.shape[1],)*2)
+    S = np.zeros((x.shape[1],) * 2)
     for a in range(0, len(x), block):
-        y = np.asarray(x[a:a+block], np.float64) - mean
+        y = np.asarray(x[a : a + block], np.float64) - mean
         S += y.T @ y
     return S
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #7e6a91f1
 def learn_pca(
-    x, # descriptors: array or store [n, d]
-)->Whitening:
+    x,  # descriptors: array or store [n, d]
+) -> Whitening:
     "PCA whitening."
-    if len(x) < 2: raise ValueError(f"whitening is learned on {len(x)} descriptors; it takes at least 2")
+    if len(x) < 2:
+        raise ValueError(f"whitening is learned on {len(x)} descriptors; it takes at least 2")
     check_rows(x[:1], zeros=False)
-    mean = sum(np.asarray(x[a:a+65536], np.float64).sum(0) for a in range(0, len(x), 65536))/len(x)
-    if not np.isfinite(mean).all(): raise ValueError("descriptors to learn from are not finite")
-    rows, values = _directions(_sum_of_products(x, mean)/len(x), "PCA whitening")
-    return Whitening(mean, rows/np.sqrt(values)[:, None])
+    mean = sum(np.asarray(x[a : a + 65536], np.float64).sum(0) for a in range(0, len(x), 65536)) / len(x)
+    if not np.isfinite(mean).all():
+        raise ValueError("descriptors to learn from are not finite")
+    rows, values = _directions(_sum_of_products(x, mean) / len(x), "PCA whitening")
+    return Whitening(mean, rows / np.sqrt(values)[:, None])
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #3b007d43
 def learn_whitening(
-    x:np.ndarray,       # descriptors [n, d]
-    first:np.ndarray,   # position of the first image of each matching pair [p]
-    second:np.ndarray,  # and of the second [p]
-)->Whitening:
+    x: np.ndarray,  # descriptors [n, d]
+    first: np.ndarray,  # position of the first image of each matching pair [p]
+    second: np.ndarray,  # and of the second [p]
+) -> Whitening:
     "Supervised whitening from pairs of the same landmark."
     first, second = np.asarray(first), np.asarray(second)
-    if len(first) != len(second) or not len(first): raise ValueError(f"{len(first)} first and {len(second)} second images; matching pairs have one of each")
-    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) >= len(x): raise ValueError(f"a pair names image {max(first.max(), second.max())} (or one below 0); there are {len(x)} descriptors")
-    a, b = check_rows(np.asarray(x[first], np.float64), zeros=False), check_rows(np.asarray(x[second], np.float64), zeros=False)
-    mean, S = a.mean(0), (a-b).T @ (a-b)/len(a)
-    if not S.any(): raise ValueError("the pairs do not differ; there is nothing to learn from them")
-    scale, share = np.trace(S)/len(S), 0.0
+    if len(first) != len(second) or not len(first):
+        raise ValueError(
+            f"{len(first)} first and {len(second)} second images; matching pairs have one of each"
+        )
+    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) >= len(x):
+        raise ValueError(
+            f"a pair names image {max(first.max(), second.max())} (or one below 0); there are {len(x)} descriptors"
+        )
+    a, b = (
+        check_rows(np.asarray(x[first], np.float64), zeros=False),
+        check_rows(np.asarray(x[second], np.float64), zeros=False),
+    )
+    mean, S = a.mean(0), (a - b).T @ (a - b) / len(a)
+    if not S.any():
+        raise ValueError("the pairs do not differ; there is nothing to learn from them")
+    scale, share = np.trace(S) / len(S), 0.0
     while True:
-        try: P0 = np.linalg.inv(np.linalg.cholesky(S + share*scale*np.eye(len(S)))); break
-        except np.linalg.LinAlgError: share = max(1e-10, 10*share)
-    if share: log(f"supervised whitening: {len(a)} pairs span too few directions; {share:g} of their mean variance was added to each")
+        try:
+            P0 = np.linalg.inv(np.linalg.cholesky(S + share * scale * np.eye(len(S))))
+            break
+        except np.linalg.LinAlgError:
+            share = max(1e-10, 10 * share)
+    if share:
+        log(
+            f"supervised whitening: {len(a)} pairs span too few directions; {share:g} of their mean variance was added to each"
+        )
     rows, _ = _directions(P0 @ _sum_of_products(x, mean) @ P0.T, "supervised whitening")
     return Whitening(mean, rows @ P0)

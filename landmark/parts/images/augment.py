@@ -14,50 +14,71 @@ import numpy as np
 @dataclass(frozen=True)
 class Augment:
     "How far a photo may be changed."
-    crop:float=0.        # largest share of width and of height that is cut away, each on its own
-    shear:float=0.       # largest shear in degrees
-    brightness:float=0.  # largest relative change
-    contrast:float=0.    # largest relative change, around the mean
-    def draw(self,
-        rng:np.random.Generator, # source of chance
-    )->dict: # box in 0…1, shear in degrees, two factors
-        "What happens to one photo."
-        keep = 1 - self.crop*rng.random(2)
-        x0, y0 = (1-keep)*rng.random(2)
-        near = lambda limit: limit*(2*rng.random() - 1)
-        return dict(box=(x0, y0, x0+keep[0], y0+keep[1]), shear=near(self.shear), brightness=1+near(self.brightness), contrast=1+near(self.contrast))
 
-AUGMENTS = dict(none=Augment(), soft=Augment(crop=.2, brightness=.1), middle=Augment(crop=.3, shear=4, brightness=.1, contrast=.1))
+    crop: float = 0.0  # largest share of width and of height that is cut away, each on its own
+    shear: float = 0.0  # largest shear in degrees
+    brightness: float = 0.0  # largest relative change
+    contrast: float = 0.0  # largest relative change, around the mean
+
+    def draw(
+        self,
+        rng: np.random.Generator,  # source of chance
+    ) -> dict:  # box in 0…1, shear in degrees, two factors
+        "What happens to one photo."
+        keep = 1 - self.crop * rng.random(2)
+        x0, y0 = (1 - keep) * rng.random(2)
+        near = lambda limit: limit * (2 * rng.random() - 1)
+        return dict(
+            box=(x0, y0, x0 + keep[0], y0 + keep[1]),
+            shear=near(self.shear),
+            brightness=1 + near(self.brightness),
+            contrast=1 + near(self.contrast),
+        )
+
+
+AUGMENTS = dict(
+    none=Augment(),
+    soft=Augment(crop=0.2, brightness=0.1),
+    middle=Augment(crop=0.3, shear=4, brightness=0.1, contrast=0.1),
+)
 
 # %% ../../../nbs/parts/images/augment.ipynb #c945a70d
 def change(
-    image:np.ndarray, # uint8 RGB [h, w, 3]
-    size:tuple,       # (width, height) of the network input
-    box=(0, 0, 1, 1), # part that is kept (x0, y0, x1, y1) in 0…1
-    shear:float=0.,   # degrees
-    brightness:float=1., # factor
-    contrast:float=1.,   # factor, around the mean
-)->np.ndarray: # uint8 RGB [height, width, 3]
+    image: np.ndarray,  # uint8 RGB [h, w, 3]
+    size: tuple,  # (width, height) of the network input
+    box=(0, 0, 1, 1),  # part that is kept (x0, y0, x1, y1) in 0…1
+    shear: float = 0.0,  # degrees
+    brightness: float = 1.0,  # factor
+    contrast: float = 1.0,  # factor, around the mean
+) -> np.ndarray:  # uint8 RGB [height, width, 3]
     "Crop, stretch, shear, brighten."
-    h, w = image.shape[:2]; x0, y0, x1, y1 = box
-    left, top = round(x0*w), round(y0*h)
-    part = image[top:max(top+1, round(y1*h)), left:max(left+1, round(x1*w))]
+    h, w = image.shape[:2]
+    x0, y0, x1, y1 = box
+    left, top = round(x0 * w), round(y0 * h)
+    part = image[top : max(top + 1, round(y1 * h)), left : max(left + 1, round(x1 * w))]
     shrinks = part.shape[1] >= size[0] and part.shape[0] >= size[1]
     out = cv2.resize(part, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     if shear:
-        t = np.tan(np.deg2rad(shear)); m = np.float32([[1, t, -t*size[1]/2], [0, 1, 0]])       # rows slide, the middle one stays
+        t = np.tan(np.deg2rad(shear))
+        m = np.float32([[1, t, -t * size[1] / 2], [0, 1, 0]])  # rows slide, the middle one stays
         out = cv2.warpAffine(out, m, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     if brightness != 1 or contrast != 1:
-        mean = cv2.mean(out)[:3]; mean = brightness*sum(mean)/3
-        out = cv2.LUT(out, np.clip((np.arange(256)*brightness - mean)*contrast + mean + .5, 0, 255).astype(np.uint8))
+        mean = cv2.mean(out)[:3]
+        mean = brightness * sum(mean) / 3
+        out = cv2.LUT(
+            out,
+            np.clip((np.arange(256) * brightness - mean) * contrast + mean + 0.5, 0, 255).astype(np.uint8),
+        )
     return out
 
+
 def augment(
-    image:np.ndarray,        # uint8 RGB [h, w, 3]
-    size:tuple,              # (width, height) of the network input
-    kind:str,                # none, soft or middle
-    rng:np.random.Generator, # source of chance
-)->np.ndarray: # uint8 RGB [height, width, 3]
+    image: np.ndarray,  # uint8 RGB [h, w, 3]
+    size: tuple,  # (width, height) of the network input
+    kind: str,  # none, soft or middle
+    rng: np.random.Generator,  # source of chance
+) -> np.ndarray:  # uint8 RGB [height, width, 3]
     "Change a photo at random."
-    if kind not in AUGMENTS: raise ValueError(f"`augment` is {kind!r}; allowed are {', '.join(AUGMENTS)}.")
+    if kind not in AUGMENTS:
+        raise ValueError(f"`augment` is {kind!r}; allowed are {', '.join(AUGMENTS)}.")
     return change(image, size, **AUGMENTS[kind].draw(rng))

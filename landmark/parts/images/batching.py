@@ -15,106 +15,130 @@ from ..core import atomic_path, locked
 from .reading import ImageError, image_size
 
 # %% ../../../nbs/parts/images/batching.ipynb #de028dbc
-BINS5, BINS3 = (0.67, 0.77, 1.33, 1.5), (0.77, 1.33)       # edges of height / width
-SIZES = {                                                  # (width, height) of each group, landscape first
-    'SS':  ((384, 256), (256, 256), (256, 384)),
-    'SS2': ((480, 320), (480, 352), (384, 384), (352, 480), (320, 480)),
-    'S':   ((512, 384), (448, 448), (384, 512)),
-    'S2':  ((512, 352), (512, 384), (448, 448), (384, 512), (352, 512)),
-    'SM2': ((736, 512), (704, 544), (608, 608), (544, 704), (512, 736)),
-    'M':   ((800, 608), (704, 704), (608, 800)),
-    'M2':  ((800, 544), (800, 608), (704, 704), (608, 800), (544, 800)),
-    'L':   ((800, 608), (800, 800), (608, 800)),
-    'L2':  ((800, 544), (800, 608), (800, 800), (608, 800), (544, 800)),
+BINS5, BINS3 = (0.67, 0.77, 1.33, 1.5), (0.77, 1.33)  # edges of height / width
+SIZES = {  # (width, height) of each group, landscape first
+    "SS": ((384, 256), (256, 256), (256, 384)),
+    "SS2": ((480, 320), (480, 352), (384, 384), (352, 480), (320, 480)),
+    "S": ((512, 384), (448, 448), (384, 512)),
+    "S2": ((512, 352), (512, 384), (448, 448), (384, 512), (352, 512)),
+    "SM2": ((736, 512), (704, 544), (608, 608), (544, 704), (512, 736)),
+    "M": ((800, 608), (704, 704), (608, 800)),
+    "M2": ((800, 544), (800, 608), (704, 704), (608, 800), (544, 800)),
+    "L": ((800, 608), (800, 800), (608, 800)),
+    "L2": ((800, 544), (800, 608), (800, 800), (608, 800), (544, 800)),
 }
 
+
 def size_table(
-    sizes:str, # a name in SIZES, or a number of pixels such as "128"
-)->tuple: # edges of height/width, and (width, height) of each group
+    sizes: str,  # a name in SIZES, or a number of pixels such as "128"
+) -> tuple:  # edges of height/width, and (width, height) of each group
     "Edges and network input sizes of a size group."
-    if sizes in SIZES: return (BINS5 if len(SIZES[sizes]) == 5 else BINS3), SIZES[sizes]
-    if not (str(sizes).isdigit() and int(sizes) >= 32): raise ValueError(f"`sizes` is {sizes!r}; allowed are {', '.join(SIZES)} or a number of pixels from 32 up.")
-    long, short, mid = (max(16, int(int(sizes)*f/16)*16) for f in (1., .75, .875))
+    if sizes in SIZES:
+        return (BINS5 if len(SIZES[sizes]) == 5 else BINS3), SIZES[sizes]
+    if not (str(sizes).isdigit() and int(sizes) >= 32):
+        raise ValueError(
+            f"`sizes` is {sizes!r}; allowed are {', '.join(SIZES)} or a number of pixels from 32 up."
+        )
+    long, short, mid = (max(16, int(int(sizes) * f / 16) * 16) for f in (1.0, 0.75, 0.875))
     return BINS3, ((long, short), (mid, mid), (short, long))
 
 # %% ../../../nbs/parts/images/batching.ipynb #9fcfa359
 def aspect_groups(
-    height:np.ndarray, # image heights [n]
-    width:np.ndarray,  # image widths [n]
-    bins:tuple=BINS5,  # edges of height / width
-)->np.ndarray: # group of each image [n]
+    height: np.ndarray,  # image heights [n]
+    width: np.ndarray,  # image widths [n]
+    bins: tuple = BINS5,  # edges of height / width
+) -> np.ndarray:  # group of each image [n]
     "Group of every image by height/width."
-    return np.searchsorted(bins, np.asarray(height, float)/np.asarray(width, float), side='right')
+    return np.searchsorted(bins, np.asarray(height, float) / np.asarray(width, float), side="right")
 
 # %% ../../../nbs/parts/images/batching.ipynb #3833df6f
 def grouped_batches(
-    order:np.ndarray,       # positions of the images in the order of sampling [n]
-    groups:np.ndarray,      # group of every image of the set
-    batch_size:int,         # images in a batch
-    drop_uneven:bool=False, # leave out batches that are not full
-    min_batch:int=1,        # otherwise: leave out those smaller than this
-)->list: # arrays of positions
+    order: np.ndarray,  # positions of the images in the order of sampling [n]
+    groups: np.ndarray,  # group of every image of the set
+    batch_size: int,  # images in a batch
+    drop_uneven: bool = False,  # leave out batches that are not full
+    min_batch: int = 1,  # otherwise: leave out those smaller than this
+) -> list:  # arrays of positions
     "Cut each group's images into batches, ordered by their first image."
     order, least = np.asarray(order, np.int64), batch_size if drop_uneven else min_batch
     g = np.asarray(groups)[order]
     batches = []
     for k in np.unique(g):
-        at = np.flatnonzero(g == k)                                   # where in the order this group's images stand
-        batches += [at[i:i+batch_size] for i in range(0, len(at), batch_size)]
+        at = np.flatnonzero(g == k)  # where in the order this group's images stand
+        batches += [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
     return [order[at] for at in sorted(batches, key=lambda at: at[0]) if len(at) >= least]
 
 # %% ../../../nbs/parts/images/batching.ipynb #6e564c5f
 class GroupedBatchSampler:
     "The batches of one epoch after another: shuffled, of one aspect ratio each, the same for the same seed and epoch."
-    def __init__(self,
-        groups:np.ndarray,      # group of every image [n]
-        batch_size:int,         # images in a batch
-        seed:int=1,             # seed of the shuffling
-        drop_uneven:bool=False, # leave out batches that are not full
-        min_batch:int=1,        # otherwise: leave out those smaller than this
-    ): self.groups, self.batch_size, self.seed, self.drop_uneven, self.min_batch = np.asarray(groups), batch_size, seed, drop_uneven, min_batch
 
-    def batches(self,
-        epoch:int, # number of the epoch, from 0
-    )->list: # arrays of positions
+    def __init__(
+        self,
+        groups: np.ndarray,  # group of every image [n]
+        batch_size: int,  # images in a batch
+        seed: int = 1,  # seed of the shuffling
+        drop_uneven: bool = False,  # leave out batches that are not full
+        min_batch: int = 1,  # otherwise: leave out those smaller than this
+    ):
+        self.groups, self.batch_size, self.seed, self.drop_uneven, self.min_batch = (
+            np.asarray(groups),
+            batch_size,
+            seed,
+            drop_uneven,
+            min_batch,
+        )
+
+    def batches(
+        self,
+        epoch: int,  # number of the epoch, from 0
+    ) -> list:  # arrays of positions
         "The batches of an epoch."
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
         return grouped_batches(order, self.groups, self.batch_size, self.drop_uneven, self.min_batch)
 
 # %% ../../../nbs/parts/images/batching.ipynb #7635332e
-def _size(path)->tuple:
-    try: return image_size(path)
-    except ImageError: return 0, 0
+def _size(path) -> tuple:
+    try:
+        return image_size(path)
+    except ImageError:
+        return 0, 0
+
 
 def scan_sizes(
-    paths:list,            # image files [n]
-    cache_dir:Path=None,   # folder to remember sizes in
-    n_threads:int=8,       # threads
-)->np.ndarray: # (width, height) of each, 0 where the header cannot be read [n, 2]
+    paths: list,  # image files [n]
+    cache_dir: Path = None,  # folder to remember sizes in
+    n_threads: int = 8,  # threads
+) -> np.ndarray:  # (width, height) of each, 0 where the header cannot be read [n, 2]
     "Sizes of images from their headers, cached; of several processes that ask, one reads."
-    if not cache_dir: return _scan(paths, np.zeros((len(paths), 2), np.int32), n_threads)
-    key = hashlib.sha256('\n'.join(map(str, paths)).encode()).hexdigest()[:16]
-    cache = Path(cache_dir)/f'sizes-{key}.npy'
-    with locked(cache): return _scan(paths, np.load(cache) if cache.exists() else np.zeros((len(paths), 2), np.int32), n_threads, cache)
+    if not cache_dir:
+        return _scan(paths, np.zeros((len(paths), 2), np.int32), n_threads)
+    key = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
+    cache = Path(cache_dir) / f"sizes-{key}.npy"
+    with locked(cache):
+        return _scan(
+            paths, np.load(cache) if cache.exists() else np.zeros((len(paths), 2), np.int32), n_threads, cache
+        )
+
 
 def _scan(paths, wh, n_threads, cache=None, at_once=2**18):
     "Read the headers that are not known; those of millions of images take a while, and are kept as they come."
-    new = np.flatnonzero(wh.min(1) == 0)                              # what could not be read may have been mended since
+    new = np.flatnonzero(wh.min(1) == 0)  # what could not be read may have been mended since
     with ThreadPoolExecutor(n_threads) as pool:
-        for some in [new[a:a+at_once] for a in range(0, len(new), at_once)]:
+        for some in [new[a : a + at_once] for a in range(0, len(new), at_once)]:
             wh[some] = np.array(list(pool.map(_size, [paths[i] for i in some])), np.int32).reshape(-1, 2)
             if cache:
-                with atomic_path(cache) as tmp, open(tmp, 'wb') as f: np.save(f, wh)
+                with atomic_path(cache) as tmp, open(tmp, "wb") as f:
+                    np.save(f, wh)
     return wh
 
 # %% ../../../nbs/parts/images/batching.ipynb #fd053346
 def scaled_size(
-    h:int,             # height in pixels
-    w:int,             # width in pixels
-    scale:float=1.,    # factor
-    multiple:int=32,   # both sides become a multiple of this
-    min_side:int=128,  # and at least this
-)->tuple: # (height, width) of the network input
+    h: int,  # height in pixels
+    w: int,  # width in pixels
+    scale: float = 1.0,  # factor
+    multiple: int = 32,  # both sides become a multiple of this
+    min_side: int = 128,  # and at least this
+) -> tuple:  # (height, width) of the network input
     "Size of the network input of one scale of multi-scale extraction."
-    down = lambda side: max(min_side, multiple, int(side*scale//multiple)*multiple)
+    down = lambda side: max(min_side, multiple, int(side * scale // multiple) * multiple)
     return down(h), down(w)

@@ -19,89 +19,138 @@ from .loading import Photos
 
 # %% ../../../nbs/parts/images/decoding.ipynb #1c604135
 def is_plain_jpeg(
-    data:bytes, # a file
-)->bool: # the decoder of the GPU gives what the CPU would
+    data: bytes,  # a file
+) -> bool:  # the decoder of the GPU gives what the CPU would
     "A complete, upright JPEG in RGB or grey."
-    if data[:2] != b'\xff\xd8' or data.rstrip(b'\0')[-2:] != b'\xff\xd9': return False
+    if data[:2] != b"\xff\xd8" or data.rstrip(b"\0")[-2:] != b"\xff\xd9":
+        return False
     try:
-        with Image.open(io.BytesIO(data)) as im: return im.format == 'JPEG' and im.mode in ('RGB', 'L') and im.getexif().get(0x0112, 1) == 1
-    except Exception: return False
+        with Image.open(io.BytesIO(data)) as im:
+            return im.format == "JPEG" and im.mode in ("RGB", "L") and im.getexif().get(0x0112, 1) == 1
+    except Exception:
+        return False
+
 
 def why_not(
-    device, # a torch.device
-)->str: # empty if it works
+    device,  # a torch.device
+) -> str:  # empty if it works
     "Why JPEGs cannot be decoded on a device."
-    out = io.BytesIO(); Image.new('RGB', (16, 16)).save(out, 'JPEG')
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "JPEG")
     image = torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)
-    if torch.device(device).type == 'cuda' and not torch.cuda.is_available(): return 'this machine shows no CUDA GPU'
-    try: ok = decode_batch([image], device)[0] is not None
-    except (ImportError, AttributeError) as e: return f'torchvision has no JPEG decoder ({e})'
-    return '' if ok else f'torchvision cannot decode JPEGs on {device}'
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return "this machine shows no CUDA GPU"
+    try:
+        ok = decode_batch([image], device)[0] is not None
+    except (ImportError, AttributeError) as e:
+        return f"torchvision has no JPEG decoder ({e})"
+    return "" if ok else f"torchvision cannot decode JPEGs on {device}"
 
 # %% ../../../nbs/parts/images/decoding.ipynb #4a5d3e6e
 def decode_batch(
-    files:list,  # uint8 tensors: the bytes of a JPEG [n], or an image [3, h, w]
-    device,      # where to
-)->list: # uint8 images [3, h, w] on the device, None where a file cannot be decoded
+    files: list,  # uint8 tensors: the bytes of a JPEG [n], or an image [3, h, w]
+    device,  # where to
+) -> list:  # uint8 images [3, h, w] on the device, None where a file cannot be decoded
     "Decode JPEGs on a device."
     from torchvision.io import ImageReadMode, decode_jpeg
-    out, coded = [x.to(device) if x.ndim == 3 else None for x in files], [k for k, x in enumerate(files) if x.ndim == 1]
+
+    out, coded = (
+        [x.to(device) if x.ndim == 3 else None for x in files],
+        [k for k, x in enumerate(files) if x.ndim == 1],
+    )
+
     def decode(ks):
-        for k, image in zip(ks, decode_jpeg([files[k] for k in ks], ImageReadMode.RGB, device=device)): out[k] = image
+        for k, image in zip(ks, decode_jpeg([files[k] for k in ks], ImageReadMode.RGB, device=device)):
+            out[k] = image
+
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                    # torchvision 0.29 announces a successor
-        try: decode(coded)
-        except RuntimeError:                               # one bad file spoils the batch: one by one
+        warnings.simplefilter("ignore")  # torchvision 0.29 announces a successor
+        try:
+            decode(coded)
+        except RuntimeError:  # one bad file spoils the batch: one by one
             for k in coded:
-                with contextlib.suppress(RuntimeError): decode([k])
+                with contextlib.suppress(RuntimeError):
+                    decode([k])
     return out
 
 # %% ../../../nbs/parts/images/decoding.ipynb #17aae693
 def change_tensor(
-    image:torch.Tensor,  # uint8 RGB [3, h, w]
-    size:tuple,          # (width, height) of the network input
-    box=(0, 0, 1, 1),    # part that is kept (x0, y0, x1, y1) in 0…1
-    shear:float=0.,      # degrees
-    brightness:float=1., # factor
-    contrast:float=1.,   # factor, around the mean
-)->torch.Tensor: # uint8 RGB [3, height, width]
+    image: torch.Tensor,  # uint8 RGB [3, h, w]
+    size: tuple,  # (width, height) of the network input
+    box=(0, 0, 1, 1),  # part that is kept (x0, y0, x1, y1) in 0…1
+    shear: float = 0.0,  # degrees
+    brightness: float = 1.0,  # factor
+    contrast: float = 1.0,  # factor, around the mean
+) -> torch.Tensor:  # uint8 RGB [3, height, width]
     "Crop, stretch, shear, brighten; on the image's device."
-    h, w = image.shape[1:]; x0, y0, x1, y1 = box; left, top = round(x0*w), round(y0*h)
-    part = image[None, :, top:max(top+1, round(y1*h)), left:max(left+1, round(x1*w))].float()
-    x = F.interpolate(part, (size[1], size[0]), mode='bilinear', antialias=True, align_corners=False)
+    h, w = image.shape[1:]
+    x0, y0, x1, y1 = box
+    left, top = round(x0 * w), round(y0 * h)
+    part = image[None, :, top : max(top + 1, round(y1 * h)), left : max(left + 1, round(x1 * w))].float()
+    x = F.interpolate(part, (size[1], size[0]), mode="bilinear", antialias=True, align_corners=False)
     if shear:
-        t = float(np.tan(np.deg2rad(shear))); theta = torch.tensor([[[1, -t*size[1]/size[0], 0], [0, 1, 0]]], device=x.device)
-        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
-    if brightness != 1 or contrast != 1: x = x*brightness; mean = x.mean(); x = (x - mean)*contrast + mean
-    return (x[0] + .5).clamp(0, 255).to(torch.uint8)
+        t = float(np.tan(np.deg2rad(shear)))
+        theta = torch.tensor([[[1, -t * size[1] / size[0], 0], [0, 1, 0]]], device=x.device)
+        x = F.grid_sample(
+            x,
+            F.affine_grid(theta, x.shape, align_corners=False),
+            padding_mode="reflection",
+            align_corners=False,
+        )
+    if brightness != 1 or contrast != 1:
+        x = x * brightness
+        mean = x.mean()
+        x = (x - mean) * contrast + mean
+    return (x[0] + 0.5).clamp(0, 255).to(torch.uint8)
 
 # %% ../../../nbs/parts/images/decoding.ipynb #0b4855f8
 def collate_encoded(items):
     "Files and what happens to each, their positions [b], and (position, reason) of those that could not be read."
     good = [(i, x) for i, x in items if not isinstance(x, str)]
-    return [x for _, x in good], torch.tensor([i for i, _ in good], dtype=torch.long), [(i, x) for i, x in items if isinstance(x, str)]
+    return (
+        [x for _, x in good],
+        torch.tensor([i for i, _ in good], dtype=torch.long),
+        [(i, x) for i, x in items if isinstance(x, str)],
+    )
+
 
 class EncodedPhotos(Photos):
     "Training images as bytes, decoded and changed on `device`."
-    device, collate = 'cuda', staticmethod(collate_encoded)
+
+    device, collate = "cuda", staticmethod(collate_encoded)
 
     def __getitem__(self, key):
         "File or image, network input size and draws of (epoch, position), or the reason why there is none."
         epoch, i = key
-        w, h = self.wh[i].tolist(); size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
+        w, h = self.wh[i].tolist()
+        size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
         try:
             data = Path(self.paths[i]).read_bytes()
-            if is_plain_jpeg(data): x = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            else: x = torch.from_numpy(read_image(self.paths[i], self.max_side).transpose(2, 0, 1).copy())
-        except ImageError as e: return i, e.reason
-        except OSError as e: return i, str(e.strerror)
-        return i, (x, size, {} if epoch < 0 else AUGMENTS[self.kind].draw(np.random.default_rng([self.seed, epoch, i])))
+            if is_plain_jpeg(data):
+                x = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            else:
+                x = torch.from_numpy(read_image(self.paths[i], self.max_side).transpose(2, 0, 1).copy())
+        except ImageError as e:
+            return i, e.reason
+        except OSError as e:
+            return i, str(e.strerror)
+        return i, (
+            x,
+            size,
+            {} if epoch < 0 else AUGMENTS[self.kind].draw(np.random.default_rng([self.seed, epoch, i])),
+        )
 
     def finish(self, loader):
         "Batches as `collate` makes them, decoded."
         for files, at, bad in loader:
             images = decode_batch([x for x, _, _ in files], self.device)
             ok = [k for k, x in enumerate(images) if x is not None]
-            bad = bad + [(int(at[k]), 'not decodable') for k, x in enumerate(images) if x is None]
+            bad = bad + [(int(at[k]), "not decodable") for k, x in enumerate(images) if x is None]
             batch = [change_tensor(images[k], files[k][1], **files[k][2]) for k in ok]
-            yield torch.stack(batch) if batch else torch.empty(0, 3, 1, 1, dtype=torch.uint8, device=self.device), at[ok], bad
+            yield (
+                torch.stack(batch)
+                if batch
+                else torch.empty(0, 3, 1, 1, dtype=torch.uint8, device=self.device),
+                at[ok],
+                bad,
+            )

@@ -18,92 +18,152 @@ from .reading import ImageError, read_image
 # %% ../../../nbs/parts/images/loading.ipynb #33f82164
 class Photos(Dataset):
     "Training images by position: changed at random, at the size of their aspect group."
-    def __init__(self,
-        paths:list,             # image files [n]
-        sizes:str='S2',         # size group: a name of the table or a number of pixels
-        kind:str='none',        # augmentation: none, soft, middle
-        seed:int=1,             # seed of the augmentation
-        in_memory:bool=False,   # decode everything once and keep it reduced
-        cache_dir=None,         # where to remember image sizes
-        images:list=None,       # decoded already (uint8 arrays, None where unreadable)
+
+    def __init__(
+        self,
+        paths: list,  # image files [n]
+        sizes: str = "S2",  # size group: a name of the table or a number of pixels
+        kind: str = "none",  # augmentation: none, soft, middle
+        seed: int = 1,  # seed of the augmentation
+        in_memory: bool = False,  # decode everything once and keep it reduced
+        cache_dir=None,  # where to remember image sizes
+        images: list = None,  # decoded already (uint8 arrays, None where unreadable)
     ):
         self.paths, self.kind, self.seed, self.images = [str(p) for p in paths], kind, seed, images
         self.use_sizes(sizes)
-        if in_memory and images is None: self.images = read_all(self.paths, self.max_side)
-        if self.images is not None: wh = np.array([(0, 0) if im is None else im.shape[1::-1] for im in self.images]).reshape(-1, 2)
-        else: wh = scan_sizes(self.paths, cache_dir)
+        if in_memory and images is None:
+            self.images = read_all(self.paths, self.max_side)
+        if self.images is not None:
+            wh = np.array([(0, 0) if im is None else im.shape[1::-1] for im in self.images]).reshape(-1, 2)
+        else:
+            wh = scan_sizes(self.paths, cache_dir)
         self.readable, self.wh = wh.min(1, initial=2**30) > 0, np.maximum(wh, 1)
 
-    def use_sizes(self, sizes:str):
+    def use_sizes(self, sizes: str):
         "Take another row of the size table from now on."
-        self.sizes = sizes; self.bins, self.table = size_table(sizes)
-        self.max_side = round(1.25*max(map(max, self.table)))           # some more than the network sees: crops are stretched
+        self.sizes = sizes
+        self.bins, self.table = size_table(sizes)
+        self.max_side = round(
+            1.25 * max(map(max, self.table))
+        )  # some more than the network sees: crops are stretched
 
     @property
-    def groups(self): return aspect_groups(self.wh[:, 1], self.wh[:, 0], self.bins)
+    def groups(self):
+        return aspect_groups(self.wh[:, 1], self.wh[:, 0], self.bins)
 
-    def __len__(self): return len(self.paths)
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, key):
         "Image [3, h, w] of (epoch, position), or the reason why there is none; epoch −1 changes nothing."
         epoch, i = key
-        w, h = self.wh[i]; size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
+        w, h = self.wh[i]
+        size = self.table[int(aspect_groups([h], [w], self.bins)[0])]
         try:
-            image = self.images[i] if self.images is not None else read_image(self.paths[i], self.max_side, exact=False)
-            if image is None: raise ImageError(self.paths[i], 'not readable')
-        except ImageError as e: return i, e.reason
-        image = change(image, size) if epoch < 0 else augment(image, size, self.kind, np.random.default_rng([self.seed, epoch, i]))
+            image = (
+                self.images[i]
+                if self.images is not None
+                else read_image(self.paths[i], self.max_side, exact=False)
+            )
+            if image is None:
+                raise ImageError(self.paths[i], "not readable")
+        except ImageError as e:
+            return i, e.reason
+        image = (
+            change(image, size)
+            if epoch < 0
+            else augment(image, size, self.kind, np.random.default_rng([self.seed, epoch, i]))
+        )
         return i, torch.from_numpy(image.transpose(2, 0, 1).copy())
 
+
 def _read(args):
-    try: return read_image(*args)
-    except ImageError: return None
+    try:
+        return read_image(*args)
+    except ImageError:
+        return None
+
 
 def read_all(
-    paths:list,         # image files
-    max_side:int,       # longest side of what is kept
-    n_threads:int=2,    # threads
-)->list: # uint8 arrays, None where unreadable
+    paths: list,  # image files
+    max_side: int,  # longest side of what is kept
+    n_threads: int = 2,  # threads
+) -> list:  # uint8 arrays, None where unreadable
     "Decode images once; Pillow lets threads decode side by side."
-    with ThreadPoolExecutor(n_threads) as pool: return list(pool.map(_read, [(p, max_side) for p in paths]))
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(_read, [(p, max_side) for p in paths]))
 
 # %% ../../../nbs/parts/images/loading.ipynb #c05fec36
 def collate(items):
     "Images [b, 3, h, w], their positions [b], and (position, reason) of those that could not be read."
     good = [(i, x) for i, x in items if not isinstance(x, str)]
     images = torch.stack([x for _, x in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return images, torch.tensor([i for i, _ in good], dtype=torch.long), [(i, x) for i, x in items if isinstance(x, str)]
+    return (
+        images,
+        torch.tensor([i for i, _ in good], dtype=torch.long),
+        [(i, x) for i, x in items if isinstance(x, str)],
+    )
+
 
 class _Keys:
     "What a loader asks for, made when it asks: millions of pairs are not kept."
-    def __init__(self, epoch, batches): self.epoch, self.batches = epoch, batches
-    def __len__(self): return len(self.batches)
-    def __iter__(self): return ([(self.epoch, int(i)) for i in batch] for batch in self.batches)
+
+    def __init__(self, epoch, batches):
+        self.epoch, self.batches = epoch, batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return ([(self.epoch, int(i)) for i in batch] for batch in self.batches)
+
 
 def make_loader(
-    photos:Dataset,      # gives (position, image or reason) of (epoch, position)
-    batches:list,        # positions of each batch
-    epoch:int=-1,        # number of the epoch, for the augmentation; −1: no augmentation
-    n_loaders:int=0,     # worker processes; 0 loads in this one
-    pin:bool=False,      # keep batches in page-locked memory, for a GPU
-    stay:bool=False,     # the processes wait for another round of the same batches, as the next model wants them
-)->Iterable: # batches as `collate` makes them
+    photos: Dataset,  # gives (position, image or reason) of (epoch, position)
+    batches: list,  # positions of each batch
+    epoch: int = -1,  # number of the epoch, for the augmentation; −1: no augmentation
+    n_loaders: int = 0,  # worker processes; 0 loads in this one
+    pin: bool = False,  # keep batches in page-locked memory, for a GPU
+    stay: bool = False,  # the processes wait for another round of the same batches, as the next model wants them
+) -> Iterable:  # batches as `collate` makes them
     "Load batches in order."
-    more = dict(multiprocessing_context='spawn', prefetch_factor=4, persistent_workers=stay) if n_loaders else {}
-    loader = DataLoader(photos, batch_sampler=_Keys(epoch, batches), collate_fn=getattr(photos, 'collate', collate), num_workers=n_loaders, pin_memory=pin, generator=torch.Generator().manual_seed(0), **more)
-    return photos.finish(loader) if hasattr(photos, 'finish') else loader            # what is left to do in this process
+    more = (
+        dict(multiprocessing_context="spawn", prefetch_factor=4, persistent_workers=stay) if n_loaders else {}
+    )
+    loader = DataLoader(
+        photos,
+        batch_sampler=_Keys(epoch, batches),
+        collate_fn=getattr(photos, "collate", collate),
+        num_workers=n_loaders,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),
+        **more,
+    )
+    return (
+        photos.finish(loader) if hasattr(photos, "finish") else loader
+    )  # what is left to do in this process
 
 # %% ../../../nbs/parts/images/loading.ipynb #8ee19789
 class Crops(Dataset):
     "Images for extraction: whole or cropped, at most `max_side` long, resized to a given size if there is one."
-    def __init__(self,
-        paths:list,          # image files [n]
-        sizes:list,          # (width, height) of each network input at scale 1 [n]
-        boxes:list=None,     # (x0, y0, x1, y1) in pixels, or None, for each
-    ): self.paths, self.sizes, self.boxes = [str(p) for p in paths], sizes, boxes
-    def __len__(self): return len(self.paths)
+
+    def __init__(
+        self,
+        paths: list,  # image files [n]
+        sizes: list,  # (width, height) of each network input at scale 1 [n]
+        boxes: list = None,  # (x0, y0, x1, y1) in pixels, or None, for each
+    ):
+        self.paths, self.sizes, self.boxes = [str(p) for p in paths], sizes, boxes
+
+    def __len__(self):
+        return len(self.paths)
+
     def __getitem__(self, key):
-        _, i = key; w, h = self.sizes[i]; box = self.boxes[i] if self.boxes is not None else None
-        try: image = read_image(self.paths[i], max_side=2*max(w, h), box=box)
-        except ImageError as e: return i, e.reason
+        _, i = key
+        w, h = self.sizes[i]
+        box = self.boxes[i] if self.boxes is not None else None
+        try:
+            image = read_image(self.paths[i], max_side=2 * max(w, h), box=box)
+        except ImageError as e:
+            return i, e.reason
         return i, torch.from_numpy(change(image, (w, h)).transpose(2, 0, 1).copy())

@@ -13,87 +13,136 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # %% ../../../nbs/parts/images/reading.ipynb #006c25b8
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.heic', '.heif', '.ppm', '.pgm')
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".ppm",
+    ".pgm",
+)
+
 
 def image_path(
-    split_dir:Path, # folder of a split, such as `v2/train`
-    image_id:str,   # image id
-)->Path: # path of the image
+    split_dir: Path,  # folder of a split, such as `v2/train`
+    image_id: str,  # image id
+) -> Path:  # path of the image
     "The path of an image in the Google Landmarks layout."
-    return Path(split_dir)/image_id[0]/image_id[1]/image_id[2]/f'{image_id}.jpg'
+    return Path(split_dir) / image_id[0] / image_id[1] / image_id[2] / f"{image_id}.jpg"
 
 # %% ../../../nbs/parts/images/reading.ipynb #6f20c446
 class ImageError(ValueError):
     "An image that cannot be read: `path` and `reason`."
-    def __init__(self, path, reason:str): super().__init__(f'{path}: {reason}'); self.path, self.reason = str(path), reason
-    def __reduce__(self): return ImageError, (self.path, self.reason)
 
-MAX_PIXELS = 250_000_000 # a larger picture is refused before it is decoded
+    def __init__(self, path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
 
-def _open(path)->Image.Image:
-    if str(path).lower().endswith(('.heic', '.heif')):
-        try: import pillow_heif; pillow_heif.register_heif_opener()
-        except ImportError: raise ImageError(path, 'HEIC needs the package pillow-heif') from None
+    def __reduce__(self):
+        return ImageError, (self.path, self.reason)
+
+
+MAX_PIXELS = 250_000_000  # a larger picture is refused before it is decoded
+
+
+def _open(path) -> Image.Image:
+    if str(path).lower().endswith((".heic", ".heif")):
+        try:
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+        except ImportError:
+            raise ImageError(path, "HEIC needs the package pillow-heif") from None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         im = Image.open(path)
-    if im.width*im.height > MAX_PIXELS: raise ImageError(path, f'{im.width}×{im.height} pixels are more than the {MAX_PIXELS:,} allowed')
+    if im.width * im.height > MAX_PIXELS:
+        raise ImageError(path, f"{im.width}×{im.height} pixels are more than the {MAX_PIXELS:,} allowed")
     return im
 
-def _reason(path, e:Exception)->str:
+
+def _reason(path, e: Exception) -> str:
     path = Path(path)
-    if not path.exists(): return 'there is no such file'
-    if path.stat().st_size == 0: return 'the file is empty'
-    return f'not a readable image ({e})' if not isinstance(e, Image.UnidentifiedImageError) else 'not an image, or of an unknown kind'
+    if not path.exists():
+        return "there is no such file"
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    return (
+        f"not a readable image ({e})"
+        if not isinstance(e, Image.UnidentifiedImageError)
+        else "not an image, or of an unknown kind"
+    )
 
 # %% ../../../nbs/parts/images/reading.ipynb #6ecbd581
 def to_rgb(
-    im:Image.Image, # any picture that Pillow can open
-)->Image.Image: # 8-bit RGB
+    im: Image.Image,  # any picture that Pillow can open
+) -> Image.Image:  # 8-bit RGB
     "Bring any colour mode to 8-bit RGB."
-    if im.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'):
+    if im.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         x = np.asarray(im, dtype=np.float32)
-        return Image.fromarray((x / (257.0 if x.max() > 255 else 1.0)).clip(0, 255).astype(np.uint8)).convert('RGB')
-    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
-        im = im.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
-    return im.convert('RGB')
+        return Image.fromarray((x / (257.0 if x.max() > 255 else 1.0)).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+        im = im.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
+    return im.convert("RGB")
+
 
 def read_image(
-    path,                    # a file
-    max_side:int|None=None,  # reduce so that the longer side has at most this many pixels; never enlarges
-    box=None,                # crop (x0, y0, x1, y1) in pixels of the upright image, before reducing
-    exact:bool=True,         # reduce to `max_side`; otherwise only as far as decoding gets cheaper by it, for a caller who resizes anyway
-)->np.ndarray: # uint8 RGB [h, w, 3], upright
+    path,  # a file
+    max_side: int
+    | None = None,  # reduce so that the longer side has at most this many pixels; never enlarges
+    box=None,  # crop (x0, y0, x1, y1) in pixels of the upright image, before reducing
+    exact: bool = True,  # reduce to `max_side`; otherwise only as far as decoding gets cheaper by it, for a caller who resizes anyway
+) -> np.ndarray:  # uint8 RGB [h, w, 3], upright
     "Read an image; JPEGs are decoded at a reduced size where that is enough."
     try:
         with _open(path) as im:
-            if max_side and box is None and im.format == 'JPEG': im.draft('RGB', (max_side*(1+exact), max_side*(1+exact)))
+            if max_side and box is None and im.format == "JPEG":
+                im.draft("RGB", (max_side * (1 + exact), max_side * (1 + exact)))
             im = to_rgb(ImageOps.exif_transpose(im))
-            if box is not None: im = im.crop(clip_box(box, im.size))
+            if box is not None:
+                im = im.crop(clip_box(box, im.size))
             if exact and max_side and max(im.size) > max_side:
                 f = max_side / max(im.size)
-                im = im.resize((max(1, round(im.width*f)), max(1, round(im.height*f))), Image.Resampling.BILINEAR, reducing_gap=2.0)
+                im = im.resize(
+                    (max(1, round(im.width * f)), max(1, round(im.height * f))),
+                    Image.Resampling.BILINEAR,
+                    reducing_gap=2.0,
+                )
             return np.array(im)
-    except ImageError: raise
-    except Exception as e: raise ImageError(path, _reason(path, e)) from None
+    except ImageError:
+        raise
+    except Exception as e:
+        raise ImageError(path, _reason(path, e)) from None
+
 
 def clip_box(
     box,  # (x0, y0, x1, y1) in pixels
-    size, # (w, h) of the image
-)->tuple: # four integers inside the image, at least one pixel wide and high
+    size,  # (w, h) of the image
+) -> tuple:  # four integers inside the image, at least one pixel wide and high
     "Bring a box into the image."
     (x0, y0, x1, y1), (w, h) = (float(v) for v in box), size
-    x0, y0 = min(max(0, round(x0)), w-1), min(max(0, round(y0)), h-1)
-    return x0, y0, max(x0+1, min(w, round(x1))), max(y0+1, min(h, round(y1)))
+    x0, y0 = min(max(0, round(x0)), w - 1), min(max(0, round(y0)), h - 1)
+    return x0, y0, max(x0 + 1, min(w, round(x1))), max(y0 + 1, min(h, round(y1)))
+
 
 def image_size(
-    path, # a file
-)->tuple: # (width, height) of the upright image
+    path,  # a file
+) -> tuple:  # (width, height) of the upright image
     "Size of an image from its header, without decoding it."
     try:
         with _open(path) as im:
             w, h = im.size
             return (h, w) if im.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (w, h)
-    except ImageError: raise
-    except Exception as e: raise ImageError(path, _reason(path, e)) from None
+    except ImageError:
+        raise
+    except Exception as e:
+        raise ImageError(path, _reason(path, e)) from None

@@ -18,114 +18,159 @@ from ..search.knn import search
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #92084a4a
 def partners_among_all(
-    rows:np.ndarray,   # positions of the images that need partners [r]
-    descriptors,       # global descriptors of all training images, array or store [n, d]
-    labels:np.ndarray, # their landmark_ids [n]
-    n_neighbors:int=1000, # nearest images to look at, the image itself included
-    max_partners:int=99,  # partners per image
-    device:str='cpu',     # where to search
-    memory_mib:int=1024,  # memory of the search, and again of the neighbours of a block of images
-)->np.ndarray: # pairs (image, partner), nearest first [m, 2] int64
+    rows: np.ndarray,  # positions of the images that need partners [r]
+    descriptors,  # global descriptors of all training images, array or store [n, d]
+    labels: np.ndarray,  # their landmark_ids [n]
+    n_neighbors: int = 1000,  # nearest images to look at, the image itself included
+    max_partners: int = 99,  # partners per image
+    device: str = "cpu",  # where to search
+    memory_mib: int = 1024,  # memory of the search, and again of the neighbours of a block of images
+) -> np.ndarray:  # pairs (image, partner), nearest first [m, 2] int64
     "Partners of the own label among the nearest of all images."
     rows, out = np.asarray(rows, np.int64), [np.zeros((0, 2), np.int64)]
-    n_neighbors = min(n_neighbors, len(labels)); block = max(1, int(memory_mib*2**20/(32*n_neighbors + 4*descriptors.shape[1]))) # bytes of a neighbour and its comparison, and of the query
+    n_neighbors = min(n_neighbors, len(labels))
+    block = max(
+        1, int(memory_mib * 2**20 / (32 * n_neighbors + 4 * descriptors.shape[1]))
+    )  # bytes of a neighbour and its comparison, and of the query
     for a in range(0, len(rows), block):
-        r = rows[a:a+block]
-        _, idxs = search(np.ascontiguousarray(descriptors[r], np.float32), descriptors, n_neighbors, device=device, memory_mib=memory_mib)
+        r = rows[a : a + block]
+        _, idxs = search(
+            np.ascontiguousarray(descriptors[r], np.float32),
+            descriptors,
+            n_neighbors,
+            device=device,
+            memory_mib=memory_mib,
+        )
         own = (labels[idxs] == labels[r][:, None]) & (idxs != r[:, None])
         own &= own.cumsum(1) <= max_partners
-        i, k = np.nonzero(own); out.append(np.stack([r[i], idxs[i, k]], 1))
+        i, k = np.nonzero(own)
+        out.append(np.stack([r[i], idxs[i, k]], 1))
     return np.concatenate(out)
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #485bd326
 def partners_within(
-    rows:np.ndarray,   # positions of the images that need partners [r]
-    labels:np.ndarray, # landmark_ids of all training images [n]
+    rows: np.ndarray,  # positions of the images that need partners [r]
+    labels: np.ndarray,  # landmark_ids of all training images [n]
     descriptors=None,  # global descriptors, array or store [n, d]; None: partners spread evenly
-    max_partners:int=99,
-    device:str='cpu',
-)->np.ndarray: # pairs (image, partner) [m, 2] int64
+    max_partners: int = 99,
+    device: str = "cpu",
+) -> np.ndarray:  # pairs (image, partner) [m, 2] int64
     "Partners from the own label alone."
     rows, out = np.asarray(rows, np.int64), [np.zeros((0, 2), np.int64)]
-    order = np.argsort(labels, kind='stable'); sorted_labels = labels[order]
+    order = np.argsort(labels, kind="stable")
+    sorted_labels = labels[order]
     for label in np.unique(labels[rows]):
-        mine = np.sort(order[np.searchsorted(sorted_labels, label):np.searchsorted(sorted_labels, label, 'right')])
-        r = rows[labels[rows] == label]; k = min(max_partners, len(mine)-1)
-        if k < 1: continue
-        if k == len(mine)-1: near = np.broadcast_to(mine, (len(r), len(mine)))
+        mine = np.sort(
+            order[np.searchsorted(sorted_labels, label) : np.searchsorted(sorted_labels, label, "right")]
+        )
+        r = rows[labels[rows] == label]
+        k = min(max_partners, len(mine) - 1)
+        if k < 1:
+            continue
+        if k == len(mine) - 1:
+            near = np.broadcast_to(mine, (len(r), len(mine)))
         elif descriptors is None:
-            steps = 1 + (np.arange(k)*(len(mine)-1))//k
+            steps = 1 + (np.arange(k) * (len(mine) - 1)) // k
             near = mine[(np.searchsorted(mine, r)[:, None] + steps) % len(mine)]
-        else: near = mine[search(np.ascontiguousarray(descriptors[r], np.float32), np.ascontiguousarray(descriptors[mine], np.float32), k+1, device=device)[1]]
-        other = near != r[:, None]; other &= other.cumsum(1) <= k
-        i, j = np.nonzero(other); out.append(np.stack([r[i], near[i, j]], 1))
+        else:
+            near = mine[
+                search(
+                    np.ascontiguousarray(descriptors[r], np.float32),
+                    np.ascontiguousarray(descriptors[mine], np.float32),
+                    k + 1,
+                    device=device,
+                )[1]
+            ]
+        other = near != r[:, None]
+        other &= other.cumsum(1) <= k
+        i, j = np.nonzero(other)
+        out.append(np.stack([r[i], near[i, j]], 1))
     return np.concatenate(out)
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #1fe06247
 def write_pairs(
-    path:Path,        # file, such as `pairs/00000.npz`
-    pairs:np.ndarray, # positions (image, partner) [m, 2]
-    n_matches:np.ndarray, # matches of each pair [m]
-    n_inliers:np.ndarray, # inliers of each pair [m]
+    path: Path,  # file, such as `pairs/00000.npz`
+    pairs: np.ndarray,  # positions (image, partner) [m, 2]
+    n_matches: np.ndarray,  # matches of each pair [m]
+    n_inliers: np.ndarray,  # inliers of each pair [m]
 ):
     "Keep the counts of some pairs."
     small = lambda x: np.minimum(x, 65535).astype(np.uint16)
-    with atomic_path(path) as tmp, open(tmp, 'wb') as f:
-        np.savez(f, image=pairs[:, 0].astype(np.uint32), partner=pairs[:, 1].astype(np.uint32), n_matches=small(n_matches), n_inliers=small(n_inliers))
+    with atomic_path(path) as tmp, open(tmp, "wb") as f:
+        np.savez(
+            f,
+            image=pairs[:, 0].astype(np.uint32),
+            partner=pairs[:, 1].astype(np.uint32),
+            n_matches=small(n_matches),
+            n_inliers=small(n_inliers),
+        )
+
 
 def read_pairs(
-    pairs_dir:Path, # folder of numbered files
-)->dict: # image, partner, n_matches, n_inliers: int32 arrays [m]
+    pairs_dir: Path,  # folder of numbered files
+) -> dict:  # image, partner, n_matches, n_inliers: int32 arrays [m]
     "All pairs, in the order of the files."
-    files = sorted(Path(pairs_dir).glob('[0-9]*.npz'))
-    if not files: raise FileNotFoundError(f'{pairs_dir} holds no pairs; run the stage verify first')
-    names, parts = ('image', 'partner', 'n_matches', 'n_inliers'), []
+    files = sorted(Path(pairs_dir).glob("[0-9]*.npz"))
+    if not files:
+        raise FileNotFoundError(f"{pairs_dir} holds no pairs; run the stage verify first")
+    names, parts = ("image", "partner", "n_matches", "n_inliers"), []
     for f in files:
-        with np.load(f) as p: parts.append({k: p[k] for k in names})
+        with np.load(f) as p:
+            parts.append({k: p[k] for k in names})
     out = {}
-    for k in names: out[k] = np.concatenate([p.pop(k) for p in parts], dtype=np.int32, casting='unsafe') # 16 bytes a pair: 6.5 GB of GLD-v2
+    for k in names:
+        out[k] = np.concatenate(
+            [p.pop(k) for p in parts], dtype=np.int32, casting="unsafe"
+        )  # 16 bytes a pair: 6.5 GB of GLD-v2
     return out
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #0fbe327d
 def count_verified(
-    image:np.ndarray,     # position of each pair's image [m]
-    n_inliers:np.ndarray, # inlier count of each pair [m]
-    n:int,                # images
-    min_inliers:int=30,   # inliers that make a pair verified
-)->np.ndarray: # verified pairs per image [n]
+    image: np.ndarray,  # position of each pair's image [m]
+    n_inliers: np.ndarray,  # inlier count of each pair [m]
+    n: int,  # images
+    min_inliers: int = 30,  # inliers that make a pair verified
+) -> np.ndarray:  # verified pairs per image [n]
     "How many of an image's pairs are verified."
     return np.bincount(image[np.asarray(n_inliers) >= min_inliers], minlength=n)
 
+
 def needed_pairs(
-    labels:np.ndarray,    # landmark_id per image [n]
-    min_verified:int=3,   # verified pairs an image needs
-    relax_small:bool=True, # ask less of a label with fewer images than that
-    copy_of:np.ndarray|None=None, # first image with the same pixels, per image; copies do not make a label larger
-)->np.ndarray: # verified pairs needed, per image [n]
+    labels: np.ndarray,  # landmark_id per image [n]
+    min_verified: int = 3,  # verified pairs an image needs
+    relax_small: bool = True,  # ask less of a label with fewer images than that
+    copy_of: np.ndarray
+    | None = None,  # first image with the same pixels, per image; copies do not make a label larger
+) -> np.ndarray:  # verified pairs needed, per image [n]
     "How many verified pairs each image needs."
-    if not relax_small: return np.full(len(labels), min_verified)
+    if not relax_small:
+        return np.full(len(labels), min_verified)
     _, group = np.unique(labels, return_inverse=True)
     distinct = np.ones(len(labels), bool) if copy_of is None else copy_of == np.arange(len(labels))
-    return np.clip(np.bincount(group[distinct], minlength=group.max(initial=-1)+1)[group] - 1, 1, min_verified)
+    return np.clip(
+        np.bincount(group[distinct], minlength=group.max(initial=-1) + 1)[group] - 1, 1, min_verified
+    )
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #94b2494d
 def clean_images(
-    verified:np.ndarray,  # verified pairs per image [n]
-    labels:np.ndarray,    # landmark_id per image [n]
-    needed,               # verified pairs needed, one number or one per image
-)->tuple: # images that stay [n] bool; images that passed but are alone in their landmark [n] bool
+    verified: np.ndarray,  # verified pairs per image [n]
+    labels: np.ndarray,  # landmark_id per image [n]
+    needed,  # verified pairs needed, one number or one per image
+) -> tuple:  # images that stay [n] bool; images that passed but are alone in their landmark [n] bool
     "The images that stay: enough verified pairs, and at least two of a landmark."
     passed = np.asarray(verified) >= needed
     _, group = np.unique(labels, return_inverse=True)
-    company = np.bincount(group, weights=passed, minlength=group.max(initial=-1)+1)[group]
+    company = np.bincount(group, weights=passed, minlength=group.max(initial=-1) + 1)[group]
     return passed & (company >= 2), passed & (company < 2)
 
+
 def first_copies(
-    hashes:np.ndarray, # pixel hash per image; 0 or less where unknown [n]
-    labels:np.ndarray, # landmark_id per image: copies under another label are another question [n]
-)->np.ndarray: # per image the first one with the same pixels and label, itself if there is none [n]
+    hashes: np.ndarray,  # pixel hash per image; 0 or less where unknown [n]
+    labels: np.ndarray,  # landmark_id per image: copies under another label are another question [n]
+) -> np.ndarray:  # per image the first one with the same pixels and label, itself if there is none [n]
     "Exact copies within a label."
-    out = np.arange(len(hashes)); known = np.flatnonzero(hashes > 0)
+    out = np.arange(len(hashes))
+    known = np.flatnonzero(hashes > 0)
     keys = np.stack([np.asarray(labels)[known], np.asarray(hashes)[known]], 1)
     _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     out[known] = known[first][inverse.reshape(-1)]
@@ -133,125 +178,186 @@ def first_copies(
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #e9cef187
 def threshold_grid(
-    image:np.ndarray,     # position of each pair's image [m]
-    n_inliers:np.ndarray, # inlier count of each pair [m]
-    labels:np.ndarray,    # landmark_id per image [n]
-    min_inliers:list,     # thresholds to try
-    min_verified:list,    # thresholds to try
-    relax_small:bool=True, # see `needed_pairs`
-    right:np.ndarray|None=None, # whether each image really shows its label, where that is known [n]
-    copy_of:np.ndarray|None=None, # see `needed_pairs`
-)->pd.DataFrame: # min_inliers, min_verified, labels, images; precision, recall
+    image: np.ndarray,  # position of each pair's image [m]
+    n_inliers: np.ndarray,  # inlier count of each pair [m]
+    labels: np.ndarray,  # landmark_id per image [n]
+    min_inliers: list,  # thresholds to try
+    min_verified: list,  # thresholds to try
+    relax_small: bool = True,  # see `needed_pairs`
+    right: np.ndarray | None = None,  # whether each image really shows its label, where that is known [n]
+    copy_of: np.ndarray | None = None,  # see `needed_pairs`
+) -> pd.DataFrame:  # min_inliers, min_verified, labels, images; precision, recall
     "What each pair of thresholds leaves."
     rows = []
     for v in min_inliers:
         verified = count_verified(image, n_inliers, len(labels), v)
         for f in min_verified:
             keep, _ = clean_images(verified, labels, needed_pairs(labels, f, relax_small, copy_of))
-            row = dict(min_inliers=v, min_verified=f, labels=len(np.unique(labels[keep])), images=int(keep.sum()))
-            if right is not None: row |= precision_recall(keep, right)
+            row = dict(
+                min_inliers=v, min_verified=f, labels=len(np.unique(labels[keep])), images=int(keep.sum())
+            )
+            if right is not None:
+                row |= precision_recall(keep, right)
             rows.append(row)
     return pd.DataFrame(rows)
 
+
 def precision_recall(
-    keep:np.ndarray,  # images that stay [n] bool
-    right:np.ndarray, # images that show their label [n] bool
-)->dict: # precision: right among the kept; recall: kept among the right
+    keep: np.ndarray,  # images that stay [n] bool
+    right: np.ndarray,  # images that show their label [n] bool
+) -> dict:  # precision: right among the kept; recall: kept among the right
     "How clean the set is and what it cost."
-    return dict(precision=float(right[keep].mean()) if keep.any() else float('nan'), recall=float(keep[right].mean()) if right.any() else float('nan'))
+    return dict(
+        precision=float(right[keep].mean()) if keep.any() else float("nan"),
+        recall=float(keep[right].mean()) if right.any() else float("nan"),
+    )
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #9bbe16ac
 def draw_grid(
-    ax,                # matplotlib axes
-    grid:pd.DataFrame, # one row per pair of thresholds
-    value:str,         # column to show
-    title:str,         # the answer
-    x:str='min_inliers', y:str='min_verified', # columns of the thresholds
-    fmt:str='.0f',     # how numbers are written
+    ax,  # matplotlib axes
+    grid: pd.DataFrame,  # one row per pair of thresholds
+    value: str,  # column to show
+    title: str,  # the answer
+    x: str = "min_inliers",
+    y: str = "min_verified",  # columns of the thresholds
+    fmt: str = ".0f",  # how numbers are written
 ):
     "A grid of thresholds as a heat map with numbers."
-    t = grid.pivot(index=y, columns=x, values=value); im = ax.imshow(t, cmap='GnBu', aspect='auto', origin='lower')
+    t = grid.pivot(index=y, columns=x, values=value)
+    im = ax.imshow(t, cmap="GnBu", aspect="auto", origin="lower")
     for (r, c), v in np.ndenumerate(t.to_numpy()):
         rgb = im.cmap(im.norm(v))[:3] if np.isfinite(v) else (1, 1, 1)
-        ax.text(c, r, format(v, fmt), ha='center', va='center', fontsize=8, color='white' if np.dot(rgb, (.3, .6, .1)) < .5 else 'black')
-    ax.set_xticks(range(t.shape[1]), t.columns); ax.set_yticks(range(t.shape[0]), t.index); ax.set(xlabel=x, ylabel=y, title=title)
+        ax.text(
+            c,
+            r,
+            format(v, fmt),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if np.dot(rgb, (0.3, 0.6, 0.1)) < 0.5 else "black",
+        )
+    ax.set_xticks(range(t.shape[1]), t.columns)
+    ax.set_yticks(range(t.shape[0]), t.index)
+    ax.set(xlabel=x, ylabel=y, title=title)
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #e88c9b3e
 def quality_table(
-    kinds:np.ndarray, # kind of each image, such as landmark, people, lookalike [n]
-    right:np.ndarray, # whether it shows its label [n]
-    keep:np.ndarray,  # whether it stays [n]
-)->pd.DataFrame: # kind, right, n, kept, precision, recall
+    kinds: np.ndarray,  # kind of each image, such as landmark, people, lookalike [n]
+    right: np.ndarray,  # whether it shows its label [n]
+    keep: np.ndarray,  # whether it stays [n]
+) -> pd.DataFrame:  # kind, right, n, kept, precision, recall
     "What stayed of each kind of image."
     n_right, rows = int((keep & right).sum()), []
     for good in (True, False):
         for kind in sorted(np.unique(kinds[right == good])):
-            m = (kinds == kind) & (right == good); n, k = int(m.sum()), int(keep[m].sum())
-            rows.append(dict(kind=kind, right=good, n=n, kept=k, precision=np.nan if good else n_right/max(1, n_right+k), recall=k/n if good else 1-k/n))
-    return pd.DataFrame(rows, columns=['kind', 'right', 'n', 'kept', 'precision', 'recall'])
+            m = (kinds == kind) & (right == good)
+            n, k = int(m.sum()), int(keep[m].sum())
+            rows.append(
+                dict(
+                    kind=kind,
+                    right=good,
+                    n=n,
+                    kept=k,
+                    precision=np.nan if good else n_right / max(1, n_right + k),
+                    recall=k / n if good else 1 - k / n,
+                )
+            )
+    return pd.DataFrame(rows, columns=["kind", "right", "n", "kept", "precision", "recall"])
+
 
 def clean_table(
-    image_ids:np.ndarray, # image ids [n]
-    labels:np.ndarray,    # landmark_ids [n]
-    keep:np.ndarray,      # images that stay [n]
-)->pd.DataFrame: # landmark_id, images: the official layout of train_clean.csv
+    image_ids: np.ndarray,  # image ids [n]
+    labels: np.ndarray,  # landmark_ids [n]
+    keep: np.ndarray,  # images that stay [n]
+) -> pd.DataFrame:  # landmark_id, images: the official layout of train_clean.csv
     "The clean set as the Google Landmarks Dataset lists it: landmarks ascending, ids ascending inside."
-    df = pd.DataFrame(dict(image_id=np.asarray(image_ids)[keep], landmark_id=np.asarray(labels)[keep])).sort_values(['landmark_id', 'image_id'])
-    return df.groupby('landmark_id').image_id.agg(' '.join).rename('images').reset_index() if len(df) else pd.DataFrame(dict(landmark_id=pd.Series(dtype=int), images=pd.Series(dtype=str)))
+    df = pd.DataFrame(
+        dict(image_id=np.asarray(image_ids)[keep], landmark_id=np.asarray(labels)[keep])
+    ).sort_values(["landmark_id", "image_id"])
+    return (
+        df.groupby("landmark_id").image_id.agg(" ".join).rename("images").reset_index()
+        if len(df)
+        else pd.DataFrame(dict(landmark_id=pd.Series(dtype=int), images=pd.Series(dtype=str)))
+    )
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #f441fd1b
 def reasons(
-    keep:np.ndarray,     # images that stay [n]
-    alone:np.ndarray,    # passed, but the only one of their landmark [n]
-    verified:np.ndarray, # verified pairs per image [n]
-    needed:np.ndarray,   # verified pairs needed [n]
-    partners:np.ndarray, # pairs that were verified at all, per image [n]
-    n_features:np.ndarray, # local features per image [n]
-    skipped:dict,        # position → why local features are missing
-    sizes:np.ndarray,    # images of the image's label [n]
-    copy_of:np.ndarray,  # first image with the same pixels [n]
-)->list: # reasons, '' for images that stay
+    keep: np.ndarray,  # images that stay [n]
+    alone: np.ndarray,  # passed, but the only one of their landmark [n]
+    verified: np.ndarray,  # verified pairs per image [n]
+    needed: np.ndarray,  # verified pairs needed [n]
+    partners: np.ndarray,  # pairs that were verified at all, per image [n]
+    n_features: np.ndarray,  # local features per image [n]
+    skipped: dict,  # position → why local features are missing
+    sizes: np.ndarray,  # images of the image's label [n]
+    copy_of: np.ndarray,  # first image with the same pixels [n]
+) -> list:  # reasons, '' for images that stay
     "Why each image was dropped."
     twins = np.bincount(copy_of, minlength=len(keep))[copy_of] > 1
+
     def why(i):
-        if keep[i]: return ''
-        if n_features[i] == 0: return skipped.get(i, 'no keypoints')
-        if sizes[i] == 1: return 'the only image of its label'
-        if alone[i]: return 'the only image of its label that passed'
-        if partners[i] == 0: return 'a copy; its label holds no other photo' if twins[i] else 'no image of its label among its neighbours'
-        return f'{verified[i]} verified pairs, {needed[i]} needed'
+        if keep[i]:
+            return ""
+        if n_features[i] == 0:
+            return skipped.get(i, "no keypoints")
+        if sizes[i] == 1:
+            return "the only image of its label"
+        if alone[i]:
+            return "the only image of its label that passed"
+        if partners[i] == 0:
+            return (
+                "a copy; its label holds no other photo"
+                if twins[i]
+                else "no image of its label among its neighbours"
+            )
+        return f"{verified[i]} verified pairs, {needed[i]} needed"
+
     return [why(i) for i in range(len(keep))]
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #2523506a
 def spring_layout(
-    n:int,             # photos
-    edges:np.ndarray,  # pairs of photos that verify [m, 2]
-    n_steps:int=150,   # steps
-)->np.ndarray: # places in the unit square [n, 2]
+    n: int,  # photos
+    edges: np.ndarray,  # pairs of photos that verify [m, 2]
+    n_steps: int = 150,  # steps
+) -> np.ndarray:  # places in the unit square [n, 2]
     "Places for the photos of a label."
-    t = np.arange(n)*2.39996; x = np.stack([np.cos(t), np.sin(t)], 1)*np.sqrt((np.arange(n)+.5)/n)[:, None] # a sunflower to start from
-    pull = np.zeros((n, n)); pull[edges[:, 0], edges[:, 1]] = pull[edges[:, 1], edges[:, 0]] = 1
-    degree = np.maximum(pull.sum(1), 1); pull /= np.sqrt(degree[:, None]*degree) # a crowd shall not fall into one point
-    k = 1.2/np.sqrt(max(n, 1))
+    t = np.arange(n) * 2.39996
+    x = (
+        np.stack([np.cos(t), np.sin(t)], 1) * np.sqrt((np.arange(n) + 0.5) / n)[:, None]
+    )  # a sunflower to start from
+    pull = np.zeros((n, n))
+    pull[edges[:, 0], edges[:, 1]] = pull[edges[:, 1], edges[:, 0]] = 1
+    degree = np.maximum(pull.sum(1), 1)
+    pull /= np.sqrt(degree[:, None] * degree)  # a crowd shall not fall into one point
+    k = 1.2 / np.sqrt(max(n, 1))
     for step in range(n_steps):
-        d = x[:, None] - x[None]; r = np.maximum(np.linalg.norm(d, axis=2, keepdims=True), 1e-3)
-        force = (d/r*(k*k/r - pull[..., None]*r*r/k)).sum(1) - .3*x
-        x = x + force/np.maximum(np.linalg.norm(force, axis=1, keepdims=True), 1e-9)*np.minimum(np.linalg.norm(force, axis=1, keepdims=True), .1*(1-step/n_steps))
+        d = x[:, None] - x[None]
+        r = np.maximum(np.linalg.norm(d, axis=2, keepdims=True), 1e-3)
+        force = (d / r * (k * k / r - pull[..., None] * r * r / k)).sum(1) - 0.3 * x
+        x = x + force / np.maximum(np.linalg.norm(force, axis=1, keepdims=True), 1e-9) * np.minimum(
+            np.linalg.norm(force, axis=1, keepdims=True), 0.1 * (1 - step / n_steps)
+        )
     lo, hi = x.min(0, initial=0), x.max(0, initial=0)
-    return (x - lo)/np.maximum(hi - lo, 1e-9)
+    return (x - lo) / np.maximum(hi - lo, 1e-9)
+
 
 def draw_label(
-    ax,                # matplotlib axes
-    thumbs:list,       # RGB pictures
-    edges:np.ndarray,  # pairs of photos that verify [m, 2]
-    keep:np.ndarray,   # photos that stay [n] bool
-    size:float=.08,    # longest side of a picture, share of the axes
+    ax,  # matplotlib axes
+    thumbs: list,  # RGB pictures
+    edges: np.ndarray,  # pairs of photos that verify [m, 2]
+    keep: np.ndarray,  # photos that stay [n] bool
+    size: float = 0.08,  # longest side of a picture, share of the axes
 ):
     "The photos of a label, joined where they verify; blue frames stay, red ones leave."
     x = spring_layout(len(thumbs), edges)
-    for i, j in np.unique(np.sort(edges, 1), axis=0): ax.plot(*x[[i, j]].T, color='tab:blue', lw=.6, alpha=.5, zorder=1)
+    for i, j in np.unique(np.sort(edges, 1), axis=0):
+        ax.plot(*x[[i, j]].T, color="tab:blue", lw=0.6, alpha=0.5, zorder=1)
     for (cx, cy), im, good in zip(x, thumbs, keep):
-        h, w = np.array(im.shape[:2])*size/max(im.shape[:2])/2; color = (40, 110, 220) if good else (214, 60, 60)
-        framed = np.pad(im, ((3, 3), (3, 3), (0, 0))); framed[:3] = framed[-3:] = color; framed[:, :3] = framed[:, -3:] = color
-        ax.imshow(framed, extent=(cx-w, cx+w, cy-h, cy+h), zorder=2, aspect='auto')
-    ax.set(xlim=(-.06, 1.06), ylim=(-.06, 1.06)); ax.axis('off')
+        h, w = np.array(im.shape[:2]) * size / max(im.shape[:2]) / 2
+        color = (40, 110, 220) if good else (214, 60, 60)
+        framed = np.pad(im, ((3, 3), (3, 3), (0, 0)))
+        framed[:3] = framed[-3:] = color
+        framed[:, :3] = framed[:, -3:] = color
+        ax.imshow(framed, extent=(cx - w, cx + w, cy - h, cy + h), zorder=2, aspect="auto")
+    ax.set(xlim=(-0.06, 1.06), ylim=(-0.06, 1.06))
+    ax.axis("off")

@@ -22,193 +22,331 @@ from .features import LocalFeatures, open_meta, pixel_hash, write_shard
 # %% ../../../nbs/parts/local/delf.ipynb #25f8a700
 class Trunk(nn.Module):
     "A frozen network up to the deepest map of a stride."
-    def __init__(self,
-        net:nn.Module,  # a timm network, or any module from images to one map
-        stride:int=16,  # pixels per step of the map
-        mean=(.485, .456, .406), std=(.229, .224, .225), # of pixel values in 0…1
+
+    def __init__(
+        self,
+        net: nn.Module,  # a timm network, or any module from images to one map
+        stride: int = 16,  # pixels per step of the map
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),  # of pixel values in 0…1
     ):
         super().__init__()
-        self.net = net.eval().requires_grad_(False); self.index = None
-        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1)*255, persistent=False); self.register_buffer('std', torch.tensor(std).view(3, 1, 1)*255, persistent=False)
-        with torch.no_grad(): maps = self._maps(torch.zeros(1, 3, 128, 128))
-        strides = [128//m.shape[2] for m in maps]
-        if stride not in strides: raise ValueError(f'the trunk has maps of stride {sorted(set(strides))}, none of {stride}')
-        self.index, self.stride = len(strides)-1 - strides[::-1].index(stride), stride
+        self.net = net.eval().requires_grad_(False)
+        self.index = None
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        with torch.no_grad():
+            maps = self._maps(torch.zeros(1, 3, 128, 128))
+        strides = [128 // m.shape[2] for m in maps]
+        if stride not in strides:
+            raise ValueError(f"the trunk has maps of stride {sorted(set(strides))}, none of {stride}")
+        self.index, self.stride = len(strides) - 1 - strides[::-1].index(stride), stride
         self.channels = maps[self.index].shape[1]
+
     def _maps(self, x):
-        if not hasattr(self.net, 'forward_intermediates'): y = self.net(x); return list(y) if isinstance(y, (list, tuple)) else [y]
-        early = dict(stop_early=True) if 'stop_early' in inspect.signature(self.net.forward_intermediates).parameters else {}
-        return self.net.forward_intermediates(x, indices=None if self.index is None else [self.index], intermediates_only=True, **(early if self.index is not None else {}))
-    def train(self, mode:bool=True): return super().train(False)  # batch norm stays as it was learned
+        if not hasattr(self.net, "forward_intermediates"):
+            y = self.net(x)
+            return list(y) if isinstance(y, (list, tuple)) else [y]
+        early = (
+            dict(stop_early=True)
+            if "stop_early" in inspect.signature(self.net.forward_intermediates).parameters
+            else {}
+        )
+        return self.net.forward_intermediates(
+            x,
+            indices=None if self.index is None else [self.index],
+            intermediates_only=True,
+            **(early if self.index is not None else {}),
+        )
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # batch norm stays as it was learned
+
     @torch.no_grad()
-    def forward(self, images): # RGB 0…255 [b, 3, h, w] → map [b, c, h/stride, w/stride]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda): maps = self._maps((images.float() - self.mean)/self.std)
+    def forward(self, images):  # RGB 0…255 [b, 3, h, w] → map [b, c, h/stride, w/stride]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            maps = self._maps((images.float() - self.mean) / self.std)
         return (maps[-1] if len(maps) == 1 else maps[self.index]).float()
 
 # %% ../../../nbs/parts/local/delf.ipynb #02495ecc
 class Attention(nn.Module):
     "A score for every place of a map."
-    def __init__(self, channels:int, hidden:int=512):
+
+    def __init__(self, channels: int, hidden: int = 512):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1), nn.Softplus())
-    def forward(self, x): return self.net(x) # [b, c, h, w] → [b, 1, h, w]
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1), nn.Softplus()
+        )
+
+    def forward(self, x):
+        return self.net(x)  # [b, c, h, w] → [b, 1, h, w]
+
 
 def train_attention(
-    trunk:Trunk,     # frozen
-    batches,         # callable: epoch → iterable of (RGB uint8 [b, 3, h, w], class_ids [b])
-    n_classes:int,   # landmarks
-    epochs:int=3,    # passes
-    lr:float=1e-3,   # learning rate (Adam)
-    hidden:int=512,  # width of the attention
-    seed:int=1,      # of the first weights
-    device='cpu',    # where to train
-)->tuple: # the attention, loss per step
+    trunk: Trunk,  # frozen
+    batches,  # callable: epoch → iterable of (RGB uint8 [b, 3, h, w], class_ids [b])
+    n_classes: int,  # landmarks
+    epochs: int = 3,  # passes
+    lr: float = 1e-3,  # learning rate (Adam)
+    hidden: int = 512,  # width of the attention
+    seed: int = 1,  # of the first weights
+    device="cpu",  # where to train
+) -> tuple:  # the attention, loss per step
     "Learn the scores; the weighted sum of local features classifies the photo."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); attention, head = Attention(trunk.channels, hidden), nn.Linear(trunk.channels, n_classes)
+        torch.manual_seed(seed)
+        attention, head = Attention(trunk.channels, hidden), nn.Linear(trunk.channels, n_classes)
     trunk, attention, head, losses = trunk.to(device), attention.to(device), head.to(device), []
     optimizer = torch.optim.Adam([*attention.parameters(), *head.parameters()], lr=lr)
     for epoch in range(epochs):
         for images, labels in batches(epoch):
-            x = nn.functional.normalize(trunk(images.to(device)), dim=1); a = attention(x)
-            pooled = (x*a).sum((2, 3)) / a.sum((2, 3)).clamp(min=1e-6)
-            loss = nn.functional.cross_entropy(16*head(nn.functional.normalize(pooled, dim=1)), labels.to(device))
-            optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
+            x = nn.functional.normalize(trunk(images.to(device)), dim=1)
+            a = attention(x)
+            pooled = (x * a).sum((2, 3)) / a.sum((2, 3)).clamp(min=1e-6)
+            loss = nn.functional.cross_entropy(
+                16 * head(nn.functional.normalize(pooled, dim=1)), labels.to(device)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
     return attention.eval(), losses
 
 # %% ../../../nbs/parts/local/delf.ipynb #91e834d3
-SCALES = tuple(2**(k/2) for k in range(-4, 3)) # 0.25 … 2, DELF's seven
+SCALES = tuple(2 ** (k / 2) for k in range(-4, 3))  # 0.25 … 2, DELF's seven
+
 
 def strongest(
-    xy, half, scores, # places [p, 2], half a side of their boxes [p, 1], scores [p]
-    k,                # candidates, the strongest first
-    max_overlap:float, n:int, # as in `Delf`; how many are wanted
-): # at most n of the candidates
+    xy,
+    half,
+    scores,  # places [p, 2], half a side of their boxes [p, 1], scores [p]
+    k,  # candidates, the strongest first
+    max_overlap: float,
+    n: int,  # as in `Delf`; how many are wanted
+):  # at most n of the candidates
     "The strongest whose boxes do not overlap; what a weaker one cannot change is decided without it."
     from torchvision.ops import nms
-    m = 2*n
+
+    m = 2 * n
     while True:
-        top = k[:m]; kept = nms(torch.cat([xy[top]-half[top], xy[top]+half[top]], 1), scores[top], max_overlap)
-        if len(kept) >= n or m >= len(k): return top[kept[:n]]
+        top = k[:m]
+        kept = nms(torch.cat([xy[top] - half[top], xy[top] + half[top]], 1), scores[top], max_overlap)
+        if len(kept) >= n or m >= len(k):
+            return top[kept[:n]]
         m *= 2
 
 # %% ../../../nbs/parts/local/delf.ipynb #a1c0def8
 class Delf(nn.Module):
     "Local features of images by a trunk, an attention and a projection."
-    kind = 'delf'
-    def __init__(self,
-        trunk:Trunk, attention:Attention,
-        mean=None, components=None, # PCA: centre [c] and axes [c, d]; without them local features keep c dimensions
-        min_score:float=0.,  # attention that a local feature needs, in multiples of `unit`
-        scales:tuple=SCALES, # image sizes
-        max_overlap:float=.8, # intersection over union of boxes beyond which the weaker goes
-        box:int=8,           # side of a box in steps of the map
-        unit:float=1.,       # attention of an average place, see `average_attention`
+
+    kind = "delf"
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        attention: Attention,
+        mean=None,
+        components=None,  # PCA: centre [c] and axes [c, d]; without them local features keep c dimensions
+        min_score: float = 0.0,  # attention that a local feature needs, in multiples of `unit`
+        scales: tuple = SCALES,  # image sizes
+        max_overlap: float = 0.8,  # intersection over union of boxes beyond which the weaker goes
+        box: int = 8,  # side of a box in steps of the map
+        unit: float = 1.0,  # attention of an average place, see `average_attention`
     ):
         super().__init__()
-        self.trunk, self.attention, self.min_score, self.scales, self.max_overlap, self.box, self.unit = trunk, attention, min_score, tuple(scales), max_overlap, box, unit
-        self.register_buffer('mean', torch.zeros(trunk.channels) if mean is None else torch.as_tensor(mean, dtype=torch.float32))
-        self.register_buffer('components', torch.eye(trunk.channels) if components is None else torch.as_tensor(components, dtype=torch.float32))
+        self.trunk, self.attention, self.min_score, self.scales, self.max_overlap, self.box, self.unit = (
+            trunk,
+            attention,
+            min_score,
+            tuple(scales),
+            max_overlap,
+            box,
+            unit,
+        )
+        self.register_buffer(
+            "mean",
+            torch.zeros(trunk.channels) if mean is None else torch.as_tensor(mean, dtype=torch.float32),
+        )
+        self.register_buffer(
+            "components",
+            torch.eye(trunk.channels)
+            if components is None
+            else torch.as_tensor(components, dtype=torch.float32),
+        )
         self.eval()
 
     @torch.no_grad()
-    def candidates(self, images): # RGB uint8 [b, 3, h, w] → per scale: vectors [b, p, c], scores [b, p], places [p, 2], box side
+    def candidates(
+        self, images
+    ):  # RGB uint8 [b, 3, h, w] → per scale: vectors [b, p, c], scores [b, p], places [p, 2], box side
         "All places of all scales."
-        h, w = images.shape[2:]; s0 = self.trunk.stride
+        h, w = images.shape[2:]
+        s0 = self.trunk.stride
         for scale in self.scales:
-            size = [max(s0, round(z*scale)) for z in (h, w)]
-            x = self.trunk(nn.functional.interpolate(images.float(), size=size, mode='bilinear', antialias=scale < 1, align_corners=False))
-            x = nn.functional.normalize(x, dim=1); a = self.attention(x)/self.unit
-            gy, gx = torch.meshgrid(*(torch.arange(n, device=x.device) for n in x.shape[2:]), indexing='ij')
-            xy = torch.stack([((gx+.5)*s0 - .5)*w/size[1], ((gy+.5)*s0 - .5)*h/size[0]], -1).reshape(-1, 2)
-            yield x.flatten(2).transpose(1, 2), a.flatten(1), xy, self.box*s0*w/size[1]
+            size = [max(s0, round(z * scale)) for z in (h, w)]
+            x = self.trunk(
+                nn.functional.interpolate(
+                    images.float(), size=size, mode="bilinear", antialias=scale < 1, align_corners=False
+                )
+            )
+            x = nn.functional.normalize(x, dim=1)
+            a = self.attention(x) / self.unit
+            gy, gx = torch.meshgrid(*(torch.arange(n, device=x.device) for n in x.shape[2:]), indexing="ij")
+            xy = torch.stack(
+                [((gx + 0.5) * s0 - 0.5) * w / size[1], ((gy + 0.5) * s0 - 0.5) * h / size[0]], -1
+            ).reshape(-1, 2)
+            yield x.flatten(2).transpose(1, 2), a.flatten(1), xy, self.box * s0 * w / size[1]
 
     @torch.no_grad()
-    def extract_batch(self,
-        images,                 # RGB uint8 [b, 3, h, w], all of one size
-        max_keypoints:int=1000, # the strongest are kept
-    )->list: # `LocalFeatures` of each
+    def extract_batch(
+        self,
+        images,  # RGB uint8 [b, 3, h, w], all of one size
+        max_keypoints: int = 1000,  # the strongest are kept
+    ) -> list:  # `LocalFeatures` of each
         "Local features of images of one size."
-        h, w = images.shape[2:]; parts = list(self.candidates(images.to(self.mean.device))); out = []
+        h, w = images.shape[2:]
+        parts = list(self.candidates(images.to(self.mean.device)))
+        out = []
         x, a = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-        xy = torch.cat([p[2] for p in parts]).clamp(min=0); half = torch.cat([p[2].new_full((len(p[2]), 1), p[3]/2) for p in parts])
+        xy = torch.cat([p[2] for p in parts]).clamp(min=0)
+        half = torch.cat([p[2].new_full((len(p[2]), 1), p[3] / 2) for p in parts])
         for vectors, scores in zip(x, a):
             k = torch.nonzero(scores >= self.min_score)[:, 0]
-            k = strongest(xy, half, scores, k[torch.argsort(scores[k], descending=True, stable=True)[:8*max_keypoints]], self.max_overlap, max_keypoints)
+            k = strongest(
+                xy,
+                half,
+                scores,
+                k[torch.argsort(scores[k], descending=True, stable=True)[: 8 * max_keypoints]],
+                self.max_overlap,
+                max_keypoints,
+            )
             d = nn.functional.normalize((vectors[k] - self.mean) @ self.components, dim=1)
-            place = torch.minimum(xy[k], torch.tensor([w-1., h-1.], device=xy.device))
-            out.append(LocalFeatures(place.cpu().numpy(), d.cpu().numpy(), scores[k].cpu().numpy(), (w, h), 'delf'))
+            place = torch.minimum(xy[k], torch.tensor([w - 1.0, h - 1.0], device=xy.device))
+            out.append(
+                LocalFeatures(place.cpu().numpy(), d.cpu().numpy(), scores[k].cpu().numpy(), (w, h), "delf")
+            )
         return out
 
-    def extract(self, image:np.ndarray, max_keypoints:int=1000)->LocalFeatures:
+    def extract(self, image: np.ndarray, max_keypoints: int = 1000) -> LocalFeatures:
         "Local features of one RGB image [h, w, 3]."
-        return self.extract_batch(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None], max_keypoints)[0]
+        return self.extract_batch(
+            torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None], max_keypoints
+        )[0]
 
 # %% ../../../nbs/parts/local/delf.ipynb #717d655b
 @torch.no_grad()
 def fit_pca(
-    delf:Delf,   # without a projection yet
-    images,      # iterable of RGB uint8 [b, 3, h, w]
-    d:int=40,    # dimensions to keep
-    per_image:int=300, # strongest local features of each photo to learn from
-)->Delf: # the same, projecting
+    delf: Delf,  # without a projection yet
+    images,  # iterable of RGB uint8 [b, 3, h, w]
+    d: int = 40,  # dimensions to keep
+    per_image: int = 300,  # strongest local features of each photo to learn from
+) -> Delf:  # the same, projecting
     "Learn centre and axes from the strongest local features of some photos."
-    n, total, square = 0, 0., 0.
+    n, total, square = 0, 0.0, 0.0
     for batch in images:
         x = np.concatenate([f.desc for f in delf.extract_batch(batch, per_image)]).astype(np.float64)
         n, total, square = n + len(x), total + x.sum(0), square + x.T @ x
-    if n < d: raise ValueError(f'PCA to {d} dimensions needs at least as many local features; these photos have {n}')
-    mean = total/n; _, axes = np.linalg.eigh(square/n - np.outer(mean, mean))
-    delf.mean, delf.components = (torch.as_tensor(np.ascontiguousarray(z), dtype=torch.float32, device=delf.mean.device) for z in (mean, axes[:, ::-1][:, :d]))
+    if n < d:
+        raise ValueError(
+            f"PCA to {d} dimensions needs at least as many local features; these photos have {n}"
+        )
+    mean = total / n
+    _, axes = np.linalg.eigh(square / n - np.outer(mean, mean))
+    delf.mean, delf.components = (
+        torch.as_tensor(np.ascontiguousarray(z), dtype=torch.float32, device=delf.mean.device)
+        for z in (mean, axes[:, ::-1][:, :d])
+    )
     return delf
+
 
 @torch.no_grad()
 def average_attention(
-    delf:Delf,
-    images, # iterable of RGB uint8 [b, 3, h, w]
-)->float: # mean score of all places at all scales
+    delf: Delf,
+    images,  # iterable of RGB uint8 [b, 3, h, w]
+) -> float:  # mean score of all places at all scales
     "What the attention gives an average place of some photos."
-    a = torch.cat([scores.flatten() for batch in images for _, scores, _, _ in delf.candidates(batch.to(delf.mean.device))])
-    return float(a.mean())*delf.unit
+    a = torch.cat(
+        [
+            scores.flatten()
+            for batch in images
+            for _, scores, _, _ in delf.candidates(batch.to(delf.mean.device))
+        ]
+    )
+    return float(a.mean()) * delf.unit
 
 # %% ../../../nbs/parts/local/delf.ipynb #3192c302
 def _read(path, max_side):
-    try: return read_image(path, max_side=max_side), ''
-    except ImageError as e: return None, e.reason
+    try:
+        return read_image(path, max_side=max_side), ""
+    except ImageError as e:
+        return None, e.reason
+
 
 def photo_batches(
-    paths:list,       # image files
-    class_ids:np.ndarray, # their classes
-    side:int=224,     # side of the squares
-    batch_size:int=16, # photos per batch
-    seed:int=1,       # of order and cuts
-): # epoch → iterable of (RGB uint8 [b, 3, side, side], class_ids [b])
+    paths: list,  # image files
+    class_ids: np.ndarray,  # their classes
+    side: int = 224,  # side of the squares
+    batch_size: int = 16,  # photos per batch
+    seed: int = 1,  # of order and cuts
+):  # epoch → iterable of (RGB uint8 [b, 3, side, side], class_ids [b])
     "Labelled photos as batches; unreadable ones are left out."
     import cv2
+
     def read(job):
-        i, scale, dx, dy = job; im, _ = _read(paths[i], None)
-        if im is None: return None
-        h, w = im.shape[:2]; z = side/(min(h, w)*scale)
-        im = cv2.resize(im, (max(side, round(w*z)), max(side, round(h*z))), interpolation=cv2.INTER_AREA if z < 1 else cv2.INTER_LINEAR)
-        y, x = int(dy*(im.shape[0]-side)), int(dx*(im.shape[1]-side)); return im[y:y+side, x:x+side]
+        i, scale, dx, dy = job
+        im, _ = _read(paths[i], None)
+        if im is None:
+            return None
+        h, w = im.shape[:2]
+        z = side / (min(h, w) * scale)
+        im = cv2.resize(
+            im,
+            (max(side, round(w * z)), max(side, round(h * z))),
+            interpolation=cv2.INTER_AREA if z < 1 else cv2.INTER_LINEAR,
+        )
+        y, x = int(dy * (im.shape[0] - side)), int(dx * (im.shape[1] - side))
+        return im[y : y + side, x : x + side]
+
     def epoch_batches(epoch):
-        rng = np.random.default_rng([seed, epoch]); order = rng.permutation(len(paths)); scale, dx, dy = rng.uniform(.5, 1, len(paths)), *rng.random((2, len(paths)))
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(paths))
+        scale, dx, dy = rng.uniform(0.5, 1, len(paths)), *rng.random((2, len(paths)))
         with ThreadPoolExecutor(4) as pool:
             for a in range(0, len(order), batch_size):
-                rows = order[a:a+batch_size]; ims = list(pool.map(read, [(i, scale[i], dx[i], dy[i]) for i in rows])); ok = [k for k, im in enumerate(ims) if im is not None]
-                if ok: yield torch.from_numpy(np.stack([ims[k] for k in ok])).permute(0, 3, 1, 2), torch.as_tensor(np.asarray(class_ids)[rows[ok]])
+                rows = order[a : a + batch_size]
+                ims = list(pool.map(read, [(i, scale[i], dx[i], dy[i]) for i in rows]))
+                ok = [k for k, im in enumerate(ims) if im is not None]
+                if ok:
+                    yield (
+                        torch.from_numpy(np.stack([ims[k] for k in ok])).permute(0, 3, 1, 2),
+                        torch.as_tensor(np.asarray(class_ids)[rows[ok]]),
+                    )
+
     return epoch_batches
 
+
 def make_delf(
-    trunk:Trunk,     # of a trained model
-    paths:list, class_ids:np.ndarray, # labelled photos, such as the v1 training set
-    epochs:int=3, side:int=224, d:int=40, seed:int=1, device='cpu', # as above
-    n_pca:int=6,    # batches to learn the projection from
-    min_score:float=1., # attention that a local feature needs, in multiples of the average
-)->tuple: # the `Delf`, loss per step
+    trunk: Trunk,  # of a trained model
+    paths: list,
+    class_ids: np.ndarray,  # labelled photos, such as the v1 training set
+    epochs: int = 3,
+    side: int = 224,
+    d: int = 40,
+    seed: int = 1,
+    device="cpu",  # as above
+    n_pca: int = 6,  # batches to learn the projection from
+    min_score: float = 1.0,  # attention that a local feature needs, in multiples of the average
+) -> tuple:  # the `Delf`, loss per step
     "Learn attention and projection."
     batches = photo_batches(paths, class_ids, side, seed=seed)
-    attention, losses = train_attention(trunk, lambda e: progress(batches(e), f'attention {e+1}/{epochs}', -(-len(paths)//16)), int(max(class_ids))+1, epochs, seed=seed, device=device)
+    attention, losses = train_attention(
+        trunk,
+        lambda e: progress(batches(e), f"attention {e + 1}/{epochs}", -(-len(paths) // 16)),
+        int(max(class_ids)) + 1,
+        epochs,
+        seed=seed,
+        device=device,
+    )
     first = lambda n: (images for _, (images, _) in zip(range(n), batches(epochs)))
     delf = Delf(trunk, attention, min_score=min_score).to(device)
     delf.unit = average_attention(delf, first(min(2, n_pca)))
@@ -216,58 +354,108 @@ def make_delf(
 
 # %% ../../../nbs/parts/local/delf.ipynb #2da0e552
 def save_delf(
-    delf:Delf, folder:Path, # where to
-    **card,    # what made it: backbone, trunk …
+    delf: Delf,
+    folder: Path,  # where to
+    **card,  # what made it: backbone, trunk …
 ):
     "Weights and a card, the whole folder renamed into place."
     from safetensors.torch import save_file
+
     with atomic_path(folder) as tmp:
         tmp.mkdir(parents=True)
-        save_file({k: v.contiguous().cpu() for k, v in delf.state_dict().items()}, str(tmp/'weights.safetensors'))
-        write_json(tmp/'card.json', dict(card, stride=delf.trunk.stride, channels=delf.trunk.channels, hidden=delf.attention.net[0].out_channels, d=delf.components.shape[1],
-                                         min_score=delf.min_score, scales=delf.scales, max_overlap=delf.max_overlap, box=delf.box, unit=delf.unit))
+        save_file(
+            {k: v.contiguous().cpu() for k, v in delf.state_dict().items()}, str(tmp / "weights.safetensors")
+        )
+        write_json(
+            tmp / "card.json",
+            dict(
+                card,
+                stride=delf.trunk.stride,
+                channels=delf.trunk.channels,
+                hidden=delf.attention.net[0].out_channels,
+                d=delf.components.shape[1],
+                min_score=delf.min_score,
+                scales=delf.scales,
+                max_overlap=delf.max_overlap,
+                box=delf.box,
+                unit=delf.unit,
+            ),
+        )
+
 
 def load_delf(
-    folder:Path, net:nn.Module, # the trunk's network; its weights come from the folder
-    device='cpu',
-)->Delf:
+    folder: Path,
+    net: nn.Module,  # the trunk's network; its weights come from the folder
+    device="cpu",
+) -> Delf:
     "Read a `Delf` again."
     from safetensors.torch import load_file
-    c = read_json(Path(folder)/'card.json'); trunk = Trunk(net, c['stride'])
-    delf = Delf(trunk, Attention(c['channels'], c['hidden']), None, torch.zeros(c['channels'], c['d']), c['min_score'], c['scales'], c['max_overlap'], c['box'], c['unit'])
-    delf.load_state_dict(load_file(str(Path(folder)/'weights.safetensors'))); return delf.to(device).eval()
+
+    c = read_json(Path(folder) / "card.json")
+    trunk = Trunk(net, c["stride"])
+    delf = Delf(
+        trunk,
+        Attention(c["channels"], c["hidden"]),
+        None,
+        torch.zeros(c["channels"], c["d"]),
+        c["min_score"],
+        c["scales"],
+        c["max_overlap"],
+        c["box"],
+        c["unit"],
+    )
+    delf.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
+    return delf.to(device).eval()
 
 # %% ../../../nbs/parts/local/delf.ipynb #5a466660
-def _read_hashed(path, max_side): im, why = _read(path, max_side); return im, 0 if im is None else pixel_hash(im), why
+def _read_hashed(path, max_side):
+    im, why = _read(path, max_side)
+    return im, 0 if im is None else pixel_hash(im), why
+
 
 def _extract_shard(delf, read, max_keypoints, batch_size):
     "What `write_shard` wants of some images that were read."
     items, groups = [(None, 0, why) for _, _, why in read], {}
     for i, (im, _, _) in enumerate(read):
-        if im is not None: groups.setdefault(im.shape, []).append(i)
+        if im is not None:
+            groups.setdefault(im.shape, []).append(i)
     for rows in groups.values():
         for a in range(0, len(rows), batch_size):
-            part = rows[a:a+batch_size]; images = torch.from_numpy(np.stack([read[i][0] for i in part])).permute(0, 3, 1, 2)
-            for i, f in zip(part, delf.extract_batch(images, max_keypoints)): items[i] = f, read[i][1], ''
+            part = rows[a : a + batch_size]
+            images = torch.from_numpy(np.stack([read[i][0] for i in part])).permute(0, 3, 1, 2)
+            for i, f in zip(part, delf.extract_batch(images, max_keypoints)):
+                items[i] = f, read[i][1], ""
     return items
 
+
 def extract_many_delf(
-    delf:Delf, paths:list, ids:list, # image files and their ids, best sorted by label
-    out_dir:Path,           # folder to write to
-    max_keypoints:int=1000, max_side:int=800, shard_size:int=256, # as in `local_features.extract_many`
-    shards:list|None=None,  # only these
-    batch_size:int=8,       # images of one size at a time; bounds the memory
-    device:str='auto',      # where to work
-    n_threads:int=8,        # that read images
-)->Path:
+    delf: Delf,
+    paths: list,
+    ids: list,  # image files and their ids, best sorted by label
+    out_dir: Path,  # folder to write to
+    max_keypoints: int = 1000,
+    max_side: int = 800,
+    shard_size: int = 256,  # as in `local_features.extract_many`
+    shards: list | None = None,  # only these
+    batch_size: int = 8,  # images of one size at a time; bounds the memory
+    device: str = "auto",  # where to work
+    n_threads: int = 8,  # that read images
+) -> Path:
     "DELF of many images, in the shards of `local_features`; images of one size share a batch."
-    delf = delf.to(pick_device(device)); d = delf.components.shape[1]
-    n = open_meta(out_dir, ids, shard_size, kind='delf', max_keypoints=max_keypoints, max_side=max_side)
-    todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir)/f'{s:05d}').exists()]
-    with ThreadPoolExecutor(n_threads) as pool: # the next shard is read while the device works on this one
-        start = lambda k: [pool.submit(_read_hashed, p, max_side) for s in todo[k:k+1] for p in paths[s*shard_size:(s+1)*shard_size]]
+    delf = delf.to(pick_device(device))
+    d = delf.components.shape[1]
+    n = open_meta(out_dir, ids, shard_size, kind="delf", max_keypoints=max_keypoints, max_side=max_side)
+    todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir) / f"{s:05d}").exists()]
+    with ThreadPoolExecutor(n_threads) as pool:  # the next shard is read while the device works on this one
+        start = lambda k: [
+            pool.submit(_read_hashed, p, max_side)
+            for s in todo[k : k + 1]
+            for p in paths[s * shard_size : (s + 1) * shard_size]
+        ]
         ahead = start(0)
-        for k, s in progress(list(enumerate(todo)), 'DELF', len(todo)):
-            read, ahead = [f.result() for f in ahead], start(k+1)
-            write_shard(Path(out_dir)/f'{s:05d}', _extract_shard(delf, read, max_keypoints, batch_size), 'delf', d)
+        for k, s in progress(list(enumerate(todo)), "DELF", len(todo)):
+            read, ahead = [f.result() for f in ahead], start(k + 1)
+            write_shard(
+                Path(out_dir) / f"{s:05d}", _extract_shard(delf, read, max_keypoints, batch_size), "delf", d
+            )
     return Path(out_dir)

@@ -22,25 +22,33 @@ from ..images.reading import ImageError, read_image
 @dataclass
 class LocalFeatures:
     "Keypoints of one image with their descriptors."
-    xy:np.ndarray     # positions in pixels, x to the right, y down [k, 2] float32
-    desc:np.ndarray   # unit rows float32 [k, d], or whole numbers int8 as stored
-    scores:np.ndarray # strength, higher is better [k]
-    size:tuple        # width and height of the image they were found in
-    kind:str = 'rootsift' # what made them; decides the thresholds
 
-    def __len__(self): return len(self.xy)
+    xy: np.ndarray  # positions in pixels, x to the right, y down [k, 2] float32
+    desc: np.ndarray  # unit rows float32 [k, d], or whole numbers int8 as stored
+    scores: np.ndarray  # strength, higher is better [k]
+    size: tuple  # width and height of the image they were found in
+    kind: str = "rootsift"  # what made them; decides the thresholds
+
+    def __len__(self):
+        return len(self.xy)
 
 # %% ../../../nbs/parts/local/features.ipynb #1ebf314f
 def _rootsift(
-    image:np.ndarray,   # RGB uint8 [h, w, 3]
-    max_keypoints:int,  # the strongest are kept
-)->LocalFeatures: # unit descriptors [k, 128]
+    image: np.ndarray,  # RGB uint8 [h, w, 3]
+    max_keypoints: int,  # the strongest are kept
+) -> LocalFeatures:  # unit descriptors [k, 128]
     "SIFT with the Hellinger kernel."
     import cv2
+
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    points, desc = cv2.SIFT_create(nfeatures=max_keypoints, contrastThreshold=0.02).detectAndCompute(grey, None)
+    points, desc = cv2.SIFT_create(nfeatures=max_keypoints, contrastThreshold=0.02).detectAndCompute(
+        grey, None
+    )
     h, w = grey.shape
-    if desc is None: return LocalFeatures(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32), np.zeros(0, np.float32), (w, h))
+    if desc is None:
+        return LocalFeatures(
+            np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32), np.zeros(0, np.float32), (w, h)
+        )
     p = np.array([(k.pt[0], k.pt[1], k.response, k.size, k.angle) for k in points], np.float32)
     order = np.lexsort((p[:, 4], p[:, 3], p[:, 1], p[:, 0], -p[:, 2]))[:max_keypoints]
     desc = np.sqrt(desc[order] / np.maximum(desc[order].sum(1, keepdims=True), 1e-9))
@@ -48,155 +56,245 @@ def _rootsift(
 
 # %% ../../../nbs/parts/local/features.ipynb #61b1c142
 def extract(
-    image:np.ndarray,       # RGB uint8 [h, w, 3]
-    kind:str='rootsift',    # rootsift; DELF needs a trained model, see `parts/local/delf`
-    max_keypoints:int=1000, # the strongest are kept
-)->LocalFeatures: # local features in pixels of `image`
+    image: np.ndarray,  # RGB uint8 [h, w, 3]
+    kind: str = "rootsift",  # rootsift; DELF needs a trained model, see `parts/local/delf`
+    max_keypoints: int = 1000,  # the strongest are kept
+) -> LocalFeatures:  # local features in pixels of `image`
     "Local features of one image."
-    if kind != 'rootsift': raise ValueError(f'local features of kind {kind!r} cannot be made here; allowed: rootsift (for delf use Delf.extract)')
+    if kind != "rootsift":
+        raise ValueError(
+            f"local features of kind {kind!r} cannot be made here; allowed: rootsift (for delf use Delf.extract)"
+        )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f'an image is uint8 of shape [h, w, 3], not {image.dtype} of shape {list(image.shape)}')
+        raise ValueError(
+            f"an image is uint8 of shape [h, w, 3], not {image.dtype} of shape {list(image.shape)}"
+        )
     return _rootsift(image, max_keypoints)
 
 # %% ../../../nbs/parts/local/features.ipynb #6e8ad409
-UNIT = dict(rootsift=255, delf=127) # descriptor of length 1 ↔ whole numbers of this length
-GRID = 16                           # positions are stored in 1/16 pixel
-MAX_SIDE = 4095                     # so that they fit into 16 bits
+UNIT = dict(rootsift=255, delf=127)  # descriptor of length 1 ↔ whole numbers of this length
+GRID = 16  # positions are stored in 1/16 pixel
+MAX_SIDE = 4095  # so that they fit into 16 bits
+
 
 def pack(
-    f:LocalFeatures, # with unit descriptors
-)->tuple: # desc int8 [k, d], xy uint16 [k, 2], scores float16 [k], number of features left out
+    f: LocalFeatures,  # with unit descriptors
+) -> tuple:  # desc int8 [k, d], xy uint16 [k, 2], scores float16 [k], number of features left out
     "Local features as they are stored; NaN, infinite and all-zero descriptors are left out."
-    if f.kind not in UNIT: raise ValueError(f'local features of kind {f.kind!r}; allowed: {", ".join(UNIT)}')
-    if max(f.size) > MAX_SIDE: raise ValueError(f'local features of a {f.size[0]}×{f.size[1]} image: at most {MAX_SIDE} pixels a side; reduce it (max_side)')
+    if f.kind not in UNIT:
+        raise ValueError(f"local features of kind {f.kind!r}; allowed: {', '.join(UNIT)}")
+    if max(f.size) > MAX_SIDE:
+        raise ValueError(
+            f"local features of a {f.size[0]}×{f.size[1]} image: at most {MAX_SIDE} pixels a side; reduce it (max_side)"
+        )
     desc, xy = np.asarray(f.desc, np.float32), np.asarray(f.xy, np.float32)
     good = np.isfinite(desc).all(1) & np.isfinite(xy).all(1) & (np.abs(desc).max(1, initial=0) > 0)
-    if len(xy[good]) and (xy[good].min() < -1 or xy[good].max() > MAX_SIDE): raise ValueError(f'local features outside of any image: places from {xy[good].min():.0f} to {xy[good].max():.0f} pixels')
-    whole = np.clip(np.rint(desc[good]*UNIT[f.kind]), -127, 127).astype(np.int8)
-    place = np.clip(np.rint(xy[good]*GRID), 0, 65535).astype(np.uint16)
+    if len(xy[good]) and (xy[good].min() < -1 or xy[good].max() > MAX_SIDE):
+        raise ValueError(
+            f"local features outside of any image: places from {xy[good].min():.0f} to {xy[good].max():.0f} pixels"
+        )
+    whole = np.clip(np.rint(desc[good] * UNIT[f.kind]), -127, 127).astype(np.int8)
+    place = np.clip(np.rint(xy[good] * GRID), 0, 65535).astype(np.uint16)
     return whole, place, np.clip(np.asarray(f.scores)[good], 0, 65504).astype(np.float16), int((~good).sum())
 
 # %% ../../../nbs/parts/local/features.ipynb #042c6c56
 def pixel_hash(
-    image:np.ndarray, # RGB uint8 [h, w, 3]
-)->int: # 63 bits
+    image: np.ndarray,  # RGB uint8 [h, w, 3]
+) -> int:  # 63 bits
     "A fingerprint of the decoded pixels; equal for exact copies."
-    return int.from_bytes(hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest(), 'little') >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest(), "little"
+        )
+        >> 1
+    )
+
 
 def write_shard(
-    shard_dir:Path, # folder of the shard
-    items:list,     # per image (`LocalFeatures` or None, pixel hash, reason)
-    kind:str,       # kind of all of them
-    d:int,          # dimensions of a descriptor
+    shard_dir: Path,  # folder of the shard
+    items: list,  # per image (`LocalFeatures` or None, pixel hash, reason)
+    kind: str,  # kind of all of them
+    d: int,  # dimensions of a descriptor
 ):
     "Write the local features of some images as one folder of arrays."
-    packed = [pack(f) if f is not None else (np.zeros((0, d), np.int8), np.zeros((0, 2), np.uint16), np.zeros(0, np.float16), 0) for f, _, _ in items]
-    reasons = [why or ('no keypoints' if not len(p[0]) else f'{p[3]} descriptors are not finite or zero' if p[3] else '') for p, (_, _, why) in zip(packed, items)]
+    packed = [
+        pack(f)
+        if f is not None
+        else (np.zeros((0, d), np.int8), np.zeros((0, 2), np.uint16), np.zeros(0, np.float16), 0)
+        for f, _, _ in items
+    ]
+    reasons = [
+        why
+        or ("no keypoints" if not len(p[0]) else f"{p[3]} descriptors are not finite or zero" if p[3] else "")
+        for p, (_, _, why) in zip(packed, items)
+    ]
     with atomic_path(shard_dir) as tmp:
         tmp.mkdir()
-        for i, name in enumerate(('desc', 'xy', 'scores')): np.save(tmp/f'{name}.npy', np.concatenate([p[i] for p in packed]))
-        np.save(tmp/'offsets.npy', np.cumsum([0] + [len(p[0]) for p in packed]).astype(np.int64))
-        np.save(tmp/'size.npy', np.array([f.size if f is not None else (0, 0) for f, _, _ in items], np.int32).reshape(-1, 2))
-        np.save(tmp/'hash.npy', np.array([h for _, h, _ in items], np.int64))
-        write_json(tmp/'shard.json', dict(kind=kind, reasons={str(i): r for i, r in enumerate(reasons) if r}))
+        for i, name in enumerate(("desc", "xy", "scores")):
+            np.save(tmp / f"{name}.npy", np.concatenate([p[i] for p in packed]))
+        np.save(tmp / "offsets.npy", np.cumsum([0] + [len(p[0]) for p in packed]).astype(np.int64))
+        np.save(
+            tmp / "size.npy",
+            np.array([f.size if f is not None else (0, 0) for f, _, _ in items], np.int32).reshape(-1, 2),
+        )
+        np.save(tmp / "hash.npy", np.array([h for _, h, _ in items], np.int64))
+        write_json(
+            tmp / "shard.json", dict(kind=kind, reasons={str(i): r for i, r in enumerate(reasons) if r})
+        )
 
 # %% ../../../nbs/parts/local/features.ipynb #14335a26
-def _one(path, kind:str, max_keypoints:int, max_side:int):
+def _one(path, kind: str, max_keypoints: int, max_side: int):
     "Features, pixel hash and reason of one image file."
-    try: image = read_image(path, max_side=max_side)
-    except ImageError as e: return None, 0, e.reason
-    return extract(image, kind, max_keypoints), pixel_hash(image), ''
+    try:
+        image = read_image(path, max_side=max_side)
+    except ImageError as e:
+        return None, 0, e.reason
+    return extract(image, kind, max_keypoints), pixel_hash(image), ""
 
-def _do_shard(job, kind:str, max_keypoints:int, max_side:int):
+
+def _do_shard(job, kind: str, max_keypoints: int, max_side: int):
     "Worker: one shard."
     shard_dir, paths = job
     write_shard(shard_dir, [_one(p, kind, max_keypoints, max_side) for p in paths], kind, 128)
 
+
 def open_meta(
-    out_dir:Path, # folder of the local features
-    ids:list,     # image ids in the order of the positions
-    shard_size:int, # images per shard
-    **made_by,    # kind, max_keypoints …: what must be equal to go on with existing shards
-)->int: # number of shards
+    out_dir: Path,  # folder of the local features
+    ids: list,  # image ids in the order of the positions
+    shard_size: int,  # images per shard
+    **made_by,  # kind, max_keypoints …: what must be equal to go on with existing shards
+) -> int:  # number of shards
     "Write what describes a folder of local features, or check that what is there was made the same way."
-    meta = dict(made_by, shard_size=shard_size, n=len(ids), ids=hashlib.blake2b('\n'.join(map(str, ids)).encode(), digest_size=8).hexdigest())
-    path = Path(out_dir)/'meta.json'
-    if path.exists() and read_json(path) != meta: raise ValueError(f'{out_dir} holds local features of other images or made otherwise ({read_json(path)}); wanted {meta}; remove it or choose another folder')
-    if not path.exists(): write_csv(pd.DataFrame(dict(image_id=list(ids))), Path(out_dir)/'ids.csv'); write_json(path, meta)
-    return -(-len(ids)//shard_size)
+    meta = dict(
+        made_by,
+        shard_size=shard_size,
+        n=len(ids),
+        ids=hashlib.blake2b("\n".join(map(str, ids)).encode(), digest_size=8).hexdigest(),
+    )
+    path = Path(out_dir) / "meta.json"
+    if path.exists() and read_json(path) != meta:
+        raise ValueError(
+            f"{out_dir} holds local features of other images or made otherwise ({read_json(path)}); wanted {meta}; remove it or choose another folder"
+        )
+    if not path.exists():
+        write_csv(pd.DataFrame(dict(image_id=list(ids))), Path(out_dir) / "ids.csv")
+        write_json(path, meta)
+    return -(-len(ids) // shard_size)
 
 # %% ../../../nbs/parts/local/features.ipynb #3bdb8302
 def extract_many(
-    paths:list,             # image files, best sorted by label
-    ids:list,               # their image ids
-    out_dir:Path,           # folder to write to
-    kind:str='rootsift',    # rootsift
-    max_keypoints:int=1000, # per image
-    max_side:int=800,       # larger images are reduced to this longest side
-    shard_size:int=256,     # images per shard
-    shards:list|None=None,  # only these shards; all if not given
-    n_workers:int=0,        # processes; 0 is one per core
-)->Path: # `out_dir`
+    paths: list,  # image files, best sorted by label
+    ids: list,  # their image ids
+    out_dir: Path,  # folder to write to
+    kind: str = "rootsift",  # rootsift
+    max_keypoints: int = 1000,  # per image
+    max_side: int = 800,  # larger images are reduced to this longest side
+    shard_size: int = 256,  # images per shard
+    shards: list | None = None,  # only these shards; all if not given
+    n_workers: int = 0,  # processes; 0 is one per core
+) -> Path:  # `out_dir`
     "Local features of many images; shards that exist are kept."
-    if len(paths) != len(ids): raise ValueError(f'{len(paths)} image files but {len(ids)} ids')
-    if kind not in UNIT: raise ValueError(f'local features of kind {kind!r}; allowed: {", ".join(UNIT)}')
+    if len(paths) != len(ids):
+        raise ValueError(f"{len(paths)} image files but {len(ids)} ids")
+    if kind not in UNIT:
+        raise ValueError(f"local features of kind {kind!r}; allowed: {', '.join(UNIT)}")
     n = open_meta(out_dir, ids, shard_size, kind=kind, max_keypoints=max_keypoints, max_side=max_side)
-    todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir)/f'{s:05d}').exists()]
-    jobs = [(Path(out_dir)/f'{s:05d}', list(paths[s*shard_size:(s+1)*shard_size])) for s in todo]
-    parallel_map(partial(_do_shard, kind=kind, max_keypoints=max_keypoints, max_side=max_side), jobs, n_workers, desc='local features')
+    todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir) / f"{s:05d}").exists()]
+    jobs = [(Path(out_dir) / f"{s:05d}", list(paths[s * shard_size : (s + 1) * shard_size])) for s in todo]
+    parallel_map(
+        partial(_do_shard, kind=kind, max_keypoints=max_keypoints, max_side=max_side),
+        jobs,
+        n_workers,
+        desc="local features",
+    )
     return Path(out_dir)
 
 # %% ../../../nbs/parts/local/features.ipynb #3ef4e365
 class LocalStore:
     "Local features on disk, by position; memory-mapped."
-    def __init__(self,
-        path:Path,        # folder of `extract_many`
-        keep_open:int=64, # shards held open
+
+    def __init__(
+        self,
+        path: Path,  # folder of `extract_many`
+        keep_open: int = 64,  # shards held open
     ):
         self.path, self.keep_open, self._open = Path(path), keep_open, {}
-        if not (self.path/'meta.json').exists(): raise FileNotFoundError(f'{path} has no meta.json: no local features here, or not finished')
-        self.meta = read_json(self.path/'meta.json'); self.kind = self.meta['kind']
-    def __len__(self): return self.meta['n']
+        if not (self.path / "meta.json").exists():
+            raise FileNotFoundError(f"{path} has no meta.json: no local features here, or not finished")
+        self.meta = read_json(self.path / "meta.json")
+        self.kind = self.meta["kind"]
+
+    def __len__(self):
+        return self.meta["n"]
 
     @property
-    def ids(self)->list: # image ids by position
-        return pd.read_csv(self.path/'ids.csv', dtype=str).image_id.tolist()
+    def ids(self) -> list:  # image ids by position
+        return pd.read_csv(self.path / "ids.csv", dtype=str).image_id.tolist()
 
-    def shard(self,
-        s:int, # number of a shard
-    )->dict: # its arrays
+    def shard(
+        self,
+        s: int,  # number of a shard
+    ) -> dict:  # its arrays
         "The arrays of a shard."
-        a = self._open.get(s) # threads share a store: what another one closes meanwhile stays alive here
+        a = self._open.get(s)  # threads share a store: what another one closes meanwhile stays alive here
         if a is None:
-            d = self.path/f'{s:05d}'
-            if not d.exists(): raise FileNotFoundError(f'shard {s} of the local features in {self.path} is missing: extract it (shards=[{s}]) or gather it from the machine that has it')
-            a = self._open[s] = {k: np.load(d/f'{k}.npy', mmap_mode='r' if k in ('desc', 'xy', 'scores') else None) for k in ('desc', 'xy', 'scores', 'offsets', 'size', 'hash')}
-            for old in list(self._open)[:-self.keep_open]: self._open.pop(old, None)
+            d = self.path / f"{s:05d}"
+            if not d.exists():
+                raise FileNotFoundError(
+                    f"shard {s} of the local features in {self.path} is missing: extract it (shards=[{s}]) or gather it from the machine that has it"
+                )
+            a = self._open[s] = {
+                k: np.load(d / f"{k}.npy", mmap_mode="r" if k in ("desc", "xy", "scores") else None)
+                for k in ("desc", "xy", "scores", "offsets", "size", "hash")
+            }
+            for old in list(self._open)[: -self.keep_open]:
+                self._open.pop(old, None)
         return a
 
-    def __getitem__(self, i:int)->LocalFeatures:
-        if not 0 <= i < len(self): raise IndexError(f'image {i} of local features that hold {len(self)} images')
-        s, r = divmod(int(i), self.meta['shard_size']); a = self.shard(s); lo, hi = a['offsets'][r:r+2]
-        return LocalFeatures(a['xy'][lo:hi].astype(np.float32)/GRID, np.asarray(a['desc'][lo:hi]), np.asarray(a['scores'][lo:hi]), tuple(a['size'][r].tolist()), self.kind)
+    def __getitem__(self, i: int) -> LocalFeatures:
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of local features that hold {len(self)} images")
+        s, r = divmod(int(i), self.meta["shard_size"])
+        a = self.shard(s)
+        lo, hi = a["offsets"][r : r + 2]
+        return LocalFeatures(
+            a["xy"][lo:hi].astype(np.float32) / GRID,
+            np.asarray(a["desc"][lo:hi]),
+            np.asarray(a["scores"][lo:hi]),
+            tuple(a["size"][r].tolist()),
+            self.kind,
+        )
 
-    def column(self,
-        name:str, # hash, size or n_features
-    )->np.ndarray: # one row per image of the shards that exist; −1 elsewhere
+    def column(
+        self,
+        name: str,  # hash, size or n_features
+    ) -> np.ndarray:  # one row per image of the shards that exist; −1 elsewhere
         "A fact about every image."
         parts = []
-        for s in range(-(-len(self)//self.meta['shard_size'])):
-            n = min(self.meta['shard_size'], len(self) - s*self.meta['shard_size'])
-            if not (self.path/f'{s:05d}').exists(): parts.append(np.full((n, 2) if name == 'size' else n, -1)); continue
-            a = self.shard(s); parts.append(np.diff(a['offsets']) if name == 'n_features' else a[name])
+        for s in range(-(-len(self) // self.meta["shard_size"])):
+            n = min(self.meta["shard_size"], len(self) - s * self.meta["shard_size"])
+            if not (self.path / f"{s:05d}").exists():
+                parts.append(np.full((n, 2) if name == "size" else n, -1))
+                continue
+            a = self.shard(s)
+            parts.append(np.diff(a["offsets"]) if name == "n_features" else a[name])
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def skipped(self)->pd.DataFrame: # position, image_id, reason
+    def skipped(self) -> pd.DataFrame:  # position, image_id, reason
         "Images without features or with features left out, and why."
-        rows = [(s*self.meta['shard_size'] + int(i), why) for s in range(-(-len(self)//self.meta['shard_size']))
-                for f in [self.path/f'{s:05d}'/'shard.json'] if f.exists() for i, why in read_json(f)['reasons'].items()]
+        rows = [
+            (s * self.meta["shard_size"] + int(i), why)
+            for s in range(-(-len(self) // self.meta["shard_size"]))
+            for f in [self.path / f"{s:05d}" / "shard.json"]
+            if f.exists()
+            for i, why in read_json(f)["reasons"].items()
+        ]
         ids = self.ids if rows else []
-        return pd.DataFrame([(p, ids[p], why) for p, why in sorted(rows)], columns=['position', 'image_id', 'reason'])
+        return pd.DataFrame(
+            [(p, ids[p], why) for p, why in sorted(rows)], columns=["position", "image_id", "reason"]
+        )
 
-def open_local(path:Path)->LocalStore:
+
+def open_local(path: Path) -> LocalStore:
     "Open the local features in a folder."
     return LocalStore(path)

@@ -19,201 +19,302 @@ from .features import UNIT, LocalFeatures, pack
 # %% ../../../nbs/parts/local/matching.ipynb #17b65c04
 def compiled(fn):
     "Compile a loop with numba; the machine code is cached where there is a file to cache beside."
-    try: return njit(cache=True, nogil=True, error_model='numpy')(fn)
-    except RuntimeError: return njit(nogil=True, error_model='numpy')(fn) # defined in a notebook
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy")(fn)
+    except RuntimeError:
+        return njit(nogil=True, error_model="numpy")(fn)  # defined in a notebook
 
 # %% ../../../nbs/parts/local/matching.ipynb #ffd73da5
 @dataclass(frozen=True)
 class Rule:
     "What makes a match, and what makes it an inlier."
-    max_dist:float = 0.8   # largest distance of two unit descriptors that match
-    ratio:float = 0.       # a match's distance over the second best's must be below; 0: no such test
-    mutual:bool = False    # must the match also be the nearest the other way round?
-    residual:float = 0.025 # largest residual of an inlier, as a share of the partner's longest side
-    n_trials:int = 1000    # three-point samples
-    reject:bool = True     # leave degenerate maps out
-    max_scale:float = 5.   # a map may not enlarge or shrink more
-    max_shear:float = 4.   # largest ratio of the map's singular values
-    refine:int = 8         # rounds of fitting the best map to what lies near it
+
+    max_dist: float = 0.8  # largest distance of two unit descriptors that match
+    ratio: float = 0.0  # a match's distance over the second best's must be below; 0: no such test
+    mutual: bool = False  # must the match also be the nearest the other way round?
+    residual: float = 0.025  # largest residual of an inlier, as a share of the partner's longest side
+    n_trials: int = 1000  # three-point samples
+    reject: bool = True  # leave degenerate maps out
+    max_scale: float = 5.0  # a map may not enlarge or shrink more
+    max_shear: float = 4.0  # largest ratio of the map's singular values
+    refine: int = 8  # rounds of fitting the best map to what lies near it
+
 
 ORIGINAL = Rule(reject=False, refine=0)
-RULES = dict(delf=Rule(), rootsift=Rule(max_dist=2., ratio=0.85, residual=0.0125))
+RULES = dict(delf=Rule(), rootsift=Rule(max_dist=2.0, ratio=0.85, residual=0.0125))
+
 
 def rule_for(
-    kind:str, # rootsift or delf
-    **changes, # fields of `Rule` that shall be different
-)->Rule: # the rule
+    kind: str,  # rootsift or delf
+    **changes,  # fields of `Rule` that shall be different
+) -> Rule:  # the rule
     "The thresholds of a kind of local feature."
-    if kind not in RULES: raise ValueError(f'no thresholds for local features of kind {kind!r}; allowed: {", ".join(RULES)}')
+    if kind not in RULES:
+        raise ValueError(f"no thresholds for local features of kind {kind!r}; allowed: {', '.join(RULES)}")
     rule = replace(RULES[kind], **changes)
-    if rule.n_trials < 1 or rule.residual <= 0 or not 0 <= rule.ratio <= 1 or rule.max_dist <= 0 or rule.max_scale < 1 or rule.max_shear < 1 or rule.refine < 0:
-        raise ValueError(f'{rule}: n_trials ≥ 1, residual > 0, 0 ≤ ratio ≤ 1, max_dist > 0, max_scale ≥ 1, max_shear ≥ 1 and refine ≥ 0 are needed')
+    if (
+        rule.n_trials < 1
+        or rule.residual <= 0
+        or not 0 <= rule.ratio <= 1
+        or rule.max_dist <= 0
+        or rule.max_scale < 1
+        or rule.max_shear < 1
+        or rule.refine < 0
+    ):
+        raise ValueError(
+            f"{rule}: n_trials ≥ 1, residual > 0, 0 ≤ ratio ≤ 1, max_dist > 0, max_scale ≥ 1, max_shear ≥ 1 and refine ≥ 0 are needed"
+        )
     return rule
 
 # %% ../../../nbs/parts/local/matching.ipynb #3965dd39
 @lru_cache
-def _has_int8()->bool:
+def _has_int8() -> bool:
     "Whether this PyTorch multiplies int8 matrices on the CPU, correctly."
     import torch
-    a = torch.arange(-60, 60, dtype=torch.int8).reshape(3, 40).repeat(8, 2)[:, :64].contiguous()
-    try: return bool((torch._int_mm(a, a.t().contiguous()) == a.int() @ a.int().t()).all())
-    except Exception: return False
 
-_own = threading.local() # a buffer for the products, one per thread
+    a = torch.arange(-60, 60, dtype=torch.int8).reshape(3, 40).repeat(8, 2)[:, :64].contiguous()
+    try:
+        return bool((torch._int_mm(a, a.t().contiguous()) == a.int() @ a.int().t()).all())
+    except Exception:
+        return False
+
+
+_own = threading.local()  # a buffer for the products, one per thread
+
 
 def dots(
-    a, # whole-number descriptors [k, d] int8, a tensor
-    bt, # the partner's, transposed [d, m] int8
-)->np.ndarray: # exact inner products [k, m] int32, valid until this thread's next call
+    a,  # whole-number descriptors [k, d] int8, a tensor
+    bt,  # the partner's, transposed [d, m] int8
+) -> np.ndarray:  # exact inner products [k, m] int32, valid until this thread's next call
     "All inner products of two sets of whole-number descriptors."
     import torch
-    if not _has_int8() or len(a) <= 16: return (a.float() @ bt.float()).int().numpy()
-    n = len(a)*bt.shape[1]
-    if getattr(_own, 'dots', None) is None or _own.dots.numel() < n: _own.dots = torch.empty(n, dtype=torch.int32)
+
+    if not _has_int8() or len(a) <= 16:
+        return (a.float() @ bt.float()).int().numpy()
+    n = len(a) * bt.shape[1]
+    if getattr(_own, "dots", None) is None or _own.dots.numel() < n:
+        _own.dots = torch.empty(n, dtype=torch.int32)
     return torch._int_mm(a, bt, out=_own.dots[:n].view(len(a), bt.shape[1])).numpy()
 
 # %% ../../../nbs/parts/local/matching.ipynb #649fb79d
 @compiled
 def nearest(
-    dots,   # inner products [k, m]
-    norm_a, # squared lengths of the image's descriptors [k], type of `dots`
-    best, second, idx, # results [m]: |a|² − 2ab of the nearest and the next, and which is nearest
+    dots,  # inner products [k, m]
+    norm_a,  # squared lengths of the image's descriptors [k], type of `dots`
+    best,
+    second,
+    idx,  # results [m]: |a|² − 2ab of the nearest and the next, and which is nearest
 ):
     "The two nearest rows for every column; the first of equals wins."
     for i in range(dots.shape[0]):
-        t = norm_a[i]; row = dots[i]; ii = np.int32(i)
+        t = norm_a[i]
+        row = dots[i]
+        ii = np.int32(i)
         for j in range(dots.shape[1]):
-            x = t - row[j] - row[j]; y = best[j]; s = second[j]; k = idx[j]
-            less = x < y; other = y if less else x
+            x = t - row[j] - row[j]
+            y = best[j]
+            s = second[j]
+            k = idx[j]
+            less = x < y
+            other = y if less else x
             second[j] = other if other < s else s
             idx[j] = ii if less else k
             best[j] = x if less else y
 
+
 @compiled
 def nearest_keys(
-    dots,   # inner products of some rows [k, m] int32
-    norm_a, # squared lengths of these rows' descriptors [k] int32
+    dots,  # inner products of some rows [k, m] int32
+    norm_a,  # squared lengths of these rows' descriptors [k] int32
     first,  # number of the first row
-    bits,   # of a key that hold the number of a row
-    best, second, # keys of the nearest and the next so far [m] int32, brought up to date
+    bits,  # of a key that hold the number of a row
+    best,
+    second,  # keys of the nearest and the next so far [m] int32, brought up to date
 ):
     "The same for whole numbers: value and number of a row in one key, so that two minima and a maximum are all there is to do."
-    for i in range(0, dots.shape[0] - 3, 4):               # four rows for every time the keys are read
-        t = norm_a[i:i+4] << bits; a, b, c, d = dots[i], dots[i+1], dots[i+2], dots[i+3]; n = first + i
-        t0, t1, t2, t3 = np.int32(t[0] + n), np.int32(t[1] + n + 1), np.int32(t[2] + n + 2), np.int32(t[3] + n + 3)
+    for i in range(0, dots.shape[0] - 3, 4):  # four rows for every time the keys are read
+        t = norm_a[i : i + 4] << bits
+        a, b, c, d = dots[i], dots[i + 1], dots[i + 2], dots[i + 3]
+        n = first + i
+        t0, t1, t2, t3 = (
+            np.int32(t[0] + n),
+            np.int32(t[1] + n + 1),
+            np.int32(t[2] + n + 2),
+            np.int32(t[3] + n + 3),
+        )
         for j in range(dots.shape[1]):
-            x = best[j]; y = second[j]
-            k = np.int32(t0 - (a[j] << (bits+1))); y = min(y, max(x, k)); x = min(x, k)
-            k = np.int32(t1 - (b[j] << (bits+1))); y = min(y, max(x, k)); x = min(x, k)
-            k = np.int32(t2 - (c[j] << (bits+1))); y = min(y, max(x, k)); x = min(x, k)
-            k = np.int32(t3 - (d[j] << (bits+1))); y = min(y, max(x, k)); x = min(x, k)
-            best[j] = x; second[j] = y
+            x = best[j]
+            y = second[j]
+            k = np.int32(t0 - (a[j] << (bits + 1)))
+            y = min(y, max(x, k))
+            x = min(x, k)
+            k = np.int32(t1 - (b[j] << (bits + 1)))
+            y = min(y, max(x, k))
+            x = min(x, k)
+            k = np.int32(t2 - (c[j] << (bits + 1)))
+            y = min(y, max(x, k))
+            x = min(x, k)
+            k = np.int32(t3 - (d[j] << (bits + 1)))
+            y = min(y, max(x, k))
+            x = min(x, k)
+            best[j] = x
+            second[j] = y
     for i in range(dots.shape[0] - dots.shape[0] % 4, dots.shape[0]):
-        t0 = np.int32((norm_a[i] << bits) + first + i); a = dots[i]
+        t0 = np.int32((norm_a[i] << bits) + first + i)
+        a = dots[i]
         for j in range(dots.shape[1]):
-            x = best[j]; k = np.int32(t0 - (a[j] << (bits+1)))
-            second[j] = min(second[j], max(x, k)); best[j] = min(x, k)
+            x = best[j]
+            k = np.int32(t0 - (a[j] << (bits + 1)))
+            second[j] = min(second[j], max(x, k))
+            best[j] = min(x, k)
 
 # %% ../../../nbs/parts/local/matching.ipynb #2e6c0e37
 class Prepared:
     "Local features of one image, ready to be matched."
-    def __init__(self,
-        f:LocalFeatures,      # with float descriptors, or whole numbers as stored
-        quantize:bool=True,   # False: match the float descriptors as they are (equality with the original)
+
+    def __init__(
+        self,
+        f: LocalFeatures,  # with float descriptors, or whole numbers as stored
+        quantize: bool = True,  # False: match the float descriptors as they are (equality with the original)
     ):
         import torch
+
         if quantize and f.desc.dtype != np.int8:
-            desc, xy, _, _ = pack(f); f = replace(f, desc=desc, xy=xy.astype(np.float32)/16)
+            desc, xy, _, _ = pack(f)
+            f = replace(f, desc=desc, xy=xy.astype(np.float32) / 16)
         self.size, self.kind, self.n = f.size, f.kind, len(f.desc)
         self.xy = np.ascontiguousarray(f.xy, np.float32)
         self.unit = UNIT.get(f.kind, 1) if quantize else 1
         if quantize:
-            d = f.desc.shape[1]; pad = np.zeros((self.n, -(-d//64)*64), np.int8); pad[:, :d] = f.desc
-            self.desc = torch.from_numpy(pad); self.desc_t = self.desc.t().contiguous()
-            self.norm = (f.desc.astype(np.int32)**2).sum(1, dtype=np.int32)
+            d = f.desc.shape[1]
+            pad = np.zeros((self.n, -(-d // 64) * 64), np.int8)
+            pad[:, :d] = f.desc
+            self.desc = torch.from_numpy(pad)
+            self.desc_t = self.desc.t().contiguous()
+            self.norm = (f.desc.astype(np.int32) ** 2).sum(1, dtype=np.int32)
         else:
-            self.desc = np.ascontiguousarray(f.desc, np.float32); self.desc_t = np.ascontiguousarray(self.desc.T)
+            self.desc = np.ascontiguousarray(f.desc, np.float32)
+            self.desc_t = np.ascontiguousarray(self.desc.T)
             self.norm = (self.desc**2).sum(1)
-        self.longest = int(self.norm.max(initial=0)) # squared length
+        self.longest = int(self.norm.max(initial=0))  # squared length
 
 # %% ../../../nbs/parts/local/matching.ipynb #262ce486
-BLOCK = 256 # rows of products at a time: they stay in the processor's cache
+BLOCK = 256  # rows of products at a time: they stay in the processor's cache
+
 
 def _two_nearest(a, b, mutual):
     "Per feature of the partner: |a|² − 2ab of the nearest and the next, which is nearest, and whether it is so the other way round."
-    bits, top = max(1, int(a.n - 1).bit_length()), a.longest + 2*max(a.longest, b.longest) # |key| < top·2^bits
-    if a.unit == 1 or top << bits >= 2**31:                # float descriptors, or more than a key can hold
+    bits, top = (
+        max(1, int(a.n - 1).bit_length()),
+        a.longest + 2 * max(a.longest, b.longest),
+    )  # |key| < top·2^bits
+    if a.unit == 1 or top << bits >= 2**31:  # float descriptors, or more than a key can hold
         d = a.desc @ b.desc_t if a.unit == 1 else dots(a.desc, b.desc_t)
-        big = np.iinfo(np.int32).max//2 if d.dtype == np.int32 else np.float32(np.inf)
+        big = np.iinfo(np.int32).max // 2 if d.dtype == np.int32 else np.float32(np.inf)
         best, second, idx = np.full(b.n, big, d.dtype), np.full(b.n, big, d.dtype), np.zeros(b.n, np.int32)
         nearest(d, a.norm.astype(d.dtype), best, second, idx)
-        return best, second, idx, (b.norm[None] - 2*d).argmin(1)[idx] == np.arange(b.n) if mutual else True
-    best, back = np.full(b.n, 2**31 - 1, np.int32), []; second = best.copy()
+        return best, second, idx, (b.norm[None] - 2 * d).argmin(1)[idx] == np.arange(b.n) if mutual else True
+    best, back = np.full(b.n, 2**31 - 1, np.int32), []
+    second = best.copy()
     for i in range(0, a.n, BLOCK):
-        d = dots(a.desc[i:i+BLOCK], b.desc_t); nearest_keys(d, a.norm[i:i+BLOCK], np.int32(i), np.int32(bits), best, second)
-        if mutual: back.append((b.norm[None] - 2*d).argmin(1))
-    idx = best & ((1 << bits) - 1); alone = second == 2**31 - 1 # an image of one feature has no second
-    return best >> bits, np.where(alone, 2**30, second >> bits), idx, np.concatenate(back)[idx] == np.arange(b.n) if mutual else True
+        d = dots(a.desc[i : i + BLOCK], b.desc_t)
+        nearest_keys(d, a.norm[i : i + BLOCK], np.int32(i), np.int32(bits), best, second)
+        if mutual:
+            back.append((b.norm[None] - 2 * d).argmin(1))
+    idx = best & ((1 << bits) - 1)
+    alone = second == 2**31 - 1  # an image of one feature has no second
+    return (
+        best >> bits,
+        np.where(alone, 2**30, second >> bits),
+        idx,
+        np.concatenate(back)[idx] == np.arange(b.n) if mutual else True,
+    )
+
 
 def match(
-    a:Prepared, # the image
-    b:Prepared, # its partner
-    rule:Rule,  # thresholds
-)->tuple: # feature numbers in the image and in the partner [n] int64, ascending in the partner
+    a: Prepared,  # the image
+    b: Prepared,  # its partner
+    rule: Rule,  # thresholds
+) -> tuple:  # feature numbers in the image and in the partner [n] int64, ascending in the partner
     "For every local feature of the partner its nearest in the image, if near enough."
-    if a.desc.shape[1] != b.desc.shape[1] or a.kind != b.kind or a.unit != b.unit: raise ValueError(f'local features of different kinds: {a.kind} with {a.desc.shape[1]} and {b.kind} with {b.desc.shape[1]} dimensions')
-    if not a.n or not b.n: return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if a.desc.shape[1] != b.desc.shape[1] or a.kind != b.kind or a.unit != b.unit:
+        raise ValueError(
+            f"local features of different kinds: {a.kind} with {a.desc.shape[1]} and {b.kind} with {b.desc.shape[1]} dimensions"
+        )
+    if not a.n or not b.n:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     best, second, idx, keep = _two_nearest(a, b, rule.mutual)
-    d1, d2 = best.astype(np.float64) + b.norm, second.astype(np.float64) + b.norm # squared distances, exact
-    keep = keep & (d1 < (rule.max_dist*a.unit)**2)
-    if rule.ratio: keep &= d1 < rule.ratio**2*d2
+    d1, d2 = best.astype(np.float64) + b.norm, second.astype(np.float64) + b.norm  # squared distances, exact
+    keep = keep & (d1 < (rule.max_dist * a.unit) ** 2)
+    if rule.ratio:
+        keep &= d1 < rule.ratio**2 * d2
     m2 = np.flatnonzero(keep)
     return idx[m2].astype(np.int64), m2
 
 # %% ../../../nbs/parts/local/matching.ipynb #0ba671f7
 @lru_cache
 def sample_stream(
-    n_trials:int,    # three-point samples
-    stream:int=2019, # which stream; another one shows what chance does
-)->np.ndarray: # whole numbers below 2³² [n_trials, 3] int64
+    n_trials: int,  # three-point samples
+    stream: int = 2019,  # which stream; another one shows what chance does
+) -> np.ndarray:  # whole numbers below 2³² [n_trials, 3] int64
     "The random numbers behind all samples (splitmix64, Steele et al. 2014)."
-    with np.errstate(over='ignore'):
-        z = (np.arange(1, 3*n_trials+1, dtype=np.uint64) + np.uint64(stream)*np.uint64(2**32)) * np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        z = (
+            np.arange(1, 3 * n_trials + 1, dtype=np.uint64) + np.uint64(stream) * np.uint64(2**32)
+        ) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(32)).astype(np.int64).reshape(n_trials, 3)
 
+
 @compiled
 def _three(r, n):
     "Three different numbers below n from three random ones below 2³²."
-    i = (r[0]*n) >> 32
-    j = (r[1]*(n-1)) >> 32
-    k = (r[2]*(n-2)) >> 32
-    if j >= i: j += 1
+    i = (r[0] * n) >> 32
+    j = (r[1] * (n - 1)) >> 32
+    k = (r[2] * (n - 2)) >> 32
+    if j >= i:
+        j += 1
     lo, hi = min(i, j), max(i, j)
-    if k >= lo: k += 1
-    if k >= hi: k += 1
+    if k >= lo:
+        k += 1
+    if k >= hi:
+        k += 1
     return i, j, k
 
 # %% ../../../nbs/parts/local/matching.ipynb #eaedea01
 @compiled
 def solve_affine(x, y, u, v, i, j, k):
     "The map that takes three points (x, y) to (u, v): a, b, c, d, e, f with u = ax+by+c, v = dx+ey+f; and the determinant of the sample."
-    x1 = np.float64(x[j]) - np.float64(x[i]); y1 = np.float64(y[j]) - np.float64(y[i])
-    x2 = np.float64(x[k]) - np.float64(x[i]); y2 = np.float64(y[k]) - np.float64(y[i])
-    u1 = np.float64(u[j]) - np.float64(u[i]); v1 = np.float64(v[j]) - np.float64(v[i])
-    u2 = np.float64(u[k]) - np.float64(u[i]); v2 = np.float64(v[k]) - np.float64(v[i])
-    det = x1*y2 - x2*y1
-    a = (u1*y2 - u2*y1)/det; b = (u2*x1 - u1*x2)/det
-    d = (v1*y2 - v2*y1)/det; e = (v2*x1 - v1*x2)/det
-    c = np.float64(u[i]) - (a*x[i] + b*y[i]); f = np.float64(v[i]) - (d*x[i] + e*y[i])
+    x1 = np.float64(x[j]) - np.float64(x[i])
+    y1 = np.float64(y[j]) - np.float64(y[i])
+    x2 = np.float64(x[k]) - np.float64(x[i])
+    y2 = np.float64(y[k]) - np.float64(y[i])
+    u1 = np.float64(u[j]) - np.float64(u[i])
+    v1 = np.float64(v[j]) - np.float64(v[i])
+    u2 = np.float64(u[k]) - np.float64(u[i])
+    v2 = np.float64(v[k]) - np.float64(v[i])
+    det = x1 * y2 - x2 * y1
+    a = (u1 * y2 - u2 * y1) / det
+    b = (u2 * x1 - u1 * x2) / det
+    d = (v1 * y2 - v2 * y1) / det
+    e = (v2 * x1 - v1 * x2) / det
+    c = np.float64(u[i]) - (a * x[i] + b * y[i])
+    f = np.float64(v[i]) - (d * x[i] + e * y[i])
     return a, b, c, d, e, f, det
+
 
 @compiled
 def _degenerate(a, b, d, e, max_scale, max_shear):
     "Mirrored, collapsed, too large, too small or too flat (s = σ₁² + σ₂², p = σ₁σ₂)."
-    p = a*e - b*d; s = a*a + b*b + d*d + e*e
-    return not (p > 0 and p <= max_scale*max_scale and p*max_scale*max_scale >= 1 and s <= (max_shear + 1/max_shear)*p)
+    p = a * e - b * d
+    s = a * a + b * b + d * d + e * e
+    return not (
+        p > 0
+        and p <= max_scale * max_scale
+        and p * max_scale * max_scale >= 1
+        and s <= (max_shear + 1 / max_shear) * p
+    )
 
 # %% ../../../nbs/parts/local/matching.ipynb #117277f9
 @compiled
@@ -221,74 +322,134 @@ def _count(x, y, u, v, a, b, c, d, e, f, limit):
     "Matches that the map takes to within √limit."
     n = np.int32(0)
     for m in range(len(x)):
-        r = ((a*x[m] + b*y[m]) + c) - u[m]
-        s = ((d*x[m] + e*y[m]) + f) - v[m]
-        n = np.int32(n + np.int32((r*r + s*s) < limit))
+        r = ((a * x[m] + b * y[m]) + c) - u[m]
+        s = ((d * x[m] + e * y[m]) + f) - v[m]
+        n = np.int32(n + np.int32((r * r + s * s) < limit))
     return n
+
 
 @compiled
 def _cost(x, y, u, v, a, b, c, d, e, f, limit, mask):
     "Sum of the squared residuals of the inliers, in whole 1/65536 so that no order of summing matters; marks them in `mask`."
     total = 0
     for m in range(len(x)):
-        r = ((a*x[m] + b*y[m]) + c) - u[m]
-        s = ((d*x[m] + e*y[m]) + f) - v[m]
-        q = r*r + s*s; mask[m] = q < limit
-        if mask[m]: total += np.int64(q*np.float32(65536))
+        r = ((a * x[m] + b * y[m]) + c) - u[m]
+        s = ((d * x[m] + e * y[m]) + f) - v[m]
+        q = r * r + s * s
+        mask[m] = q < limit
+        if mask[m]:
+            total += np.int64(q * np.float32(65536))
     return total
 
 # %% ../../../nbs/parts/local/matching.ipynb #a49f32e3
 @compiled
 def fit_affine(x, y, u, v, mask):
     "Least-squares affine map over the marked matches (normal equations); zeros if they lie on a line."
-    n = 0.; sx = 0.; sy = 0.; su = 0.; sv = 0.; xx = 0.; xy = 0.; yy = 0.; xu = 0.; yu = 0.; xv = 0.; yv = 0.
+    n = 0.0
+    sx = 0.0
+    sy = 0.0
+    su = 0.0
+    sv = 0.0
+    xx = 0.0
+    xy = 0.0
+    yy = 0.0
+    xu = 0.0
+    yu = 0.0
+    xv = 0.0
+    yv = 0.0
     for m in range(len(x)):
         if mask[m]:
-            p = np.float64(x[m]); q = np.float64(y[m]); r = np.float64(u[m]); s = np.float64(v[m])
-            n += 1; sx += p; sy += q; su += r; sv += s
-            xx += p*p; xy += p*q; yy += q*q; xu += p*r; yu += q*r; xv += p*s; yv += q*s
-    xx = n*xx - sx*sx; xy = n*xy - sx*sy; yy = n*yy - sy*sy
-    xu = n*xu - sx*su; yu = n*yu - sy*su; xv = n*xv - sx*sv; yv = n*yv - sy*sv
-    det = xx*yy - xy*xy
-    if not det > 0: return 0., 0., 0., 0., 0., 0.
-    a = (xu*yy - yu*xy)/det; b = (yu*xx - xu*xy)/det; d = (xv*yy - yv*xy)/det; e = (yv*xx - xv*xy)/det
-    return a, b, (su - (a*sx + b*sy))/n, d, e, (sv - (d*sx + e*sy))/n
+            p = np.float64(x[m])
+            q = np.float64(y[m])
+            r = np.float64(u[m])
+            s = np.float64(v[m])
+            n += 1
+            sx += p
+            sy += q
+            su += r
+            sv += s
+            xx += p * p
+            xy += p * q
+            yy += q * q
+            xu += p * r
+            yu += q * r
+            xv += p * s
+            yv += q * s
+    xx = n * xx - sx * sx
+    xy = n * xy - sx * sy
+    yy = n * yy - sy * sy
+    xu = n * xu - sx * su
+    yu = n * yu - sy * su
+    xv = n * xv - sx * sv
+    yv = n * yv - sy * sv
+    det = xx * yy - xy * xy
+    if not det > 0:
+        return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    a = (xu * yy - yu * xy) / det
+    b = (yu * xx - xu * xy) / det
+    d = (xv * yy - yv * xy) / det
+    e = (yv * xx - xv * xy) / det
+    return a, b, (su - (a * sx + b * sy)) / n, d, e, (sv - (d * sx + e * sy)) / n
 
 # %% ../../../nbs/parts/local/matching.ipynb #d0ff7a32
-TIES = 16 # hypotheses of one count that compete by their residuals; a false pair has hundreds
+TIES = 16  # hypotheses of one count that compete by their residuals; a false pair has hundreds
+
 
 @compiled
 def ransac(
-    x, y,    # places in the image [n] float32
-    u, v,    # places in the partner
+    x,
+    y,  # places in the image [n] float32
+    u,
+    v,  # places in the partner
     stream,  # samples [t, 3], see `sample_stream`
-    limit,   # squared residual of an inlier, float32
-    reject, max_scale, max_shear, refine, # as in `Rule`
+    limit,  # squared residual of an inlier, float32
+    reject,
+    max_scale,
+    max_shear,
+    refine,  # as in `Rule`
 ):
     "The affine map with most inliers: count, map [6] float64, mask [n]."
-    n = len(x); best = np.int32(0); least = np.int64(0); ties = 0
-    model = np.zeros(6); mask = np.zeros(n, np.bool_); trial = np.zeros(n, np.bool_); near = np.zeros(n, np.bool_)
-    if n < 3: return best, model, mask
+    n = len(x)
+    best = np.int32(0)
+    least = np.int64(0)
+    ties = 0
+    model = np.zeros(6)
+    mask = np.zeros(n, np.bool_)
+    trial = np.zeros(n, np.bool_)
+    near = np.zeros(n, np.bool_)
+    if n < 3:
+        return best, model, mask
     for t in range(len(stream) + refine):
-        r = t - len(stream)                                  # round of refinement
+        r = t - len(stream)  # round of refinement
         if r < 0:
             i, j, k = _three(stream[t], n)
             a, b, c, d, e, f, det = solve_affine(x, y, u, v, i, j, k)
         else:
-            if r == 0: near[:] = mask
-            a, b, c, d, e, f = fit_affine(x, y, u, v, near); det = a*e - b*d
+            if r == 0:
+                near[:] = mask
+            a, b, c, d, e, f = fit_affine(x, y, u, v, near)
+            det = a * e - b * d
         if det == 0 or (reject and _degenerate(a, b, d, e, max_scale, max_shear)):
-            if r < 0: continue
+            if r < 0:
+                continue
             break
         m = (np.float32(a), np.float32(b), np.float32(c), np.float32(d), np.float32(e), np.float32(f))
         count = _count(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], limit)
         if r >= 0:
-            wide = 2 - r/max(1, refine-1)
-            _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], np.float32(limit*wide*wide), near)
-        if count < best or count == 0 or (count == best and (r >= 0 or ties == TIES)): continue
+            wide = 2 - r / max(1, refine - 1)
+            _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], np.float32(limit * wide * wide), near)
+        if count < best or count == 0 or (count == best and (r >= 0 or ties == TIES)):
+            continue
         ties = 1 if count > best else ties + 1
         cost = _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], limit, trial)
         if count > best or cost < least:
-            best = count; least = cost; mask[:] = trial
-            model[0] = a; model[1] = b; model[2] = c; model[3] = d; model[4] = e; model[5] = f
+            best = count
+            least = cost
+            mask[:] = trial
+            model[0] = a
+            model[1] = b
+            model[2] = c
+            model[3] = d
+            model[4] = e
+            model[5] = f
     return best, model, mask

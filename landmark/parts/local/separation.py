@@ -11,66 +11,118 @@ import pandas as pd
 
 # %% ../../../nbs/parts/local/separation.ipynb #3b53eb7a
 def spread_labels(
-    labels:np.ndarray, # landmark_id per image [n]
-    n:int,             # how many; 0: all
-)->np.ndarray: # landmark_ids, ascending
+    labels: np.ndarray,  # landmark_id per image [n]
+    n: int,  # how many; 0: all
+) -> np.ndarray:  # landmark_ids, ascending
     "Some labels of two images or more, evenly spread."
     ids, size = np.unique(labels, return_counts=True)
-    if not n: return ids
+    if not n:
+        return ids
     ids = ids[size >= 2]
-    return ids[np.unique(np.linspace(0, len(ids)-1, min(n, len(ids))).round().astype(int))] if len(ids) else ids
+    return (
+        ids[np.unique(np.linspace(0, len(ids) - 1, min(n, len(ids))).round().astype(int))]
+        if len(ids)
+        else ids
+    )
+
 
 def pairs_to_separate(
-    place:np.ndarray,  # what each image shows, a number; −1 where it shows nothing to verify [n]
-    landmark:np.ndarray, # whose place it is; pairs of two landmarks are different ones [n]
-    rows:np.ndarray,   # images to take
-    n:int=1000,        # pairs of either sort at most
-    n_images:int=1500, # images at most; a label of fifty thousand shall not fill the memory
-    seed:int=1,        # which
-)->tuple: # same, different: positions [≤ n, 2]
+    place: np.ndarray,  # what each image shows, a number; −1 where it shows nothing to verify [n]
+    landmark: np.ndarray,  # whose place it is; pairs of two landmarks are different ones [n]
+    rows: np.ndarray,  # images to take
+    n: int = 1000,  # pairs of either sort at most
+    n_images: int = 1500,  # images at most; a label of fifty thousand shall not fill the memory
+    seed: int = 1,  # which
+) -> tuple:  # same, different: positions [≤ n, 2]
     "Pairs of one place and pairs of different landmarks."
-    rng = np.random.default_rng(seed); rows = np.asarray(rows)
-    if len(rows) > n_images: rows = np.sort(rng.choice(rows, n_images, replace=False))
-    i, j = np.triu_indices(len(rows), 1); a, b = rows[i], rows[j]
+    rng = np.random.default_rng(seed)
+    rows = np.asarray(rows)
+    if len(rows) > n_images:
+        rows = np.sort(rng.choice(rows, n_images, replace=False))
+    i, j = np.triu_indices(len(rows), 1)
+    a, b = rows[i], rows[j]
     shows = (place[a] >= 0) & (place[b] >= 0)
     some = lambda m: (lambda k: np.stack([a[k], b[k]], 1))(np.sort(rng.permutation(np.flatnonzero(m))[:n]))
     return some(shows & (place[a] == place[b])), some(shows & (landmark[a] != landmark[b]))
 
 # %% ../../../nbs/parts/local/separation.ipynb #99faa42a
 def separation_row(
-    kind:str,             # what made the counts
-    same:np.ndarray,      # inliers of pairs of one place
-    different:np.ndarray, # inliers of pairs of different landmarks
-    false:float=.01,      # share of different pairs that may reach the threshold
-)->dict: # kind, n_same, n_different, threshold, found, auc
+    kind: str,  # what made the counts
+    same: np.ndarray,  # inliers of pairs of one place
+    different: np.ndarray,  # inliers of pairs of different landmarks
+    false: float = 0.01,  # share of different pairs that may reach the threshold
+) -> dict:  # kind, n_same, n_different, threshold, found, auc
     "How far two sorts of pairs are apart."
-    if not len(same) or not len(different): return dict(kind=kind, n_same=len(same), n_different=len(different), threshold=np.nan, found=np.nan, auc=np.nan)
-    d = np.sort(different); threshold = int(d[len(d) - 1 - int(false*len(d))]) + 1 # the smallest count that so few reach
-    below, upto = np.searchsorted(d, same), np.searchsorted(d, same, 'right')
-    return dict(kind=kind, n_same=len(same), n_different=len(d), threshold=threshold, found=float((same >= threshold).mean()), auc=float((below + upto).mean()/2/len(d)))
+    if not len(same) or not len(different):
+        return dict(
+            kind=kind,
+            n_same=len(same),
+            n_different=len(different),
+            threshold=np.nan,
+            found=np.nan,
+            auc=np.nan,
+        )
+    d = np.sort(different)
+    threshold = int(d[len(d) - 1 - int(false * len(d))]) + 1  # the smallest count that so few reach
+    below, upto = np.searchsorted(d, same), np.searchsorted(d, same, "right")
+    return dict(
+        kind=kind,
+        n_same=len(same),
+        n_different=len(d),
+        threshold=threshold,
+        found=float((same >= threshold).mean()),
+        auc=float((below + upto).mean() / 2 / len(d)),
+    )
 
 # %% ../../../nbs/parts/local/separation.ipynb #76712932
 def partner_ranks(
-    pairs:np.ndarray, # (image, partner), all of an image together [m, 2]
-    x:np.ndarray,     # global descriptors, unit rows [n, d]
-    block:int=8192,   # images compared at a time; bounds the memory
-)->np.ndarray: # images nearer to the image than the partner, the image itself included [m]
+    pairs: np.ndarray,  # (image, partner), all of an image together [m, 2]
+    x: np.ndarray,  # global descriptors, unit rows [n, d]
+    block: int = 8192,  # images compared at a time; bounds the memory
+) -> np.ndarray:  # images nearer to the image than the partner, the image itself included [m]
     "Where the partner stands among the nearest of all images."
-    rows, at = np.unique(pairs[:, 0], return_inverse=True); rank = np.zeros(len(pairs), np.int64)
-    q = np.asarray(x[rows], np.float32); order = np.argsort(at, kind='stable'); ends = np.searchsorted(at[order], np.arange(len(rows)+1))
-    sims = np.concatenate([(q[at[a:a+block]]*np.asarray(x[pairs[a:a+block, 1]], np.float32)).sum(1) for a in range(0, len(pairs), block)] or [np.zeros(0)]) + 1e-6 # what is equal is not nearer
+    rows, at = np.unique(pairs[:, 0], return_inverse=True)
+    rank = np.zeros(len(pairs), np.int64)
+    q = np.asarray(x[rows], np.float32)
+    order = np.argsort(at, kind="stable")
+    ends = np.searchsorted(at[order], np.arange(len(rows) + 1))
+    sims = (
+        np.concatenate(
+            [
+                (q[at[a : a + block]] * np.asarray(x[pairs[a : a + block, 1]], np.float32)).sum(1)
+                for a in range(0, len(pairs), block)
+            ]
+            or [np.zeros(0)]
+        )
+        + 1e-6
+    )  # what is equal is not nearer
     for a in range(0, len(x), block):
-        near = np.sort(q @ np.asarray(x[a:a+block], np.float32).T, 1)
-        for r in range(len(rows)): k = order[ends[r]:ends[r+1]]; rank[k] += near.shape[1] - np.searchsorted(near[r], sims[k], 'right')
+        near = np.sort(q @ np.asarray(x[a : a + block], np.float32).T, 1)
+        for r in range(len(rows)):
+            k = order[ends[r] : ends[r + 1]]
+            rank[k] += near.shape[1] - np.searchsorted(near[r], sims[k], "right")
     return rank
 
+
 def restriction_table(
-    ranks:np.ndarray,     # see `partner_ranks`, of pairs within the labels [m]
-    n_inliers:np.ndarray, # their counts; −1 where a pair was not verified [m]
-    n_neighbors:list,     # how many nearest of all to ask
-    min_inliers:int=15,   # from where a pair counts as verified
-)->pd.DataFrame: # n_neighbors, pairs, verified and the shares of what the label alone would give
+    ranks: np.ndarray,  # see `partner_ranks`, of pairs within the labels [m]
+    n_inliers: np.ndarray,  # their counts; −1 where a pair was not verified [m]
+    n_neighbors: list,  # how many nearest of all to ask
+    min_inliers: int = 15,  # from where a pair counts as verified
+) -> pd.DataFrame:  # n_neighbors, pairs, verified and the shares of what the label alone would give
     "What is left when only the nearest of all images are asked."
-    good = n_inliers >= min_inliers; rows = [(k, ranks < k) for k in n_neighbors] + [('label', ranks >= 0)]
-    share = lambda a, b: float(a)/b if b else float('nan')
-    return pd.DataFrame([dict(n_neighbors=str(k), pairs=int(m.sum()), verified=int((m & good).sum()), pairs_share=share(m.sum(), len(m)), verified_share=share((m & good).sum(), good.sum())) for k, m in rows])
+    good = n_inliers >= min_inliers
+    rows = [(k, ranks < k) for k in n_neighbors] + [("label", ranks >= 0)]
+    share = lambda a, b: float(a) / b if b else float("nan")
+    return pd.DataFrame(
+        [
+            dict(
+                n_neighbors=str(k),
+                pairs=int(m.sum()),
+                verified=int((m & good).sum()),
+                pairs_share=share(m.sum(), len(m)),
+                verified_share=share((m & good).sum(), good.sum()),
+            )
+            for k, m in rows
+        ]
+    )

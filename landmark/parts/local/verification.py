@@ -21,33 +21,49 @@ from .matching import Prepared, Rule, match, ransac, rule_for, sample_stream
 @dataclass
 class Verified:
     "What verification found out about a pair."
-    n_inliers:int        # the pair's score; 0 if no map was found
-    affine:np.ndarray    # map from the image to the partner [2, 3]
-    matches:np.ndarray   # feature numbers (image, partner) [n, 2]
-    inliers:np.ndarray   # those that fit the map [n_inliers, 2]
+
+    n_inliers: int  # the pair's score; 0 if no map was found
+    affine: np.ndarray  # map from the image to the partner [2, 3]
+    matches: np.ndarray  # feature numbers (image, partner) [n, 2]
+    inliers: np.ndarray  # those that fit the map [n_inliers, 2]
+
     @property
-    def n_matches(self)->int: return len(self.matches)
+    def n_matches(self) -> int:
+        return len(self.matches)
+
 
 def verify_prepared(
-    a:Prepared,   # the image
-    b:Prepared,   # its partner
-    rule:Rule,    # thresholds
-    stream:int=2019, # which stream of samples
-)->tuple: # number of inliers, map [6], matches in image and partner, inlier mask
+    a: Prepared,  # the image
+    b: Prepared,  # its partner
+    rule: Rule,  # thresholds
+    stream: int = 2019,  # which stream of samples
+) -> tuple:  # number of inliers, map [6], matches in image and partner, inlier mask
     "Match and fit."
     m1, m2 = match(a, b, rule)
-    limit = np.float32((rule.residual*max(b.size))**2)
+    limit = np.float32((rule.residual * max(b.size)) ** 2)
     (x, y), (u, v) = np.ascontiguousarray(a.xy[m1].T), np.ascontiguousarray(b.xy[m2].T)
-    n, model, mask = ransac(x, y, u, v, sample_stream(rule.n_trials, stream), limit, rule.reject, rule.max_scale, rule.max_shear, rule.refine)
+    n, model, mask = ransac(
+        x,
+        y,
+        u,
+        v,
+        sample_stream(rule.n_trials, stream),
+        limit,
+        rule.reject,
+        rule.max_scale,
+        rule.max_shear,
+        rule.refine,
+    )
     return n, model, m1, m2, mask
 
+
 def verify(
-    a:LocalFeatures, # the image's
-    b:LocalFeatures, # its partner's
-    rule:Rule|None=None,  # thresholds; those of the kind if not given
-    stream:int=2019,      # which stream of samples
-    quantize:bool=True,   # False: match float descriptors as they are
-)->Verified: # count, map, matches
+    a: LocalFeatures,  # the image's
+    b: LocalFeatures,  # its partner's
+    rule: Rule | None = None,  # thresholds; those of the kind if not given
+    stream: int = 2019,  # which stream of samples
+    quantize: bool = True,  # False: match float descriptors as they are
+) -> Verified:  # count, map, matches
     "Verify one pair, with everything one may want to draw."
     rule = rule or rule_for(a.kind)
     n, model, m1, m2, mask = verify_prepared(Prepared(a, quantize), Prepared(b, quantize), rule, stream)
@@ -56,46 +72,66 @@ def verify(
 
 # %% ../../../nbs/parts/local/verification.ipynb #8047c291
 def draw_matches(
-    img_a:np.ndarray,    # RGB uint8 of the image
-    img_b:np.ndarray,    # RGB uint8 of the partner
-    a:LocalFeatures,     # their local features
-    b:LocalFeatures,
-    found:Verified,      # what `verify` returned
-    show:str='both',     # matches, inliers or both
-    max_lines:int=150,   # of each colour, evenly chosen
-)->np.ndarray: # RGB uint8, both side by side
+    img_a: np.ndarray,  # RGB uint8 of the image
+    img_b: np.ndarray,  # RGB uint8 of the partner
+    a: LocalFeatures,  # their local features
+    b: LocalFeatures,
+    found: Verified,  # what `verify` returned
+    show: str = "both",  # matches, inliers or both
+    max_lines: int = 150,  # of each colour, evenly chosen
+) -> np.ndarray:  # RGB uint8, both side by side
     "Two images side by side with lines between their matches."
     import cv2
-    if show not in ('matches', 'inliers', 'both'): raise ValueError(f'show is {show!r}; allowed: matches, inliers, both')
-    h = max(img_a.shape[0], img_b.shape[0]); gap = 8
+
+    if show not in ("matches", "inliers", "both"):
+        raise ValueError(f"show is {show!r}; allowed: matches, inliers, both")
+    h = max(img_a.shape[0], img_b.shape[0])
+    gap = 8
     out = np.full((h, img_a.shape[1] + gap + img_b.shape[1], 3), 255, np.uint8)
-    out[:img_a.shape[0], :img_a.shape[1]] = img_a; out[:img_b.shape[0], -img_b.shape[1]:] = img_b
-    scale_a, scale_b = img_a.shape[1]/a.size[0], img_b.shape[1]/b.size[0]
+    out[: img_a.shape[0], : img_a.shape[1]] = img_a
+    out[: img_b.shape[0], -img_b.shape[1] :] = img_b
+    scale_a, scale_b = img_a.shape[1] / a.size[0], img_b.shape[1] / b.size[0]
     inliers = {tuple(p) for p in found.inliers.tolist()}
     outliers = [p for p in found.matches.tolist() if tuple(p) not in inliers]
     red, blue = (214, 60, 60), (40, 110, 220)
-    layers = dict(matches=[(found.matches.tolist(), red)], inliers=[(found.inliers.tolist(), blue)], both=[(outliers, red), (found.inliers.tolist(), blue)])[show]
+    layers = dict(
+        matches=[(found.matches.tolist(), red)],
+        inliers=[(found.inliers.tolist(), blue)],
+        both=[(outliers, red), (found.inliers.tolist(), blue)],
+    )[show]
     for pairs, color in layers:
-        for i, j in pairs[::max(1, -(-len(pairs)//max_lines))]:
-            p = tuple(int(round(c*scale_a)) for c in a.xy[i]); q = tuple(int(round(c*scale_b)) for c in b.xy[j])
+        for i, j in pairs[:: max(1, -(-len(pairs) // max_lines))]:
+            p = tuple(int(round(c * scale_a)) for c in a.xy[i])
+            q = tuple(int(round(c * scale_b)) for c in b.xy[j])
             q = (q[0] + img_a.shape[1] + gap, q[1])
-            cv2.line(out, p, q, color, 1, cv2.LINE_AA); cv2.circle(out, p, 2, color, -1); cv2.circle(out, q, 2, color, -1)
+            cv2.line(out, p, q, color, 1, cv2.LINE_AA)
+            cv2.circle(out, p, 2, color, -1)
+            cv2.circle(out, q, 2, color, -1)
     return out
 
 # %% ../../../nbs/parts/local/verification.ipynb #609072ef
 class _Cache:
     "The prepared images in use, the oldest dropped first."
-    def __init__(self, store:LocalStore, size:int): self.store, self.size, self.kept = store, size, OrderedDict()
-    def __getitem__(self, i:int)->Prepared:
+
+    def __init__(self, store: LocalStore, size: int):
+        self.store, self.size, self.kept = store, size, OrderedDict()
+
+    def __getitem__(self, i: int) -> Prepared:
         if i not in self.kept:
             self.kept[i] = Prepared(self.store[i])
-            while len(self.kept) > self.size: self.kept.popitem(last=False)
+            while len(self.kept) > self.size:
+                self.kept.popitem(last=False)
         return self.kept[i]
+
 
 def _verify_block(job):
     "A thread's share: the pairs in the order in which they came."
     store_a, store_b, pairs, rule, n_kept, own = job
-    if not hasattr(own, 'a'): own.a = _Cache(store_a, n_kept); own.b = own.a if store_b is store_a else _Cache(store_b, n_kept) # a thread keeps its images from share to share
+    if not hasattr(own, "a"):
+        own.a = _Cache(store_a, n_kept)
+        own.b = (
+            own.a if store_b is store_a else _Cache(store_b, n_kept)
+        )  # a thread keeps its images from share to share
     a, b = own.a, own.b
     out = np.zeros((len(pairs), 2), np.int32)
     for row, (i, j) in zip(out, pairs.tolist()):
@@ -106,42 +142,57 @@ def _verify_block(job):
 # %% ../../../nbs/parts/local/verification.ipynb #101efea3
 def check_pairs(
     pairs,  # positions (image, partner) [m, 2]
-    n_a:int, # images in the first store
-    n_b:int, # in the second
-)->np.ndarray: # the pairs as int64 [m, 2]
+    n_a: int,  # images in the first store
+    n_b: int,  # in the second
+) -> np.ndarray:  # the pairs as int64 [m, 2]
     "Pairs that exist."
     pairs = np.asarray(pairs)
-    if pairs.size == 0: return np.zeros((0, 2), np.int64)
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer): raise ValueError(f'pairs are whole numbers of shape [m, 2], not {pairs.dtype} of shape {list(pairs.shape)}')
-    if pairs.min() < 0 or pairs[:, 0].max() >= n_a or pairs[:, 1].max() >= n_b: raise ValueError(f'pairs reach to position {pairs.max(0).tolist()} (from {pairs.min()}), but there are local features of {n_a} and {n_b} images')
+    if pairs.size == 0:
+        return np.zeros((0, 2), np.int64)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(
+            f"pairs are whole numbers of shape [m, 2], not {pairs.dtype} of shape {list(pairs.shape)}"
+        )
+    if pairs.min() < 0 or pairs[:, 0].max() >= n_a or pairs[:, 1].max() >= n_b:
+        raise ValueError(
+            f"pairs reach to position {pairs.max(0).tolist()} (from {pairs.min()}), but there are local features of {n_a} and {n_b} images"
+        )
     return pairs.astype(np.int64)
 
+
 def verify_pairs(
-    store:LocalStore,    # local features of the images
-    pairs:np.ndarray,    # positions (image, partner) [m, 2]
-    rule:Rule|None=None, # thresholds; those of the kind if not given
-    store_b:LocalStore|None=None, # local features of the partners, if they lie elsewhere
-    n_threads:int=0,     # 0 is one per core
-    n_kept:int=1024,     # prepared images each thread may hold (0.3 MB each)
-    device:str='cpu',    # cpu: the compiled loop; a GPU, or torch: batched PyTorch
-    memory_mib:int=1024, # what batched PyTorch may take for a batch, and again for the images
-    desc:str='verify',   # title of the progress bar; empty for none
-)->tuple: # n_matches [m] int32, n_inliers [m] int32
+    store: LocalStore,  # local features of the images
+    pairs: np.ndarray,  # positions (image, partner) [m, 2]
+    rule: Rule | None = None,  # thresholds; those of the kind if not given
+    store_b: LocalStore | None = None,  # local features of the partners, if they lie elsewhere
+    n_threads: int = 0,  # 0 is one per core
+    n_kept: int = 1024,  # prepared images each thread may hold (0.3 MB each)
+    device: str = "cpu",  # cpu: the compiled loop; a GPU, or torch: batched PyTorch
+    memory_mib: int = 1024,  # what batched PyTorch may take for a batch, and again for the images
+    desc: str = "verify",  # title of the progress bar; empty for none
+) -> tuple:  # n_matches [m] int32, n_inliers [m] int32
     "Match and inlier counts of many pairs."
     rule, store_b = rule or rule_for(store.kind), store_b or store
     pairs = check_pairs(pairs, len(store), len(store_b))
-    if str(device) != 'cpu':
+    if str(device) != "cpu":
         from landmark.parts.local.verification_torch import verify_pairs_torch
-        return verify_pairs_torch(store, pairs, rule, store_b, device='cpu' if device == 'torch' else device, memory_mib=memory_mib)
+
+        return verify_pairs_torch(
+            store, pairs, rule, store_b, device="cpu" if device == "torch" else device, memory_mib=memory_mib
+        )
     import torch
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    size = max(64, min(2000, -(-len(pairs)//(4*(n_threads or cores)))))
-    own = threading.local(); jobs = [(store, store_b, pairs[i:i+size], rule, n_kept, own) for i in range(0, len(pairs), size)]
-    before = torch.get_num_threads(); torch.set_num_threads(1) # one pair is too small to share
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size = max(64, min(2000, -(-len(pairs) // (4 * (n_threads or cores)))))
+    own = threading.local()
+    jobs = [(store, store_b, pairs[i : i + size], rule, n_kept, own) for i in range(0, len(pairs), size)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # one pair is too small to share
     try:
         with ThreadPoolExecutor(n_threads or cores) as pool:
             done = pool.map(_verify_block, jobs)
             blocks = list(progress(done, desc, len(jobs)) if desc else done)
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     counts = np.concatenate(blocks) if blocks else np.zeros((0, 2), np.int32)
     return counts[:, 0].copy(), counts[:, 1].copy()

@@ -19,223 +19,313 @@ from .matching import TIES, Rule, sample_stream
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #8893b87f
 def load_images(
-    store:LocalStore,   # local features
-    positions,          # the images wanted [u]
-    device,             # where the tensors shall be
-)->tuple: # desc int8 [u, k, d], xy float32 [u, k, 2], n [u], longest side float64 [u]
+    store: LocalStore,  # local features
+    positions,  # the images wanted [u]
+    device,  # where the tensors shall be
+) -> tuple:  # desc int8 [u, k, d], xy float32 [u, k, 2], n [u], longest side float64 [u]
     "Local features of some images as padded tensors."
     fs = [store[int(i)] for i in positions]
-    n = [len(f) for f in fs]; k = max(1, *n, 1); d = max((f.desc.shape[1] for f in fs), default=1)
+    n = [len(f) for f in fs]
+    k = max(1, *n, 1)
+    d = max((f.desc.shape[1] for f in fs), default=1)
     desc, xy = np.zeros((len(n), k, d), np.int8), np.zeros((len(n), k, 2), np.float32)
-    for row, f in enumerate(fs): desc[row, :len(f)], xy[row, :len(f)] = f.desc, f.xy
+    for row, f in enumerate(fs):
+        desc[row, : len(f)], xy[row, : len(f)] = f.desc, f.xy
     side = torch.tensor([max(f.size) for f in fs], dtype=torch.float64)
-    return torch.from_numpy(desc).to(device), torch.from_numpy(xy).to(device), torch.tensor(n, device=device), side.to(device)
+    return (
+        torch.from_numpy(desc).to(device),
+        torch.from_numpy(xy).to(device),
+        torch.tensor(n, device=device),
+        side.to(device),
+    )
+
 
 def cut_blocks(
-    pairs:np.ndarray, # positions (image, partner) [m, 2]
-    n_images:int,     # images a block may have, 2 at least
-)->list: # runs of pairs
+    pairs: np.ndarray,  # positions (image, partner) [m, 2]
+    n_images: int,  # images a block may have, 2 at least
+) -> list:  # runs of pairs
     "Runs of pairs with a bounded number of different images."
-    if len(pairs) <= 1 or len(np.unique(pairs)) <= n_images: return [pairs] if len(pairs) else []
-    half = len(pairs)//2
+    if len(pairs) <= 1 or len(np.unique(pairs)) <= n_images:
+        return [pairs] if len(pairs) else []
+    half = len(pairs) // 2
     return cut_blocks(pairs[:half], n_images) + cut_blocks(pairs[half:], n_images)
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #c658ff75
 @lru_cache
 def fused(
-    device:torch.device, # where the tensors are
-): # `parts/local/verification_triton`, or None
+    device: torch.device,  # where the tensors are
+):  # `parts/local/verification_triton`, or None
     "The fused kernels, where there is a GPU for them and they give the same numbers."
-    if device.type != 'cuda': return None
+    if device.type != "cuda":
+        return None
     try:
         from landmark.parts.local import verification_triton as kernels
-        if kernels.same_numbers(device, two_nearest, count_plain): return kernels
-        log(f'verification: the fused kernels give other numbers on {device}; plain PyTorch goes on')
-    except Exception as e: log(f'verification: no fused kernels on {device} ({type(e).__name__}: {e}); plain PyTorch goes on')
+
+        if kernels.same_numbers(device, two_nearest, count_plain):
+            return kernels
+        log(f"verification: the fused kernels give other numbers on {device}; plain PyTorch goes on")
+    except Exception as e:
+        log(f"verification: no fused kernels on {device} ({type(e).__name__}: {e}); plain PyTorch goes on")
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #e2adbec6
-BIG = 2.**22 # more than any |a|² − 2ab of stored descriptors; sums with it stay exact in float32
+BIG = 2.0**22  # more than any |a|² − 2ab of stored descriptors; sums with it stay exact in float32
+
 
 def two_nearest(
-    a, na, # the images' descriptors [p, ka, d] int8 and how many are real [p]
-    b,     # the partners' [p, kb, d] int8
-)->tuple: # per partner feature: number of the nearest, |a|² − 2ab of it and of the next [p, kb]
+    a,
+    na,  # the images' descriptors [p, ka, d] int8 and how many are real [p]
+    b,  # the partners' [p, kb, d] int8
+) -> tuple:  # per partner feature: number of the nearest, |a|² − 2ab of it and of the next [p, kb]
     "The two nearest rows for every feature of the partner; the first of equals wins."
     a, b = a.float(), b.float()
-    norm = (a*a).sum(2).masked_fill(torch.arange(a.shape[1], device=a.device) >= na[:, None], BIG)
-    x = torch.baddbmm(norm[:, None], b, a.transpose(1, 2), alpha=-2)            # [p, kb, ka]
-    idx = x.argmin(2, keepdim=True); best = x.gather(2, idx)[..., 0]
+    norm = (a * a).sum(2).masked_fill(torch.arange(a.shape[1], device=a.device) >= na[:, None], BIG)
+    x = torch.baddbmm(norm[:, None], b, a.transpose(1, 2), alpha=-2)  # [p, kb, ka]
+    idx = x.argmin(2, keepdim=True)
+    best = x.gather(2, idx)[..., 0]
     return idx[..., 0], best, x.scatter_(2, idx, BIG).amin(2)
 
+
 def match_batch(
-    a, na, # the images' descriptors [p, ka, d] int8 and how many are real [p]
-    b, nb, # the partners'
-    rule:Rule, # thresholds
-    unit:int,  # length of a stored descriptor
-)->tuple: # nearest feature of the image per partner feature [p, kb], whether it is a match [p, kb]
+    a,
+    na,  # the images' descriptors [p, ka, d] int8 and how many are real [p]
+    b,
+    nb,  # the partners'
+    rule: Rule,  # thresholds
+    unit: int,  # length of a stored descriptor
+) -> tuple:  # nearest feature of the image per partner feature [p, kb], whether it is a match [p, kb]
     "Nearest neighbours under the rule, for a batch of pairs."
     kernels = fused(a.device)
     idx, best, second = (kernels.two_nearest if kernels else two_nearest)(a, na, b)
-    sb = b.float().square_().sum(2).double(); d1 = best.double() + sb
-    ok = (d1 < (rule.max_dist*unit)**2) & (torch.arange(b.shape[1], device=a.device) < nb[:, None]) & (na > 0)[:, None]
-    if rule.ratio: ok &= d1 < rule.ratio**2*(second.double() + sb)
-    if rule.mutual: ok &= two_nearest(b, nb, a)[0].gather(1, idx) == torch.arange(b.shape[1], device=a.device)
+    sb = b.float().square_().sum(2).double()
+    d1 = best.double() + sb
+    ok = (
+        (d1 < (rule.max_dist * unit) ** 2)
+        & (torch.arange(b.shape[1], device=a.device) < nb[:, None])
+        & (na > 0)[:, None]
+    )
+    if rule.ratio:
+        ok &= d1 < rule.ratio**2 * (second.double() + sb)
+    if rule.mutual:
+        ok &= two_nearest(b, nb, a)[0].gather(1, idx) == torch.arange(b.shape[1], device=a.device)
     return idx, ok
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #d67cee93
 def three_of(
-    stream, # random numbers below 2³² [t, 3]
-    n,      # matches per pair [p]
-): # match numbers [p, t, 3]
+    stream,  # random numbers below 2³² [t, 3]
+    n,  # matches per pair [p]
+):  # match numbers [p, t, 3]
     "Three different numbers below n, as `matching._three` draws them."
     n = n[:, None]
-    i, j, k = (stream[None, :, c]*(n-c).clamp(min=1) >> 32 for c in range(3))
+    i, j, k = (stream[None, :, c] * (n - c).clamp(min=1) >> 32 for c in range(3))
     j = j + (j >= i)
     lo, hi = torch.minimum(i, j), torch.maximum(i, j)
-    k = k + (k >= lo); k = k + (k >= hi)
+    k = k + (k >= lo)
+    k = k + (k >= hi)
     return torch.stack([i, j, k], 2)
 
+
 def affine_of(
-    p, q,      # three points each in image and partner [..., 3, 2] float64
-    rule:Rule, # which maps are degenerate
-)->tuple: # a, b, c, d, e, f [..., 6] float64; whether it may be counted [...]
+    p,
+    q,  # three points each in image and partner [..., 3, 2] float64
+    rule: Rule,  # which maps are degenerate
+) -> tuple:  # a, b, c, d, e, f [..., 6] float64; whether it may be counted [...]
     "The affine maps through three points, term by term as `matching.solve_affine`."
     (x, y), (u, v) = p.unbind(-1), q.unbind(-1)
-    x1, y1, u1, v1 = (z[..., 1] - z[..., 0] for z in (x, y, u, v)); x2, y2, u2, v2 = (z[..., 2] - z[..., 0] for z in (x, y, u, v))
-    det = x1*y2 - x2*y1
-    a, b, d, e = (u1*y2 - u2*y1)/det, (u2*x1 - u1*x2)/det, (v1*y2 - v2*y1)/det, (v2*x1 - v1*x2)/det
-    c, f = u[..., 0] - (a*x[..., 0] + b*y[..., 0]), v[..., 0] - (d*x[..., 0] + e*y[..., 0])
+    x1, y1, u1, v1 = (z[..., 1] - z[..., 0] for z in (x, y, u, v))
+    x2, y2, u2, v2 = (z[..., 2] - z[..., 0] for z in (x, y, u, v))
+    det = x1 * y2 - x2 * y1
+    a, b, d, e = (
+        (u1 * y2 - u2 * y1) / det,
+        (u2 * x1 - u1 * x2) / det,
+        (v1 * y2 - v2 * y1) / det,
+        (v2 * x1 - v1 * x2) / det,
+    )
+    c, f = u[..., 0] - (a * x[..., 0] + b * y[..., 0]), v[..., 0] - (d * x[..., 0] + e * y[..., 0])
     maps = torch.stack([a, b, c, d, e, f], -1)
     return maps, (det != 0) & sensible(maps, rule)
 
+
 def sensible(
-    maps,      # [..., 6] float64
-    rule:Rule, # which are degenerate
-): # whether they may be counted [...]
+    maps,  # [..., 6] float64
+    rule: Rule,  # which are degenerate
+):  # whether they may be counted [...]
     "Not mirrored, collapsed, too large, too small or too flat."
     a, b, _, d, e, _ = maps.unbind(-1)
-    area, s, m, k = a*e - b*d, a*a + b*b + d*d + e*e, rule.max_scale, rule.max_shear
-    if not rule.reject: return area == area
-    return (area > 0) & (area <= m*m) & (area*m*m >= 1) & (s <= (k + 1/k)*area)
+    area, s, m, k = a * e - b * d, a * a + b * b + d * d + e * e, rule.max_scale, rule.max_shear
+    if not rule.reject:
+        return area == area
+    return (area > 0) & (area <= m * m) & (area * m * m >= 1) & (s <= (k + 1 / k) * area)
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #8961c791
 def residuals(
-    maps, # [p, t, 6] float32
-    p, q, # matched places [p, m, 2] float32
-): # squared residuals [p, t, m]
+    maps,  # [p, t, 6] float32
+    p,
+    q,  # matched places [p, m, 2] float32
+):  # squared residuals [p, t, m]
     "How far each map takes each match from its place, squared."
     (x, y), (u, v) = p[:, None].unbind(-1), q[:, None].unbind(-1)
     a, b, c, d, e, f = maps[..., None].unbind(2)
-    r, s = ((a*x + b*y) + c) - u, ((d*x + e*y) + f) - v
-    return r*r + s*s
+    r, s = ((a * x + b * y) + c) - u, ((d * x + e * y) + f) - v
+    return r * r + s * s
+
 
 def count_plain(
-    maps,   # [p, t, 6] float32
-    p, q,   # matched places [p, m, 2] float32; beyond a pair's matches q is infinite
+    maps,  # [p, t, 6] float32
+    p,
+    q,  # matched places [p, m, 2] float32; beyond a pair's matches q is infinite
     limit,  # squared residual [p] float32
-    block:int=100, # hypotheses at a time: bounds the memory
-): # inliers of every hypothesis [p, t]
+    block: int = 100,  # hypotheses at a time: bounds the memory
+):  # inliers of every hypothesis [p, t]
     "Inliers of every hypothesis, the operations of `residuals` done in place."
     (x, y), (u, v), out = p[:, None].unbind(-1), q[:, None].unbind(-1), []
     for part in maps.split(block, dim=1):
         a, b, c, d, e, f = part[..., None].unbind(2)
-        r = a*x; t = b*y; r.add_(t).add_(c).sub_(u).mul_(r)
-        s = d*x; torch.mul(e, y, out=t); s.add_(t).add_(f).sub_(v).mul_(s)
+        r = a * x
+        t = b * y
+        r.add_(t).add_(c).sub_(u).mul_(r)
+        s = d * x
+        torch.mul(e, y, out=t)
+        s.add_(t).add_(f).sub_(v).mul_(s)
         out.append((r.add_(s) < limit[:, None, None]).sum(2))
     return torch.cat(out, 1)
 
-def count_batch(maps, p, q, real, limit): # inliers of every hypothesis [p, t]
+
+def count_batch(maps, p, q, real, limit):  # inliers of every hypothesis [p, t]
     "Inliers of every hypothesis; `real` says which places are matches."
     kernels, q = fused(maps.device), q.masked_fill(~real[..., None], torch.inf)
     return (kernels.count if kernels else count_plain)(maps.contiguous(), p, q, limit)
 
+
 def best_of(
-    maps, count,  # hypotheses [p, t, 6] float64 and their inliers [p, t]
-    p, q, real, limit, # as above
-): # the winners [p, 6]
+    maps,
+    count,  # hypotheses [p, t, 6] float64 and their inliers [p, t]
+    p,
+    q,
+    real,
+    limit,  # as above
+):  # the winners [p, 6]
     "Most inliers; of the first 16 equals the one with the smallest sum of squared residuals."
     t = torch.arange(count.shape[1], device=count.device)
     first = torch.where(count == count.amax(1, keepdim=True), t, len(t)).sort(1)[0][:, :TIES]
-    tied = maps.gather(1, first.clamp(max=len(t)-1)[..., None].expand(-1, -1, 6)); r = residuals(tied.float(), p, q)
-    cost = torch.where((r < limit[:, None, None]) & real[:, None], (r.clamp(max=2.**20)*65536).long(), 0).sum(2).masked_fill(first == len(t), 2**62)
-    k = torch.where(cost == cost.amin(1, keepdim=True), torch.arange(cost.shape[1], device=cost.device), TIES).amin(1)
+    tied = maps.gather(1, first.clamp(max=len(t) - 1)[..., None].expand(-1, -1, 6))
+    r = residuals(tied.float(), p, q)
+    cost = (
+        torch.where((r < limit[:, None, None]) & real[:, None], (r.clamp(max=2.0**20) * 65536).long(), 0)
+        .sum(2)
+        .masked_fill(first == len(t), 2**62)
+    )
+    k = torch.where(
+        cost == cost.amin(1, keepdim=True), torch.arange(cost.shape[1], device=cost.device), TIES
+    ).amin(1)
     return tied.gather(1, k[:, None, None].expand(-1, -1, 6))[:, 0]
 
+
 def fit_batch(
-    p, q, # matched places [p, m, 2] float32
-    mask, # inliers [p, m]
-): # least-squares maps [p, 6] float64
+    p,
+    q,  # matched places [p, m, 2] float32
+    mask,  # inliers [p, m]
+):  # least-squares maps [p, 6] float64
     "The map over all inliers of each pair, term by term as `matching.fit_affine`."
-    w = mask.double(); (x, y), (u, v) = p.double().unbind(-1), q.double().unbind(-1); total = lambda z: (z*w).sum(1)
+    w = mask.double()
+    (x, y), (u, v) = p.double().unbind(-1), q.double().unbind(-1)
+    total = lambda z: (z * w).sum(1)
     n, sx, sy, su, sv = w.sum(1), total(x), total(y), total(u), total(v)
-    xx, xy, yy = n*total(x*x) - sx*sx, n*total(x*y) - sx*sy, n*total(y*y) - sy*sy
-    xu, yu, xv, yv = n*total(x*u) - sx*su, n*total(y*u) - sy*su, n*total(x*v) - sx*sv, n*total(y*v) - sy*sv
-    det = xx*yy - xy*xy
-    a, b, d, e = (xu*yy - yu*xy)/det, (yu*xx - xu*xy)/det, (xv*yy - yv*xy)/det, (yv*xx - xv*xy)/det
-    maps = torch.stack([a, b, (su - (a*sx + b*sy))/n, d, e, (sv - (d*sx + e*sy))/n], -1)
+    xx, xy, yy = n * total(x * x) - sx * sx, n * total(x * y) - sx * sy, n * total(y * y) - sy * sy
+    xu, yu, xv, yv = (
+        n * total(x * u) - sx * su,
+        n * total(y * u) - sy * su,
+        n * total(x * v) - sx * sv,
+        n * total(y * v) - sy * sv,
+    )
+    det = xx * yy - xy * xy
+    a, b, d, e = (
+        (xu * yy - yu * xy) / det,
+        (yu * xx - xu * xy) / det,
+        (xv * yy - yv * xy) / det,
+        (yv * xx - xv * xy) / det,
+    )
+    maps = torch.stack([a, b, (su - (a * sx + b * sy)) / n, d, e, (sv - (d * sx + e * sy)) / n], -1)
     return torch.where((det > 0)[:, None], maps, 0)
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #a925eac0
 @torch.no_grad()
 def verify_batch(
-    a, b,      # what `load_images` returned for the images and for the partners
-    rows,      # row numbers in the two tables [p, 2], on their device
-    rule:Rule, # thresholds
-    unit:int,  # length of a stored descriptor
-)->tuple: # n_matches [p], n_inliers [p]
+    a,
+    b,  # what `load_images` returned for the images and for the partners
+    rows,  # row numbers in the two tables [p, 2], on their device
+    rule: Rule,  # thresholds
+    unit: int,  # length of a stored descriptor
+) -> tuple:  # n_matches [p], n_inliers [p]
     "Match and inlier counts of a batch of pairs."
     (da, xa, na, _), (db, xb, nb, side) = ([z[rows[:, c]] for z in table] for c, table in enumerate((a, b)))
     idx, ok = match_batch(da, na, db, nb, rule, unit)
-    n = ok.sum(1); m = max(3, int(n.max()))
-    order = torch.argsort((~ok).int(), dim=1, stable=True)[:, :m]                  # matches first, ascending
-    if order.shape[1] < m: order = torch.nn.functional.pad(order, (0, m - order.shape[1]))
+    n = ok.sum(1)
+    m = max(3, int(n.max()))
+    order = torch.argsort((~ok).int(), dim=1, stable=True)[:, :m]  # matches first, ascending
+    if order.shape[1] < m:
+        order = torch.nn.functional.pad(order, (0, m - order.shape[1]))
     place = lambda xy, k: xy.gather(1, k[..., None].expand(-1, -1, 2))
     p, q = place(xa, idx.gather(1, order)), place(xb, order)
     real = torch.arange(m, device=n.device) < n[:, None]
-    picks = three_of(torch.from_numpy(sample_stream(rule.n_trials)).to(n.device), n).clamp(max=m-1)
-    three = lambda z: z.double().gather(1, picks.reshape(len(n), -1)[..., None].expand(-1, -1, 2)).reshape(*picks.shape, 2)
+    picks = three_of(torch.from_numpy(sample_stream(rule.n_trials)).to(n.device), n).clamp(max=m - 1)
+    three = lambda z: (
+        z.double().gather(1, picks.reshape(len(n), -1)[..., None].expand(-1, -1, 2)).reshape(*picks.shape, 2)
+    )
     maps, allowed = affine_of(three(p), three(q), rule)
-    limit = torch.square(rule.residual*side).float()
+    limit = torch.square(rule.residual * side).float()
     allowed &= (n >= 3)[:, None]
-    few = torch.argsort((~allowed).int(), dim=1, stable=True)[:, :max(1, int(allowed.sum(1).max()))] # degenerate ones are not even counted
+    few = torch.argsort((~allowed).int(), dim=1, stable=True)[
+        :, : max(1, int(allowed.sum(1).max()))
+    ]  # degenerate ones are not even counted
     maps, allowed = maps.gather(1, few[..., None].expand(-1, -1, 6)), allowed.gather(1, few)
     counts = torch.where(allowed, count_batch(maps.float(), p, q, real, limit), 0)
     count, best = counts.amax(1), best_of(maps, counts, p, q, real, limit)
     near, going = (residuals(best[:, None].float(), p, q)[:, 0] < limit[:, None]) & real, count > 0
     for r in range(rule.refine):
-        best = fit_batch(p, q, near); going = going & sensible(best, rule) & (best[:, 0]*best[:, 4] - best[:, 1]*best[:, 3] != 0)
+        best = fit_batch(p, q, near)
+        going = going & sensible(best, rule) & (best[:, 0] * best[:, 4] - best[:, 1] * best[:, 3] != 0)
         again = count_batch(best[:, None].float(), p, q, real, limit)[:, 0]
-        count = torch.where(going & (again > count), again, count); wide = 2 - r/max(1, rule.refine-1)
-        near = (residuals(best[:, None].float(), p, q)[:, 0] < (limit.double()*wide*wide).float()[:, None]) & real
+        count = torch.where(going & (again > count), again, count)
+        wide = 2 - r / max(1, rule.refine - 1)
+        near = (
+            residuals(best[:, None].float(), p, q)[:, 0] < (limit.double() * wide * wide).float()[:, None]
+        ) & real
     return n.int(), count.int()
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #1f1ac7f1
 def pairs_at_once(
-    k:int,          # most local features of an image
-    memory_mib:int, # that a batch may take
-    is_fused:bool=False, # no product of descriptors is ever written
-)->int: # pairs, one at least
+    k: int,  # most local features of an image
+    memory_mib: int,  # that a batch may take
+    is_fused: bool = False,  # no product of descriptors is ever written
+) -> int:  # pairs, one at least
     "Pairs of a batch."
-    return max(1, int(memory_mib*2**20 // (k*2048 + 2**20 if is_fused else k*k*6 + 2**20)))
+    return max(1, int(memory_mib * 2**20 // (k * 2048 + 2**20 if is_fused else k * k * 6 + 2**20)))
+
 
 @torch.no_grad()
 def verify_pairs_torch(
-    store:LocalStore,    # local features of the images
-    pairs:np.ndarray,    # positions (image, partner) [m, 2]
-    rule:Rule,           # thresholds
-    store_b:LocalStore|None=None, # of the partners
-    device='cpu',        # cpu or cuda
-    memory_mib:int=1024, # bounds the batch and the table of images
-    desc:str='',         # title of the progress bar; none if empty
-)->tuple: # n_matches [m] int32, n_inliers [m] int32
+    store: LocalStore,  # local features of the images
+    pairs: np.ndarray,  # positions (image, partner) [m, 2]
+    rule: Rule,  # thresholds
+    store_b: LocalStore | None = None,  # of the partners
+    device="cpu",  # cpu or cuda
+    memory_mib: int = 1024,  # bounds the batch and the table of images
+    desc: str = "",  # title of the progress bar; none if empty
+) -> tuple:  # n_matches [m] int32, n_inliers [m] int32
     "Counts of many pairs: a block of images at a time goes to the device, a batch of its pairs is verified."
     store_b, unit, out = store_b or store, UNIT[store.kind], []
-    k = int(store.meta.get('max_keypoints', 1000)); size = pairs_at_once(k, memory_mib, fused(torch.device(device)) is not None)
-    blocks = cut_blocks(np.asarray(pairs), max(2, memory_mib*2**20 // (k*140)))
-    for block in (progress(blocks, desc) if desc else blocks):
+    k = int(store.meta.get("max_keypoints", 1000))
+    size = pairs_at_once(k, memory_mib, fused(torch.device(device)) is not None)
+    blocks = cut_blocks(np.asarray(pairs), max(2, memory_mib * 2**20 // (k * 140)))
+    for block in progress(blocks, desc) if desc else blocks:
         sides = [np.unique(block[:, c], return_inverse=True) for c in (0, 1)]
-        if store_b is store: both, inverse = np.unique(block, return_inverse=True); tables = [load_images(store, both, device)]*2; rows = inverse.reshape(-1, 2)
-        else: tables = [load_images(s, images, device) for s, (images, _) in zip((store, store_b), sides)]; rows = np.stack([inverse for _, inverse in sides], 1)
+        if store_b is store:
+            both, inverse = np.unique(block, return_inverse=True)
+            tables = [load_images(store, both, device)] * 2
+            rows = inverse.reshape(-1, 2)
+        else:
+            tables = [load_images(s, images, device) for s, (images, _) in zip((store, store_b), sides)]
+            rows = np.stack([inverse for _, inverse in sides], 1)
         rows = torch.from_numpy(rows).to(device)
         out += [torch.stack(verify_batch(*tables, part, rule, unit)) for part in rows.split(size)]
     both = torch.cat(out, 1).int().cpu().numpy() if out else np.zeros((2, 0), np.int32)

@@ -10,82 +10,146 @@ from types import SimpleNamespace
 
 import torch
 
-try: import triton; import triton.language as tl
-except ImportError: triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int) # same_numbers fails, and the plain path goes on
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton, tl = (
+        SimpleNamespace(jit=lambda f: f),
+        SimpleNamespace(constexpr=int),
+    )  # same_numbers fails, and the plain path goes on
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #244d45c4
 @triton.jit
 def _nearest(a, b, na, out, ka, kb, d, D: tl.constexpr, B: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1)*B + tl.arange(0, B); dim = tl.arange(0, D)
-    y = tl.load(b + (pair*kb + col[:, None])*d + dim[None, :], mask=(col[:, None] < kb) & (dim[None, :] < d), other=0)
+    col = tl.program_id(1) * B + tl.arange(0, B)
+    dim = tl.arange(0, D)
+    y = tl.load(
+        b + (pair * kb + col[:, None]) * d + dim[None, :],
+        mask=(col[:, None] < kb) & (dim[None, :] < d),
+        other=0,
+    )
     n = tl.load(na + pair).to(tl.int32)
-    best = tl.full([B], 4611686018427387904, tl.int64)          # 2⁶²: nothing yet
+    best = tl.full([B], 4611686018427387904, tl.int64)  # 2⁶²: nothing yet
     second = tl.full([B], 4611686018427387904, tl.int64)
     for first in range(0, n, B):
         row = first + tl.arange(0, B)
-        x = tl.load(a + (pair*ka + row[None, :])*d + dim[:, None], mask=(row[None, :] < n) & (dim[:, None] < d), other=0)
+        x = tl.load(
+            a + (pair * ka + row[None, :]) * d + dim[:, None],
+            mask=(row[None, :] < n) & (dim[:, None] < d),
+            other=0,
+        )
         whole = x.to(tl.int32)
-        value = tl.sum(whole*whole, 0)[None, :] - 2*tl.dot(y, x, out_dtype=tl.int32)
-        key = tl.where(row[None, :] < n, value.to(tl.int64)*65536 + row[None, :], 4611686018427387904)
+        value = tl.sum(whole * whole, 0)[None, :] - 2 * tl.dot(y, x, out_dtype=tl.int32)
+        key = tl.where(row[None, :] < n, value.to(tl.int64) * 65536 + row[None, :], 4611686018427387904)
         low = tl.min(key, 1)
         rest = tl.min(tl.where(key == low[:, None], 4611686018427387904, key), 1)
         second = tl.minimum(tl.minimum(second, rest), tl.maximum(best, low))
         best = tl.minimum(best, low)
-    tl.store(out + (pair*kb + col)*2, best, mask=col < kb)
-    tl.store(out + (pair*kb + col)*2 + 1, second, mask=col < kb)
+    tl.store(out + (pair * kb + col) * 2, best, mask=col < kb)
+    tl.store(out + (pair * kb + col) * 2 + 1, second, mask=col < kb)
+
 
 def two_nearest(
-    a, na, # the images' descriptors [p, ka, d] int8 and how many are real [p]
-    b,     # the partners' [p, kb, d] int8
-)->tuple: # as `verification_torch.two_nearest`
+    a,
+    na,  # the images' descriptors [p, ka, d] int8 and how many are real [p]
+    b,  # the partners' [p, kb, d] int8
+) -> tuple:  # as `verification_torch.two_nearest`
     "The two nearest rows for every feature of the partner."
     (p, ka, d), kb = a.shape, b.shape[1]
-    if ka > 65536: raise ValueError(f'{ka} local features in an image; a key counts to 65536')
+    if ka > 65536:
+        raise ValueError(f"{ka} local features in an image; a key counts to 65536")
     out = torch.empty((p, kb, 2), dtype=torch.int64, device=a.device)
-    _nearest[(p, -(-kb//64))](a.contiguous(), b.contiguous(), na, out, ka, kb, d, D=max(32, 1 << (d-1).bit_length()), B=64)
+    _nearest[(p, -(-kb // 64))](
+        a.contiguous(), b.contiguous(), na, out, ka, kb, d, D=max(32, 1 << (d - 1).bit_length()), B=64
+    )
     return out[..., 0] & 65535, out[..., 0] >> 16, out[..., 1] >> 16
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #a142d898
 @triton.jit
 def _count(maps, p, q, limit, out, t, m, T: tl.constexpr, B: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1)*T + tl.arange(0, T)
-    at = maps + (pair*t + h)*6
-    a = tl.load(at, mask=h < t, other=0.)[:, None]; b = tl.load(at + 1, mask=h < t, other=0.)[:, None]; c = tl.load(at + 2, mask=h < t, other=0.)[:, None]
-    d = tl.load(at + 3, mask=h < t, other=0.)[:, None]; e = tl.load(at + 4, mask=h < t, other=0.)[:, None]; f = tl.load(at + 5, mask=h < t, other=0.)[:, None]
-    most = tl.load(limit + pair); n = tl.zeros([T], tl.int32)
+    h = tl.program_id(1) * T + tl.arange(0, T)
+    at = maps + (pair * t + h) * 6
+    a = tl.load(at, mask=h < t, other=0.0)[:, None]
+    b = tl.load(at + 1, mask=h < t, other=0.0)[:, None]
+    c = tl.load(at + 2, mask=h < t, other=0.0)[:, None]
+    d = tl.load(at + 3, mask=h < t, other=0.0)[:, None]
+    e = tl.load(at + 4, mask=h < t, other=0.0)[:, None]
+    f = tl.load(at + 5, mask=h < t, other=0.0)[:, None]
+    most = tl.load(limit + pair)
+    n = tl.zeros([T], tl.int32)
     for first in range(0, m, B):
-        k = first + tl.arange(0, B); from_ = p + (pair*m + k)*2; to = q + (pair*m + k)*2
-        x = tl.load(from_, mask=k < m, other=0.)[None, :]; y = tl.load(from_ + 1, mask=k < m, other=0.)[None, :]
-        u = tl.load(to, mask=k < m, other=float('inf'))[None, :]; v = tl.load(to + 1, mask=k < m, other=float('inf'))[None, :]
-        r = ((a*x + b*y) + c) - u
-        s = ((d*x + e*y) + f) - v
-        n += tl.sum(((r*r + s*s) < most).to(tl.int32), 1)
-    tl.store(out + pair*t + h, n, mask=h < t)
+        k = first + tl.arange(0, B)
+        from_ = p + (pair * m + k) * 2
+        to = q + (pair * m + k) * 2
+        x = tl.load(from_, mask=k < m, other=0.0)[None, :]
+        y = tl.load(from_ + 1, mask=k < m, other=0.0)[None, :]
+        u = tl.load(to, mask=k < m, other=float("inf"))[None, :]
+        v = tl.load(to + 1, mask=k < m, other=float("inf"))[None, :]
+        r = ((a * x + b * y) + c) - u
+        s = ((d * x + e * y) + f) - v
+        n += tl.sum(((r * r + s * s) < most).to(tl.int32), 1)
+    tl.store(out + pair * t + h, n, mask=h < t)
+
 
 def count(
     maps,  # [p, t, 6] float32
-    p, q,  # matched places [p, m, 2] float32; beyond a pair's matches q is infinite
-    limit, # squared residual [p] float32
-): # inliers of every hypothesis [p, t]
+    p,
+    q,  # matched places [p, m, 2] float32; beyond a pair's matches q is infinite
+    limit,  # squared residual [p] float32
+):  # inliers of every hypothesis [p, t]
     "Inliers of every hypothesis."
-    n, t = maps.shape[:2]; out = torch.empty((n, t), dtype=torch.int32, device=maps.device)
-    _count[(n, -(-t//64))](maps.contiguous(), p.contiguous(), q.contiguous(), limit, out, t, p.shape[1], T=64, B=64, enable_fp_fusion=False)
+    n, t = maps.shape[:2]
+    out = torch.empty((n, t), dtype=torch.int32, device=maps.device)
+    _count[(n, -(-t // 64))](
+        maps.contiguous(),
+        p.contiguous(),
+        q.contiguous(),
+        limit,
+        out,
+        t,
+        p.shape[1],
+        T=64,
+        B=64,
+        enable_fp_fusion=False,
+    )
     return out.long()
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #bd0eac8b
 def same_numbers(
-    device,      # where to compare
-    two_nearest_plain, count_plain, # the plain path's functions
-    sizes=(3, 150, 130, 40), # pairs, features of the images and of the partners, dimensions
-)->bool: # whether every number is equal
+    device,  # where to compare
+    two_nearest_plain,
+    count_plain,  # the plain path's functions
+    sizes=(3, 150, 130, 40),  # pairs, features of the images and of the partners, dimensions
+) -> bool:  # whether every number is equal
     "Compare both kernels with the plain path."
-    g = torch.Generator().manual_seed(1); n, ka, kb, d = sizes
-    def draw(k): x = torch.randint(-127, 128, (n, k, d), generator=g, dtype=torch.int8); x[:, k//2:] = x[:, :k - k//2]; return x.to(device)
-    a, b, na = draw(ka), draw(kb), torch.tensor([ka, ka//3, 1, *[ka-1]*(n-3)][:n], device=device)
-    ours, plain = two_nearest(a, na, b), two_nearest_plain(a, na, b); real = (na > 1)[:, None].expand_as(ours[2])
-    if not all(bool((x.double() == y.double()).all()) for x, y in zip(ours[:2], plain[:2])) or not bool((ours[2].double() == plain[2].double())[real].all()): return False
-    p = torch.randint(0, 12800, (n, ka, 2), generator=g).float().to(device)/16; q = p + torch.randint(-480, 480, (n, ka, 2), generator=g).to(device)/16
-    maps = (torch.tensor([1., 0, 0, 0, 1, 0]) + torch.randn((n, kb, 6), generator=g)*torch.tensor([.01, .01, 5, .01, .01, 5])).to(device); q[0, 5:] = torch.inf
-    return bool((count(maps, p, q, torch.full((n,), 400., device=device)) == count_plain(maps, p, q, torch.full((n,), 400., device=device))).all())
+    g = torch.Generator().manual_seed(1)
+    n, ka, kb, d = sizes
+
+    def draw(k):
+        x = torch.randint(-127, 128, (n, k, d), generator=g, dtype=torch.int8)
+        x[:, k // 2 :] = x[:, : k - k // 2]
+        return x.to(device)
+
+    a, b, na = draw(ka), draw(kb), torch.tensor([ka, ka // 3, 1, *[ka - 1] * (n - 3)][:n], device=device)
+    ours, plain = two_nearest(a, na, b), two_nearest_plain(a, na, b)
+    real = (na > 1)[:, None].expand_as(ours[2])
+    if not all(bool((x.double() == y.double()).all()) for x, y in zip(ours[:2], plain[:2])) or not bool(
+        (ours[2].double() == plain[2].double())[real].all()
+    ):
+        return False
+    p = torch.randint(0, 12800, (n, ka, 2), generator=g).float().to(device) / 16
+    q = p + torch.randint(-480, 480, (n, ka, 2), generator=g).to(device) / 16
+    maps = (
+        torch.tensor([1.0, 0, 0, 0, 1, 0])
+        + torch.randn((n, kb, 6), generator=g) * torch.tensor([0.01, 0.01, 5, 0.01, 0.01, 5])
+    ).to(device)
+    q[0, 5:] = torch.inf
+    return bool(
+        (
+            count(maps, p, q, torch.full((n,), 400.0, device=device))
+            == count_plain(maps, p, q, torch.full((n,), 400.0, device=device))
+        ).all()
+    )

@@ -13,70 +13,88 @@ from .features import UNIT, LocalFeatures, LocalStore
 
 # %% ../../../nbs/parts/local/vlad.ipynb #f122bded
 def assign(
-    desc:np.ndarray,  # local descriptors [k, d]
-    words:np.ndarray, # visual words [w, d]
-)->np.ndarray: # number of the nearest word [k]
+    desc: np.ndarray,  # local descriptors [k, d]
+    words: np.ndarray,  # visual words [w, d]
+) -> np.ndarray:  # number of the nearest word [k]
     "The nearest word of every local descriptor."
-    return ((words**2).sum(1)/2 - desc @ words.T).argmin(1)
+    return ((words**2).sum(1) / 2 - desc @ words.T).argmin(1)
+
 
 def learn_words(
-    desc:np.ndarray,  # local descriptors [n, d], float32
-    n_words:int=64,   # size of the vocabulary
-    seed:int=1,       # which descriptors to start from
-    n_steps:int=15,   # steps of k-means
-)->np.ndarray: # float32 [n_words, d]
+    desc: np.ndarray,  # local descriptors [n, d], float32
+    n_words: int = 64,  # size of the vocabulary
+    seed: int = 1,  # which descriptors to start from
+    n_steps: int = 15,  # steps of k-means
+) -> np.ndarray:  # float32 [n_words, d]
     "A visual vocabulary by k-means; a word that nobody uses starts again at a random descriptor."
-    if len(desc) < n_words: raise ValueError(f'{len(desc)} local descriptors cannot make a vocabulary of {n_words} words; use fewer words or more photos')
-    rng = np.random.default_rng(seed); words = desc[rng.choice(len(desc), n_words, replace=False)].astype(np.float32)
+    if len(desc) < n_words:
+        raise ValueError(
+            f"{len(desc)} local descriptors cannot make a vocabulary of {n_words} words; use fewer words or more photos"
+        )
+    rng = np.random.default_rng(seed)
+    words = desc[rng.choice(len(desc), n_words, replace=False)].astype(np.float32)
     for _ in range(n_steps):
-        near = np.concatenate([assign(desc[a:a+8192], words) for a in range(0, len(desc), 8192)])
-        order, n = np.argsort(near, kind='stable'), np.bincount(near, minlength=n_words); used = n > 0
+        near = np.concatenate([assign(desc[a : a + 8192], words) for a in range(0, len(desc), 8192)])
+        order, n = np.argsort(near, kind="stable"), np.bincount(near, minlength=n_words)
+        used = n > 0
         starts = np.searchsorted(near[order], np.flatnonzero(used))
-        words[used] = (np.add.reduceat(desc[order].astype(np.float64), starts, axis=0)/n[used, None]).astype(np.float32)
+        words[used] = (
+            np.add.reduceat(desc[order].astype(np.float64), starts, axis=0) / n[used, None]
+        ).astype(np.float32)
         words[~used] = desc[rng.choice(len(desc), (~used).sum())]
     return words
 
 # %% ../../../nbs/parts/local/vlad.ipynb #b1c3fc80
 def vlad(
-    desc:np.ndarray,  # local descriptors of one photo, unit rows [k, d]
-    words:np.ndarray, # visual words [w, d]
-    power:float=0.5,  # exponent of the power law; 1 leaves it out
-)->np.ndarray: # float32 [w·d], length 1; zeros for a photo without local features
+    desc: np.ndarray,  # local descriptors of one photo, unit rows [k, d]
+    words: np.ndarray,  # visual words [w, d]
+    power: float = 0.5,  # exponent of the power law; 1 leaves it out
+) -> np.ndarray:  # float32 [w·d], length 1; zeros for a photo without local features
     "Aggregate the local features of a photo."
     out = np.zeros(words.shape, np.float32)
-    if not len(desc): return out.reshape(-1)
-    near = assign(desc, words); order = np.argsort(near, kind='stable'); used, starts, n = np.unique(near[order], return_index=True, return_counts=True)
-    out[used] = np.add.reduceat(desc[order], starts, axis=0) - n[:, None]*words[used]
+    if not len(desc):
+        return out.reshape(-1)
+    near = assign(desc, words)
+    order = np.argsort(near, kind="stable")
+    used, starts, n = np.unique(near[order], return_index=True, return_counts=True)
+    out[used] = np.add.reduceat(desc[order], starts, axis=0) - n[:, None] * words[used]
     norm = np.linalg.norm(out, axis=1, keepdims=True)
-    out = np.where(norm > 1e-4, out/np.maximum(norm, 1e-4), 0)  # a word that is a single descriptor leaves a rounding error, not a residual
-    out = np.sign(out)*np.abs(out)**power
-    return (out/max(np.linalg.norm(out), 1e-9)).reshape(-1)
+    out = np.where(
+        norm > 1e-4, out / np.maximum(norm, 1e-4), 0
+    )  # a word that is a single descriptor leaves a rounding error, not a residual
+    out = np.sign(out) * np.abs(out) ** power
+    return (out / max(np.linalg.norm(out), 1e-9)).reshape(-1)
 
 # %% ../../../nbs/parts/local/vlad.ipynb #e24dcf0e
 def unit_rows(
-    f:LocalFeatures, # from a store, or fresh
-)->np.ndarray: # float32 [k, d]
+    f: LocalFeatures,  # from a store, or fresh
+) -> np.ndarray:  # float32 [k, d]
     "Local descriptors as numbers of length about 1."
-    return f.desc.astype(np.float32)/UNIT[f.kind] if f.desc.dtype == np.int8 else f.desc
+    return f.desc.astype(np.float32) / UNIT[f.kind] if f.desc.dtype == np.int8 else f.desc
+
 
 def sample_descriptors(
-    store:LocalStore,    # local features of the photos
-    n_most:int=50_000,  # descriptors in all
-    seed:int=1,          # which
-)->np.ndarray: # float32 [≤ n_most, d]
+    store: LocalStore,  # local features of the photos
+    n_most: int = 50_000,  # descriptors in all
+    seed: int = 1,  # which
+) -> np.ndarray:  # float32 [≤ n_most, d]
     "Local descriptors from all photos, as many of each as it has, in proportion."
-    n = store.column('n_features'); share = min(1., n_most/max(1, n.clip(0).sum())); rng = np.random.default_rng(seed)
+    n = store.column("n_features")
+    share = min(1.0, n_most / max(1, n.clip(0).sum()))
+    rng = np.random.default_rng(seed)
     parts = [unit_rows(store[i])[rng.random(n[i]) < share] for i in range(len(store)) if n[i] > 0]
     return np.concatenate(parts) if parts else np.zeros((0, 128), np.float32)
 
+
 def describe_store(
-    store:LocalStore,    # local features of the photos
-    words:np.ndarray,    # visual words [w, d]
-    power:float=0.5,     # exponent of the power law
-    desc:str='descriptors', # title of the progress bar; empty for none
-)->np.ndarray: # float32 [n, w·d]
+    store: LocalStore,  # local features of the photos
+    words: np.ndarray,  # visual words [w, d]
+    power: float = 0.5,  # exponent of the power law
+    desc: str = "descriptors",  # title of the progress bar; empty for none
+) -> np.ndarray:  # float32 [n, w·d]
     "One descriptor per photo; a photo without local features has zeros, and is similar to nothing."
     rows = progress(range(len(store)), desc) if desc else range(len(store))
     out = np.zeros((len(store), words.size), np.float32)
-    for i in rows: out[i] = vlad(unit_rows(store[i]), words, power)
+    for i in rows:
+        out[i] = vlad(unit_rows(store[i]), words, power)
     return out

@@ -8,179 +8,408 @@ __all__ = ['frieze', 'rose', 'clock', 'inscription', 'niche', 'portal', 'facade'
 # %% ../../../nbs/parts/minigld/facade.ipynb #a3b6f881
 import cv2
 import numpy as np
-from .paint import BRIGHT, STONE, WINDOWS, Surface, carve, glyph, masonry, noise, opening, weathered, window
+from landmark.parts.minigld.paint import (
+    BRIGHT,
+    STONE,
+    WINDOWS,
+    Surface,
+    carve,
+    glyph,
+    masonry,
+    noise,
+    opening,
+    weathered,
+    window,
+)
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #559f8315
-def frieze(r, wall:Surface, y0:float, y1:float, pal:dict, step:float=1.):
+def frieze(r, wall: Surface, y0: float, y1: float, pal: dict, step: float = 1.0):
     "A carved band across a wall: every figure is another one."
-    h = int(y1-y0)
-    wall.rect(0, y0, wall.w, y1, pal['trim']*.94, 1.); wall.rgb[int(y0):int(y1)] = weathered(r, wall.rgb[int(y0):int(y1)], .7)
-    wall.rect(0, y0, wall.w, y0+2, pal['trim']*1.1, 5.); wall.rect(0, y1-2, wall.w, y1, pal['trim']*.7, 0.)
-    if h < 9: 
-        for x in np.arange(1, wall.w, max(4, h)): wall.rect(x, y0+2, x+h*.5, y1-2, pal['trim']*1.12, 3.5)    # dentils
+    h = int(y1 - y0)
+    wall.rect(0, y0, wall.w, y1, pal["trim"] * 0.94, 1.0)
+    wall.rgb[int(y0) : int(y1)] = weathered(r, wall.rgb[int(y0) : int(y1)], 0.7)
+    wall.rect(0, y0, wall.w, y0 + 2, pal["trim"] * 1.1, 5.0)
+    wall.rect(0, y1 - 2, wall.w, y1, pal["trim"] * 0.7, 0.0)
+    if h < 9:
+        for x in np.arange(1, wall.w, max(4, h)):
+            wall.rect(x, y0 + 2, x + h * 0.5, y1 - 2, pal["trim"] * 1.12, 3.5)  # dentils
         return
-    colour = pal['trim']*r.choice([.62, .72, 1.2]) if r.random() < .75 else pal['accent']
-    figures = [glyph(r, h-4) for _ in range(int(np.clip(wall.w/h/step/2, 3, 9)))]
-    xs = np.arange(2, wall.w-h+4, h*step)
-    for i, x in enumerate(xs): carve(wall, figures[int(r.integers(len(figures)))], x, y0+2, colour, 3.)
+    colour = pal["trim"] * r.choice([0.62, 0.72, 1.2]) if r.random() < 0.75 else pal["accent"]
+    figures = [glyph(r, h - 4) for _ in range(int(np.clip(wall.w / h / step / 2, 3, 9)))]
+    xs = np.arange(2, wall.w - h + 4, h * step)
+    for i, x in enumerate(xs):
+        carve(wall, figures[int(r.integers(len(figures)))], x, y0 + 2, colour, 3.0)
 
-def rose(r, wall:Surface, x:float, y:float, radius:float, pal:dict, glow:int=120):
+
+def rose(r, wall: Surface, x: float, y: float, radius: float, pal: dict, glow: int = 120):
     "A rose window: rings of coloured glass between stone."
-    c = (int(x), int(y)); n = int(r.choice([8, 10, 12, 16]))
+    c = (int(x), int(y))
+    n = int(r.choice([8, 10, 12, 16]))
     hues = BRIGHT[r.permutation(len(BRIGHT))[:4]]
-    cv2.circle(wall.rgb, c, int(radius*1.16), pal['trim'].tolist(), -1, cv2.LINE_AA); cv2.circle(wall.height, c, int(radius*1.16), 4., -1)
-    cv2.circle(wall.rgb, c, int(radius), (34, 34, 44), -1, cv2.LINE_AA); cv2.circle(wall.height, c, int(radius), -4., -1)
-    for ring, (rad, size) in enumerate([(.8, .15), (.5, .14), (.26, .09)]):
-        m = n if ring < 2 else n//2
+    cv2.circle(wall.rgb, c, int(radius * 1.16), pal["trim"].tolist(), -1, cv2.LINE_AA)
+    cv2.circle(wall.height, c, int(radius * 1.16), 4.0, -1)
+    cv2.circle(wall.rgb, c, int(radius), (34, 34, 44), -1, cv2.LINE_AA)
+    cv2.circle(wall.height, c, int(radius), -4.0, -1)
+    for ring, (rad, size) in enumerate([(0.8, 0.15), (0.5, 0.14), (0.26, 0.09)]):
+        m = n if ring < 2 else n // 2
         for i in range(m):
-            a = 2*np.pi*(i+.5*(ring % 2))/m
-            p = (int(x+radius*rad*np.cos(a)), int(y+radius*rad*np.sin(a)))
-            colour = np.clip(hues[(i*(ring+1)+int(r.random() < .12)) % 4]*1.1, 0, 255).tolist()
-            cv2.ellipse(wall.rgb, p, (max(1, int(radius*size*1.5)), max(1, int(radius*size))), np.degrees(a), 0, 360, colour, -1, cv2.LINE_AA)
-            cv2.circle(wall.glow, p, max(1, int(radius*size)), float(glow), -1)
+            a = 2 * np.pi * (i + 0.5 * (ring % 2)) / m
+            p = (int(x + radius * rad * np.cos(a)), int(y + radius * rad * np.sin(a)))
+            colour = np.clip(hues[(i * (ring + 1) + int(r.random() < 0.12)) % 4] * 1.1, 0, 255).tolist()
+            cv2.ellipse(
+                wall.rgb,
+                p,
+                (max(1, int(radius * size * 1.5)), max(1, int(radius * size))),
+                np.degrees(a),
+                0,
+                360,
+                colour,
+                -1,
+                cv2.LINE_AA,
+            )
+            cv2.circle(wall.glow, p, max(1, int(radius * size)), float(glow), -1)
     for i in range(n):
-        a = 2*np.pi*i/n
-        cv2.line(wall.rgb, c, (int(x+radius*np.cos(a)), int(y+radius*np.sin(a))), (pal['trim']*.85).tolist(), max(1, int(radius*.045)), cv2.LINE_AA)
-    for rad in (1., .64, .36, .1): cv2.circle(wall.rgb, c, max(1, int(radius*rad)), (pal['trim']*.9).tolist(), max(1, int(radius*.05)), cv2.LINE_AA)
+        a = 2 * np.pi * i / n
+        cv2.line(
+            wall.rgb,
+            c,
+            (int(x + radius * np.cos(a)), int(y + radius * np.sin(a))),
+            (pal["trim"] * 0.85).tolist(),
+            max(1, int(radius * 0.045)),
+            cv2.LINE_AA,
+        )
+    for rad in (1.0, 0.64, 0.36, 0.1):
+        cv2.circle(
+            wall.rgb,
+            c,
+            max(1, int(radius * rad)),
+            (pal["trim"] * 0.9).tolist(),
+            max(1, int(radius * 0.05)),
+            cv2.LINE_AA,
+        )
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #d479337b
-def clock(r, wall:Surface, x:float, y:float, radius:float, pal:dict):
+def clock(r, wall: Surface, x: float, y: float, radius: float, pal: dict):
     "A clock, some in blue and gold."
-    face, hand = ((24, 34, 86), (220, 180, 70)) if r.random() < .4 else ((236, 232, 220), (30, 28, 30))
+    face, hand = ((24, 34, 86), (220, 180, 70)) if r.random() < 0.4 else ((236, 232, 220), (30, 28, 30))
     c = (int(x), int(y))
-    cv2.circle(wall.rgb, c, int(radius*1.2), (pal['trim']*.8).tolist(), -1, cv2.LINE_AA); cv2.circle(wall.height, c, int(radius*1.2), 4., -1)
-    cv2.circle(wall.rgb, c, int(radius), face, -1, cv2.LINE_AA); cv2.circle(wall.glow, c, int(radius), 130., -1)
+    cv2.circle(wall.rgb, c, int(radius * 1.2), (pal["trim"] * 0.8).tolist(), -1, cv2.LINE_AA)
+    cv2.circle(wall.height, c, int(radius * 1.2), 4.0, -1)
+    cv2.circle(wall.rgb, c, int(radius), face, -1, cv2.LINE_AA)
+    cv2.circle(wall.glow, c, int(radius), 130.0, -1)
     for i in range(12):
-        a = np.pi*i/6; d = np.array([np.sin(a), -np.cos(a)])*radius
-        cv2.line(wall.rgb, tuple(int(v) for v in (x, y)+d*.74), tuple(int(v) for v in (x, y)+d*.92), hand, max(1, int(radius*.09)), cv2.LINE_AA)
-    for a, k in zip(r.uniform(0, 6.28, 2), (.5, .75)): cv2.line(wall.rgb, c, (int(x+np.sin(a)*radius*k), int(y-np.cos(a)*radius*k)), hand, max(1, int(radius*.1)), cv2.LINE_AA)
+        a = np.pi * i / 6
+        d = np.array([np.sin(a), -np.cos(a)]) * radius
+        cv2.line(
+            wall.rgb,
+            tuple(int(v) for v in (x, y) + d * 0.74),
+            tuple(int(v) for v in (x, y) + d * 0.92),
+            hand,
+            max(1, int(radius * 0.09)),
+            cv2.LINE_AA,
+        )
+    for a, k in zip(r.uniform(0, 6.28, 2), (0.5, 0.75)):
+        cv2.line(
+            wall.rgb,
+            c,
+            (int(x + np.sin(a) * radius * k), int(y - np.cos(a) * radius * k)),
+            hand,
+            max(1, int(radius * 0.1)),
+            cv2.LINE_AA,
+        )
 
-_LETTERS = np.array(list('AEIOUBCDLMNRSTVX'))
 
-def inscription(r, wall:Surface, x:float, y:float, height:float, colour, n:int=12):
+_LETTERS = np.array(list("AEIOUBCDLMNRSTVX"))
+
+
+def inscription(r, wall: Surface, x: float, y: float, height: float, colour, n: int = 12):
     "Carved capitals."
-    text = ''.join(r.choice(_LETTERS, n)); text = text[:n//2]+' '+text[n//2:]
-    (w, h), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_COMPLEX, height/22, 1)
-    cv2.putText(wall.rgb, text, (int(x-w/2), int(y+height/2)), cv2.FONT_HERSHEY_COMPLEX, height/22, np.clip(colour, 0, 255).tolist(), max(1, int(height/11)), cv2.LINE_AA)
+    text = "".join(r.choice(_LETTERS, n))
+    text = text[: n // 2] + " " + text[n // 2 :]
+    (w, h), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_COMPLEX, height / 22, 1)
+    cv2.putText(
+        wall.rgb,
+        text,
+        (int(x - w / 2), int(y + height / 2)),
+        cv2.FONT_HERSHEY_COMPLEX,
+        height / 22,
+        np.clip(colour, 0, 255).tolist(),
+        max(1, int(height / 11)),
+        cv2.LINE_AA,
+    )
 
-def niche(r, wall:Surface, x:float, y:float, h:float, pal:dict):
+
+def niche(r, wall: Surface, x: float, y: float, h: float, pal: dict):
     "A figure in a niche; x is its middle, y its top."
-    w = h*.42
-    wall.poly(opening('arch', w*1.3, h*1.06, x-w*.65, y-h*.04), pal['trim'], 3.); wall.poly(opening('arch', w, h, x-w/2, y), pal['wall']*.42, -6.)
-    stone, lean = pal['trim']*r.uniform(.85, 1.2), r.normal(0, .05)
-    wall.poly([(x-w*.3, y+h), (x+w*.3, y+h), (x+w*(.17+lean), y+h*.36), (x-w*(.17-lean), y+h*.36)], stone, 1.)
-    cv2.circle(wall.rgb, (int(x+w*lean), int(y+h*.27)), max(1, int(h*.085)), np.clip(stone*1.08, 0, 255).tolist(), -1, cv2.LINE_AA)
+    w = h * 0.42
+    wall.poly(opening("arch", w * 1.3, h * 1.06, x - w * 0.65, y - h * 0.04), pal["trim"], 3.0)
+    wall.poly(opening("arch", w, h, x - w / 2, y), pal["wall"] * 0.42, -6.0)
+    stone, lean = pal["trim"] * r.uniform(0.85, 1.2), r.normal(0, 0.05)
+    wall.poly(
+        [
+            (x - w * 0.3, y + h),
+            (x + w * 0.3, y + h),
+            (x + w * (0.17 + lean), y + h * 0.36),
+            (x - w * (0.17 - lean), y + h * 0.36),
+        ],
+        stone,
+        1.0,
+    )
+    cv2.circle(
+        wall.rgb,
+        (int(x + w * lean), int(y + h * 0.27)),
+        max(1, int(h * 0.085)),
+        np.clip(stone * 1.08, 0, 255).tolist(),
+        -1,
+        cv2.LINE_AA,
+    )
     side = r.choice([-1, 1])
-    cv2.polylines(wall.rgb, [np.int32([(x+side*w*.14, y+h*.4), (x+side*w*r.uniform(.25, .42), y+h*r.uniform(.3, .6)), (x+side*w*r.uniform(.1, .4), y+h*r.uniform(.15, .75))])], False, np.clip(stone*.9, 0, 255).tolist(), max(1, int(h*.06)), cv2.LINE_AA)
-    carve(wall, glyph(r, max(6, int(h*.3))), x-h*.15, y+h*.55, stone*.7, 1.)
+    cv2.polylines(
+        wall.rgb,
+        [
+            np.int32(
+                [
+                    (x + side * w * 0.14, y + h * 0.4),
+                    (x + side * w * r.uniform(0.25, 0.42), y + h * r.uniform(0.3, 0.6)),
+                    (x + side * w * r.uniform(0.1, 0.4), y + h * r.uniform(0.15, 0.75)),
+                ]
+            )
+        ],
+        False,
+        np.clip(stone * 0.9, 0, 255).tolist(),
+        max(1, int(h * 0.06)),
+        cv2.LINE_AA,
+    )
+    carve(wall, glyph(r, max(6, int(h * 0.3))), x - h * 0.15, y + h * 0.55, stone * 0.7, 1.0)
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #25a40dc7
-def portal(r, wall:Surface, x:float, w:float, h:float, pal:dict, pointed:bool=False):
+def portal(r, wall: Surface, x: float, w: float, h: float, pal: dict, pointed: bool = False):
     "A door in receding frames, a carved field above it; x is its middle, it stands on the lower edge."
-    kind, y = 'pointed' if pointed else r.choice(['arch', 'rect', 'arch']), wall.h-h
+    kind, y = "pointed" if pointed else r.choice(["arch", "rect", "arch"]), wall.h - h
     for i, k in enumerate((1.5, 1.32, 1.16)):
-        wall.poly(opening(kind, w*k, h*(1+(k-1)*.5), x-w*k/2, wall.h-h*(1+(k-1)*.5)), pal['trim']*(1.1, .8, 1.02)[i], 6.-3*i)
-    wall.poly(opening(kind, w, h, x-w/2, y), pal['wall']*.6, -3.)
-    door = np.clip(pal['door'], 18, 200)
-    top = y+w*.55
-    wall.rect(x-w/2, top, x+w/2, wall.h, door, -6., 8)
+        wall.poly(
+            opening(kind, w * k, h * (1 + (k - 1) * 0.5), x - w * k / 2, wall.h - h * (1 + (k - 1) * 0.5)),
+            pal["trim"] * (1.1, 0.8, 1.02)[i],
+            6.0 - 3 * i,
+        )
+    wall.poly(opening(kind, w, h, x - w / 2, y), pal["wall"] * 0.6, -3.0)
+    door = np.clip(pal["door"], 18, 200)
+    top = y + w * 0.55
+    wall.rect(x - w / 2, top, x + w / 2, wall.h, door, -6.0, 8)
     for i in range(4):
-        for j in range(3): wall.rect(x-w/2+w*(i+.12)/4, top+(wall.h-top)*(j+.1)/3, x-w/2+w*(i+.88)/4, top+(wall.h-top)*(j+.88)/3, door*(.75 if (i+j) % 2 else 1.25), -5.)
-    wall.rect(x-1, top, x+1, wall.h, door*.4)
-    size = max(8, int(w*.62))
-    carve(wall, glyph(r, size), x-size/2, y+w*.02, pal['trim']*1.15, 3.)
+        for j in range(3):
+            wall.rect(
+                x - w / 2 + w * (i + 0.12) / 4,
+                top + (wall.h - top) * (j + 0.1) / 3,
+                x - w / 2 + w * (i + 0.88) / 4,
+                top + (wall.h - top) * (j + 0.88) / 3,
+                door * (0.75 if (i + j) % 2 else 1.25),
+                -5.0,
+            )
+    wall.rect(x - 1, top, x + 1, wall.h, door * 0.4)
+    size = max(8, int(w * 0.62))
+    carve(wall, glyph(r, size), x - size / 2, y + w * 0.02, pal["trim"] * 1.15, 3.0)
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #2d84b129
 def facade(
-    r,                # generator
-    width:float,      # metres
-    height:float,     # metres
-    ppm:float,        # pixels per metre
-    pal:dict,         # colours
-    role:str='front', # front, side, back, tower
-    pointed:bool=False, # Gothic
-)->Surface:
+    r,  # generator
+    width: float,  # metres
+    height: float,  # metres
+    ppm: float,  # pixels per metre
+    pal: dict,  # colours
+    role: str = "front",  # front, side, back, tower
+    pointed: bool = False,  # Gothic
+) -> Surface:
     "A wall with its windows and ornament."
-    w, h = int(width*ppm), int(height*ppm)
-    plain = role == 'back'
-    wall = masonry(r, h, w, ppm, pal['kind'], pal['wall'], pal['second'] if pal['kind'] in ('striped', 'tile') or (r.random() < .15) else None)
-    floors = max(1, round(height/pal['floor'])); bays = max(1, round(width/pal['bay']))
-    if role != 'tower' and bays % 2 == 0: bays += 1
-    fh, bw = h/floors, w/bays
-    wall.rect(0, h-fh*.16, w, h, pal['wall']*.66, 5.); wall.rgb[int(h-fh*.16):] = weathered(r, wall.rgb[int(h-fh*.16):], 1.)
-    kinds = ['pointed' if pointed and r.random() < .8 else str(r.choice(WINDOWS[:8] if plain else WINDOWS)) for _ in range(floors)]
-    motifs = {(f, v): window(r, k, int(bw*pal['glass']*(.45 if k == 'shutter' else .55 if plain else .9)), int(fh*(.5 if k != 'round' else .36)), pal['trim'], pal['accent'])
-              for f, k in enumerate(kinds) for v in range(3)}
-    middle = bays//2 if role == 'front' else -1
-    if not plain and pal['pilasters']:
-        for b in range(bays+1): pilaster(wall, b*bw, bw*.1, pal)
-    for f in range(1, floors): wall.rect(0, h-f*fh-2, w, h-f*fh+2, pal['trim'], 5.); wall.rect(0, h-f*fh+2, w, h-f*fh+4, pal['wall']*.6)
-    if role == 'gable': size = int(h*.7); carve(wall, glyph(r, size), w/2-size/2, h*.26, pal['trim']*r.choice([.6, 1.15]), 5.); wall.rect(0, h*.95, w, h, pal['trim'], 5.); return wall
+    w, h = int(width * ppm), int(height * ppm)
+    plain = role == "back"
+    wall = masonry(
+        r,
+        h,
+        w,
+        ppm,
+        pal["kind"],
+        pal["wall"],
+        pal["second"] if pal["kind"] in ("striped", "tile") or (r.random() < 0.15) else None,
+    )
+    floors = max(1, round(height / pal["floor"]))
+    bays = max(1, round(width / pal["bay"]))
+    if role != "tower" and bays % 2 == 0:
+        bays += 1
+    fh, bw = h / floors, w / bays
+    wall.rect(0, h - fh * 0.16, w, h, pal["wall"] * 0.66, 5.0)
+    wall.rgb[int(h - fh * 0.16) :] = weathered(r, wall.rgb[int(h - fh * 0.16) :], 1.0)
+    kinds = [
+        "pointed" if pointed and r.random() < 0.8 else str(r.choice(WINDOWS[:8] if plain else WINDOWS))
+        for _ in range(floors)
+    ]
+    motifs = {
+        (f, v): window(
+            r,
+            k,
+            int(bw * pal["glass"] * (0.45 if k == "shutter" else 0.55 if plain else 0.9)),
+            int(fh * (0.5 if k != "round" else 0.36)),
+            pal["trim"],
+            pal["accent"],
+        )
+        for f, k in enumerate(kinds)
+        for v in range(3)
+    }
+    middle = bays // 2 if role == "front" else -1
+    if not plain and pal["pilasters"]:
+        for b in range(bays + 1):
+            pilaster(wall, b * bw, bw * 0.1, pal)
+    for f in range(1, floors):
+        wall.rect(0, h - f * fh - 2, w, h - f * fh + 2, pal["trim"], 5.0)
+        wall.rect(0, h - f * fh + 2, w, h - f * fh + 4, pal["wall"] * 0.6)
+    if role == "gable":
+        size = int(h * 0.7)
+        carve(wall, glyph(r, size), w / 2 - size / 2, h * 0.26, pal["trim"] * r.choice([0.6, 1.15]), 5.0)
+        wall.rect(0, h * 0.95, w, h, pal["trim"], 5.0)
+        return wall
     for f in range(floors):
         for b in range(bays):
-            if (b == middle and (f == 0 or f == floors-1)) or (plain and r.random() < .3): continue
-            x, y = (b+.5)*bw+(r.normal(0, bw*.12) if plain else 0), h-(f+.86)*fh+(r.normal(0, fh*.06) if plain else 0)
-            if not plain and r.random() < .1: niche(r, wall, x, y, fh*.66, pal); continue
-            m = motifs[f, int(r.integers(3))]; wall.stamp(m, x-m.w/2, y)
+            if (b == middle and (f == 0 or f == floors - 1)) or (plain and r.random() < 0.3):
+                continue
+            x, y = (
+                (b + 0.5) * bw + (r.normal(0, bw * 0.12) if plain else 0),
+                h - (f + 0.86) * fh + (r.normal(0, fh * 0.06) if plain else 0),
+            )
+            if not plain and r.random() < 0.1:
+                niche(r, wall, x, y, fh * 0.66, pal)
+                continue
+            m = motifs[f, int(r.integers(3))]
+            wall.stamp(m, x - m.w / 2, y)
     _fill(r, wall, role, pal, floors, bays, pointed)
     return wall
 
-def pilaster(wall:Surface, x:float, half:float, pal:dict):
+
+def pilaster(wall: Surface, x: float, half: float, pal: dict):
     "A flat column with base and capital."
-    wall.rect(x-half, 0, x+half, wall.h, pal['trim'], 3.); wall.rect(x-half*.2, 0, x+half*.2, wall.h, pal['trim']*.88, 2.)
-    for y0, y1 in [(0, half*2.2), (wall.h-half*3, wall.h)]: wall.rect(x-half*1.5, y0, x+half*1.5, y1, pal['trim']*1.06, 5.)
+    wall.rect(x - half, 0, x + half, wall.h, pal["trim"], 3.0)
+    wall.rect(x - half * 0.2, 0, x + half * 0.2, wall.h, pal["trim"] * 0.88, 2.0)
+    for y0, y1 in [(0, half * 2.2), (wall.h - half * 3, wall.h)]:
+        wall.rect(x - half * 1.5, y0, x + half * 1.5, y1, pal["trim"] * 1.06, 5.0)
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #80d4543f
-def _fill(r, wall:Surface, role:str, pal:dict, floors:int, bays:int, pointed:bool):
+def _fill(r, wall: Surface, role: str, pal: dict, floors: int, bays: int, pointed: bool):
     "What makes a wall itself."
-    h, w, fh, bw = wall.h, wall.w, wall.h/floors, wall.w/bays
-    if role == 'back': return _wear(r, wall, fh, bw)
-    for _ in range(int(bays*floors*.5)):                                        # carved panels between the windows
-        size = int(r.uniform(.22, .34)*min(bw, fh)); b, f = int(r.integers(1, max(2, bays))), int(r.integers(floors))
-        if size > 7: carve(wall, glyph(r, size), b*bw-size/2, h-(f+r.uniform(.45, .9))*fh, pal['trim']*r.choice([.66, 1.16]), 3.)
-    if role == 'front':
-        portal(r, wall, w/2, min(bw*.62, fh*.7), fh*.78, pal, pointed)
+    h, w, fh, bw = wall.h, wall.w, wall.h / floors, wall.w / bays
+    if role == "back":
+        return _wear(r, wall, fh, bw)
+    for _ in range(int(bays * floors * 0.5)):  # carved panels between the windows
+        size = int(r.uniform(0.22, 0.34) * min(bw, fh))
+        b, f = int(r.integers(1, max(2, bays))), int(r.integers(floors))
+        if size > 7:
+            carve(
+                wall,
+                glyph(r, size),
+                b * bw - size / 2,
+                h - (f + r.uniform(0.45, 0.9)) * fh,
+                pal["trim"] * r.choice([0.66, 1.16]),
+                3.0,
+            )
+    if role == "front":
+        portal(r, wall, w / 2, min(bw * 0.62, fh * 0.7), fh * 0.78, pal, pointed)
         if floors > 1:
-            pick, y, rad = r.random(), h-fh*(floors-.5), min(bw, fh)*.4
-            if pick < .4 or pointed: rose(r, wall, w/2, y, rad, pal)
-            elif pick < .65: clock(r, wall, w/2, y, rad, pal)
+            pick, y, rad = r.random(), h - fh * (floors - 0.5), min(bw, fh) * 0.4
+            if pick < 0.4 or pointed:
+                rose(r, wall, w / 2, y, rad, pal)
+            elif pick < 0.65:
+                clock(r, wall, w / 2, y, rad, pal)
             else:
-                s = int(rad*2.1); wall.poly(opening('round', s*1.1, s*1.1, w/2-s*.55, y-s*.55), pal['trim']*.9, 3.)
-                carve(wall, glyph(r, s), w/2-s/2, y-s/2, pal['accent'], 5.)
-        if r.random() < .6: inscription(r, wall, w/2, h-fh*.99-4, min(12., fh*.14), pal['trim']*.35, int(r.integers(8, 18)))
-        for x in r.permutation(np.arange(bays))[:int(r.integers(0, 3))]:         # banners
-            c = BRIGHT[r.integers(len(BRIGHT))]; x0, y0 = (x+.9)*bw, h-fh*1.8
-            wall.rect(x0, y0, x0+bw*.2, y0+fh*.9, c, 3.); s = max(6, int(bw*.18)); carve(wall, glyph(r, s), x0+bw*.01, y0+fh*.2, (240, 236, 220), 0)
-    top = fh*pal['frieze']
-    frieze(r, wall, 0, top, pal); wall.rect(0, top, w, top+3, pal['wall']*.5)
-    if floors > 2 and r.random() < .5: frieze(r, wall, h-fh-8, h-fh+2, pal)
+                s = int(rad * 2.1)
+                wall.poly(
+                    opening("round", s * 1.1, s * 1.1, w / 2 - s * 0.55, y - s * 0.55), pal["trim"] * 0.9, 3.0
+                )
+                carve(wall, glyph(r, s), w / 2 - s / 2, y - s / 2, pal["accent"], 5.0)
+        if r.random() < 0.6:
+            inscription(
+                r,
+                wall,
+                w / 2,
+                h - fh * 0.99 - 4,
+                min(12.0, fh * 0.14),
+                pal["trim"] * 0.35,
+                int(r.integers(8, 18)),
+            )
+        for x in r.permutation(np.arange(bays))[: int(r.integers(0, 3))]:  # banners
+            c = BRIGHT[r.integers(len(BRIGHT))]
+            x0, y0 = (x + 0.9) * bw, h - fh * 1.8
+            wall.rect(x0, y0, x0 + bw * 0.2, y0 + fh * 0.9, c, 3.0)
+            s = max(6, int(bw * 0.18))
+            carve(wall, glyph(r, s), x0 + bw * 0.01, y0 + fh * 0.2, (240, 236, 220), 0)
+    top = fh * pal["frieze"]
+    frieze(r, wall, 0, top, pal)
+    wall.rect(0, top, w, top + 3, pal["wall"] * 0.5)
+    if floors > 2 and r.random() < 0.5:
+        frieze(r, wall, h - fh - 8, h - fh + 2, pal)
 
-def _wear(r, wall:Surface, fh:float, bw:float):
+
+def _wear(r, wall: Surface, fh: float, bw: float):
     "The side nobody polished: ivy, bricked-up windows, pipes, plaster patches, a painted sign."
     h, w = wall.h, wall.w
     for _ in range(int(r.integers(1, 4))):
-        x = r.uniform(0, w); wall.rect(x, 0, x+3, h, (70, 72, 74), 6.)
+        x = r.uniform(0, w)
+        wall.rect(x, 0, x + 3, h, (70, 72, 74), 6.0)
     for _ in range(int(r.integers(2, 5))):
-        x, y, s = r.uniform(0, w), r.uniform(0, h), r.uniform(.35, .95)*fh
-        blob = (noise(r, h, w, max(8, s/3))+.9*np.exp(-(((np.arange(w)-x)/s)**2)[None]-(((np.arange(h)-y)/s)**2)[:, None]) > 1.12)
-        colour = (r.uniform(50, 84), r.uniform(76, 104), r.uniform(42, 62)) if r.random() < .6 else STONE[r.integers(len(STONE))]
-        wall.rgb[blob] = (np.asarray(colour)*r.uniform(.7, 1.25, (int(blob.sum()), 1))).clip(0, 255).astype(np.uint8); wall.height[blob] += 2
-    if w > 420 and r.random() < .5:
-        x, y, s = r.uniform(.1, .6)*w, r.uniform(.15, .5)*h, fh*.8
-        wall.rect(x, y, x+s*2.4, y+s, BRIGHT[r.integers(len(BRIGHT))], 2.); inscription(r, wall, x+s*1.2, y+s*.35, s*.3, (240, 236, 225), 8); inscription(r, wall, x+s*1.2, y+s*.75, s*.22, (240, 236, 225), 10)
+        x, y, s = r.uniform(0, w), r.uniform(0, h), r.uniform(0.35, 0.95) * fh
+        blob = (
+            noise(r, h, w, max(8, s / 3))
+            + 0.9 * np.exp(-(((np.arange(w) - x) / s) ** 2)[None] - (((np.arange(h) - y) / s) ** 2)[:, None])
+            > 1.12
+        )
+        colour = (
+            (r.uniform(50, 84), r.uniform(76, 104), r.uniform(42, 62))
+            if r.random() < 0.6
+            else STONE[r.integers(len(STONE))]
+        )
+        wall.rgb[blob] = (
+            (np.asarray(colour) * r.uniform(0.7, 1.25, (int(blob.sum()), 1))).clip(0, 255).astype(np.uint8)
+        )
+        wall.height[blob] += 2
+    if w > 420 and r.random() < 0.5:
+        x, y, s = r.uniform(0.1, 0.6) * w, r.uniform(0.15, 0.5) * h, fh * 0.8
+        wall.rect(x, y, x + s * 2.4, y + s, BRIGHT[r.integers(len(BRIGHT))], 2.0)
+        inscription(r, wall, x + s * 1.2, y + s * 0.35, s * 0.3, (240, 236, 225), 8)
+        inscription(r, wall, x + s * 1.2, y + s * 0.75, s * 0.22, (240, 236, 225), 10)
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #b6f4aa9c
-def building_palette(r, base:dict)->dict:
+def building_palette(r, base: dict) -> dict:
     "Colours and proportions of one elevation."
-    return dict(base, floor=float(r.uniform(3.6, 5.4)), bay=float(r.uniform(2.9, 4.6)), glass=float(r.uniform(.34, .48)),
-                pilasters=bool(r.random() < .6), frieze=float(r.uniform(.16, .3)))
+    return dict(
+        base,
+        floor=float(r.uniform(3.6, 5.4)),
+        bay=float(r.uniform(2.9, 4.6)),
+        glass=float(r.uniform(0.34, 0.48)),
+        pilasters=bool(r.random() < 0.6),
+        frieze=float(r.uniform(0.16, 0.3)),
+    )
 
 # %% ../../../nbs/parts/minigld/facade.ipynb #e4a90a98
-def roofing(r, width:float, height:float, ppm:float, colour)->Surface:
+def roofing(r, width: float, height: float, ppm: float, colour) -> Surface:
     "Tiles or slates with patches, a row of dormers on large ones."
-    s = masonry(r, max(16, int(height*ppm)), max(16, int(width*ppm)), ppm, str(r.choice(['tile', 'brick'])), colour)
+    s = masonry(
+        r,
+        max(16, int(height * ppm)),
+        max(16, int(width * ppm)),
+        ppm,
+        str(r.choice(["tile", "brick"])),
+        colour,
+    )
     if height > 4 and width > 12:
-        for x in np.linspace(.1, .9, int(width/5))*s.w:
-            k = height*ppm*.22; s.poly([(x-k*.5, s.h*.75), (x+k*.5, s.h*.75), (x+k*.5, s.h*.5), (x, s.h*.36), (x-k*.5, s.h*.5)], np.asarray(colour)*1.2, 6.)
-            s.rect(x-k*.28, s.h*.52, x+k*.28, s.h*.72, (40, 46, 56), -2., 90)
+        for x in np.linspace(0.1, 0.9, int(width / 5)) * s.w:
+            k = height * ppm * 0.22
+            s.poly(
+                [
+                    (x - k * 0.5, s.h * 0.75),
+                    (x + k * 0.5, s.h * 0.75),
+                    (x + k * 0.5, s.h * 0.5),
+                    (x, s.h * 0.36),
+                    (x - k * 0.5, s.h * 0.5),
+                ],
+                np.asarray(colour) * 1.2,
+                6.0,
+            )
+            s.rect(x - k * 0.28, s.h * 0.52, x + k * 0.28, s.h * 0.72, (40, 46, 56), -2.0, 90)
     return s

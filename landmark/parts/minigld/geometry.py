@@ -16,142 +16,207 @@ import numpy as np
 @dataclass
 class Camera:
     "A pinhole camera."
-    at: np.ndarray      # where it stands [3]
-    turn: np.ndarray    # rows: right, down, forward [3, 3]
-    f: float            # focal length, pixels
-    w: int              # picture, pixels
+
+    at: np.ndarray  # where it stands [3]
+    turn: np.ndarray  # rows: right, down, forward [3, 3]
+    f: float  # focal length, pixels
+    w: int  # picture, pixels
     h: int
 
-    def matrix(self)->np.ndarray: # intrinsics [3, 3]
-        return np.array([[self.f, 0, self.w/2], [0, self.f, self.h/2], [0, 0, 1.]])
+    def matrix(self) -> np.ndarray:  # intrinsics [3, 3]
+        return np.array([[self.f, 0, self.w / 2], [0, self.f, self.h / 2], [0, 0, 1.0]])
 
-    def project(self, points)->tuple: # pixels [n, 2], depth [n]
+    def project(self, points) -> tuple:  # pixels [n, 2], depth [n]
         "Points in space to pixels."
-        p = (np.asarray(points, float)-self.at)@self.turn.T
+        p = (np.asarray(points, float) - self.at) @ self.turn.T
         z = np.maximum(p[:, 2], 1e-3)
-        return p[:, :2]/z[:, None]*self.f+[self.w/2, self.h/2], p[:, 2]
+        return p[:, :2] / z[:, None] * self.f + [self.w / 2, self.h / 2], p[:, 2]
 
-def look_at(at, target, w:int, h:int, fov:float, roll:float=0.)->Camera:
+
+def look_at(at, target, w: int, h: int, fov: float, roll: float = 0.0) -> Camera:
     "A camera at `at` that looks at `target`; `fov` in degrees along the longer side."
-    forward = np.asarray(target, float)-at; forward /= np.linalg.norm(forward)
-    right = np.cross(forward, [0, 0, 1.]); right /= np.linalg.norm(right)
+    forward = np.asarray(target, float) - at
+    forward /= np.linalg.norm(forward)
+    right = np.cross(forward, [0, 0, 1.0])
+    right /= np.linalg.norm(right)
     down = np.cross(forward, right)
     c, s = np.cos(np.radians(roll)), np.sin(np.radians(roll))
-    return Camera(np.asarray(at, float), np.array([c*right+s*down, c*down-s*right, forward]), float(max(w, h)/2/np.tan(np.radians(fov)/2)), w, h)
+    return Camera(
+        np.asarray(at, float),
+        np.array([c * right + s * down, c * down - s * right, forward]),
+        float(max(w, h) / 2 / np.tan(np.radians(fov) / 2)),
+        w,
+        h,
+    )
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #8c0f140d
 @dataclass
 class Face:
     "A flat piece of surface."
-    key: str             # which surface
-    o: np.ndarray        # upper left corner [3]
-    u: np.ndarray        # along the surface's width [3]
-    v: np.ndarray        # along its height, downwards [3]
-    cut: list = None     # polygon in units of u and v; the whole face if None
+
+    key: str  # which surface
+    o: np.ndarray  # upper left corner [3]
+    u: np.ndarray  # along the surface's width [3]
+    v: np.ndarray  # along its height, downwards [3]
+    cut: list = None  # polygon in units of u and v; the whole face if None
 
     def __post_init__(self):
-        c = np.array(self.cut or [(0, 0), (1, 0), (1, 1), (0, 1)], float); n = np.cross(self.v, self.u)
-        self.normal, self.points = n/np.linalg.norm(n), self.o+c[:, :1]*self.u+c[:, 1:]*self.v
-        self.share = abs(cv2.contourArea(c.astype(np.float32)))          # of the parallelogram
+        c = np.array(self.cut or [(0, 0), (1, 0), (1, 1), (0, 1)], float)
+        n = np.cross(self.v, self.u)
+        self.normal, self.points = n / np.linalg.norm(n), self.o + c[:, :1] * self.u + c[:, 1:] * self.v
+        self.share = abs(cv2.contourArea(c.astype(np.float32)))  # of the parallelogram
+
 
 @dataclass
 class Round:
     "A piece of a quadric around a vertical axis."
+
     key: str
-    x: float; y: float; z0: float; z1: float
-    a: float; b: float; c: float   # r² = a + b z + c z², z from z0
-    turns: float = 1.    # how often the surface goes around
+    x: float
+    y: float
+    z0: float
+    z1: float
+    a: float
+    b: float
+    c: float  # r² = a + b z + c z², z from z0
+    turns: float = 1.0  # how often the surface goes around
+
 
 @dataclass
 class Sprite:
     "A picture that faces the camera; `x`, `y`, `z` is where its foot stands."
+
     picture: np.ndarray  # RGBA [h, w, 4]
-    x: float; y: float; z: float
-    height: float        # metres
-    glow: float = 0.
+    x: float
+    y: float
+    z: float
+    height: float  # metres
+    glow: float = 0.0
+
 
 @dataclass
 class Body:
     "Convex parts that are painted together."
-    lo: np.ndarray       # bounding box [3]
+
+    lo: np.ndarray  # bounding box [3]
     hi: np.ndarray
     parts: list = field(default_factory=list)
     target: bool = True  # belongs to the landmark
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #5dd7f8c7
-def vec(*x): return np.array(x, float)
+def vec(*x):
+    return np.array(x, float)
 
-def body(parts:list, target:bool=True)->Body:
+
+def body(parts: list, target: bool = True) -> Body:
     "A body with its bounding box."
     pts = []
     for p in parts:
-        if isinstance(p, Face): pts += list(p.points)
+        if isinstance(p, Face):
+            pts += list(p.points)
         elif isinstance(p, Round):
-            z = np.linspace(0, p.z1-p.z0, 5); r = np.sqrt(max(0, (p.a+p.b*z+p.c*z*z).max()))
-            pts += [(p.x-r, p.y-r, p.z0), (p.x+r, p.y+r, p.z1)]
-        else: pts += [(p.x-.3, p.y-.3, p.z), (p.x+.3, p.y+.3, p.z+p.height)]
+            z = np.linspace(0, p.z1 - p.z0, 5)
+            r = np.sqrt(max(0, (p.a + p.b * z + p.c * z * z).max()))
+            pts += [(p.x - r, p.y - r, p.z0), (p.x + r, p.y + r, p.z1)]
+        else:
+            pts += [(p.x - 0.3, p.y - 0.3, p.z), (p.x + 0.3, p.y + 0.3, p.z + p.height)]
     pts = np.array(pts)
     return Body(pts.min(0), pts.max(0), parts, target)
 
-def box(x0, x1, y0, y1, z0, z1, front, side=None, back=None, top=None, target=True)->Body:
+
+def box(x0, x1, y0, y1, z0, z1, front, side=None, back=None, top=None, target=True) -> Body:
     "A block with a surface per side; its back is like its front if nothing else is given."
     side, back = side or front, back or side or front
-    f = [Face(front, vec(x0, y0, z1), vec(x1-x0, 0, 0), vec(0, 0, z0-z1)), Face(back, vec(x1, y1, z1), vec(x0-x1, 0, 0), vec(0, 0, z0-z1)),
-         Face(side, vec(x0, y1, z1), vec(0, y0-y1, 0), vec(0, 0, z0-z1)), Face(side, vec(x1, y0, z1), vec(0, y1-y0, 0), vec(0, 0, z0-z1))]
-    if top: f.append(Face(top, vec(x0, y1, z1), vec(x1-x0, 0, 0), vec(0, y0-y1, 0)))
-    if z0 > .5: f.append(Face(top or side, vec(x0, y0, z0), vec(x1-x0, 0, 0), vec(0, y1-y0, 0)))      # seen from below
+    f = [
+        Face(front, vec(x0, y0, z1), vec(x1 - x0, 0, 0), vec(0, 0, z0 - z1)),
+        Face(back, vec(x1, y1, z1), vec(x0 - x1, 0, 0), vec(0, 0, z0 - z1)),
+        Face(side, vec(x0, y1, z1), vec(0, y0 - y1, 0), vec(0, 0, z0 - z1)),
+        Face(side, vec(x1, y0, z1), vec(0, y1 - y0, 0), vec(0, 0, z0 - z1)),
+    ]
+    if top:
+        f.append(Face(top, vec(x0, y1, z1), vec(x1 - x0, 0, 0), vec(0, y0 - y1, 0)))
+    if z0 > 0.5:
+        f.append(
+            Face(top or side, vec(x0, y0, z0), vec(x1 - x0, 0, 0), vec(0, y1 - y0, 0))
+        )  # seen from below
     return body(f, target)
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #1a147f18
-def hip(x0, x1, y0, y1, z0, z1, key, dx=None, dy=None, target=True, under=None)->Body:
+def hip(x0, x1, y0, y1, z0, z1, key, dx=None, dy=None, target=True, under=None) -> Body:
     "A roof that leans in by dx and dy from its eaves at z0 to z1; to a ridge or point if not given."
-    m = min(x1-x0, y1-y0)/2
+    m = min(x1 - x0, y1 - y0) / 2
     dx, dy = m if dx is None else dx, m if dy is None else dy
-    def slope(a, b, inset, shift): # eaves from a to b
-        u = b-a; k = inset/np.linalg.norm(u)
-        return Face(key, a+shift, u, -shift, [(k, 0), (1-k, 0), (1, 1), (0, 1)])
-    c = [vec(x0, y0, z0), vec(x1, y0, z0), vec(x1, y1, z0), vec(x0, y1, z0)]
-    below = [Face(under, c[0], c[1]-c[0], c[3]-c[0])] if under else []
-    return body(below+[slope(c[0], c[1], dx, vec(0, dy, z1-z0)), slope(c[1], c[2], dy, vec(-dx, 0, z1-z0)),
-                 slope(c[2], c[3], dx, vec(0, -dy, z1-z0)), slope(c[3], c[0], dy, vec(dx, 0, z1-z0))], target)
 
-def gable(x0, x1, y0, y1, z0, z1, roof, wall, along:str='y', over:float=.4, target=True)->Body:
+    def slope(a, b, inset, shift):  # eaves from a to b
+        u = b - a
+        k = inset / np.linalg.norm(u)
+        return Face(key, a + shift, u, -shift, [(k, 0), (1 - k, 0), (1, 1), (0, 1)])
+
+    c = [vec(x0, y0, z0), vec(x1, y0, z0), vec(x1, y1, z0), vec(x0, y1, z0)]
+    below = [Face(under, c[0], c[1] - c[0], c[3] - c[0])] if under else []
+    return body(
+        below
+        + [
+            slope(c[0], c[1], dx, vec(0, dy, z1 - z0)),
+            slope(c[1], c[2], dy, vec(-dx, 0, z1 - z0)),
+            slope(c[2], c[3], dx, vec(0, -dy, z1 - z0)),
+            slope(c[3], c[0], dy, vec(dx, 0, z1 - z0)),
+        ],
+        target,
+    )
+
+
+def gable(x0, x1, y0, y1, z0, z1, roof, wall, along: str = "y", over: float = 0.4, target=True) -> Body:
     "A ridge roof along x or y with walls under its ends."
-    tri, h = [(.5, 0), (1, 1), (0, 1)], z1-z0
-    if along == 'y':
-        m = (x0+x1)/2
-        parts = [Face(roof, vec(m, y1, z1), vec(0, y0-y1, 0), vec(x0-m-over, 0, -h)), Face(roof, vec(m, y0, z1), vec(0, y1-y0, 0), vec(x1-m+over, 0, -h)),
-                 Face(wall, vec(x0, y0, z1), vec(x1-x0, 0, 0), vec(0, 0, -h), tri), Face(wall, vec(x1, y1, z1), vec(x0-x1, 0, 0), vec(0, 0, -h), tri)]
+    tri, h = [(0.5, 0), (1, 1), (0, 1)], z1 - z0
+    if along == "y":
+        m = (x0 + x1) / 2
+        parts = [
+            Face(roof, vec(m, y1, z1), vec(0, y0 - y1, 0), vec(x0 - m - over, 0, -h)),
+            Face(roof, vec(m, y0, z1), vec(0, y1 - y0, 0), vec(x1 - m + over, 0, -h)),
+            Face(wall, vec(x0, y0, z1), vec(x1 - x0, 0, 0), vec(0, 0, -h), tri),
+            Face(wall, vec(x1, y1, z1), vec(x0 - x1, 0, 0), vec(0, 0, -h), tri),
+        ]
     else:
-        m = (y0+y1)/2
-        parts = [Face(roof, vec(x0, m, z1), vec(x1-x0, 0, 0), vec(0, y0-m-over, -h)), Face(roof, vec(x1, m, z1), vec(x0-x1, 0, 0), vec(0, y1-m+over, -h)),
-                 Face(wall, vec(x0, y1, z1), vec(0, y0-y1, 0), vec(0, 0, -h), tri), Face(wall, vec(x1, y0, z1), vec(0, y1-y0, 0), vec(0, 0, -h), tri)]
+        m = (y0 + y1) / 2
+        parts = [
+            Face(roof, vec(x0, m, z1), vec(x1 - x0, 0, 0), vec(0, y0 - m - over, -h)),
+            Face(roof, vec(x1, m, z1), vec(x0 - x1, 0, 0), vec(0, y1 - m + over, -h)),
+            Face(wall, vec(x0, y1, z1), vec(0, y0 - y1, 0), vec(0, 0, -h), tri),
+            Face(wall, vec(x1, y0, z1), vec(0, y1 - y0, 0), vec(0, 0, -h), tri),
+        ]
     return body(parts, target)
 
-def cylinder(x, y, r, z0, z1, key, turns=1., r1=None, target=True)->Body:
-    "A round tower, a column or a chimney; r1 is the radius above."
-    if r1 is None or r1 == r: return body([Round(key, x, y, z0, z1, r*r, 0., 0., turns)], target)
-    k = (r1-r)/(z1-z0)
-    return body([Round(key, x, y, z0, z1, r*r, 2*r*k, k*k, turns)], target)
 
-def dome(x, y, r, z0, key, rise=1., turns=2., target=True)->Body:
+def cylinder(x, y, r, z0, z1, key, turns=1.0, r1=None, target=True) -> Body:
+    "A round tower, a column or a chimney; r1 is the radius above."
+    if r1 is None or r1 == r:
+        return body([Round(key, x, y, z0, z1, r * r, 0.0, 0.0, turns)], target)
+    k = (r1 - r) / (z1 - z0)
+    return body([Round(key, x, y, z0, z1, r * r, 2 * r * k, k * k, turns)], target)
+
+
+def dome(x, y, r, z0, key, rise=1.0, turns=2.0, target=True) -> Body:
     "Half an ellipsoid, `rise` radii high."
-    return body([Round(key, x, y, z0, z0+r*rise, r*r, 0., -1/rise**2, turns)], target)
+    return body([Round(key, x, y, z0, z0 + r * rise, r * r, 0.0, -1 / rise**2, turns)], target)
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #2e700b58
-def paint_order(bodies:list, eye:np.ndarray)->list: # positions, far to near
+def paint_order(bodies: list, eye: np.ndarray) -> list:  # positions, far to near
     "Back to front."
     lo, hi = np.array([b.lo for b in bodies]), np.array([b.hi for b in bodies])
     e = 1e-3
-    free = np.zeros((len(bodies),)*2, bool)                                   # free[i, j]: i can not hide j
+    free = np.zeros((len(bodies),) * 2, bool)  # free[i, j]: i can not hide j
     for k in range(3):
-        free |= (hi[:, None, k] <= lo[None, :, k]+e) & (eye[k] >= lo[None, :, k]-e)   # j is on the eye's side
-        free |= (lo[:, None, k] >= hi[None, :, k]-e) & (eye[k] <= hi[None, :, k]+e)
-    hides = ~free; np.fill_diagonal(hides, False)
-    far = np.linalg.norm((lo+hi)/2-eye, axis=1)
+        free |= (hi[:, None, k] <= lo[None, :, k] + e) & (
+            eye[k] >= lo[None, :, k] - e
+        )  # j is on the eye's side
+        free |= (lo[:, None, k] >= hi[None, :, k] - e) & (eye[k] <= hi[None, :, k] + e)
+    hides = ~free
+    np.fill_diagonal(hides, False)
+    far = np.linalg.norm((lo + hi) / 2 - eye, axis=1)
     left, order = list(np.argsort(-far)), []
     while left:
-        sub = hides[np.ix_(left, left)].sum(1)                                 # how many of those left each one hides
+        sub = hides[np.ix_(left, left)].sum(1)  # how many of those left each one hides
         ok = np.flatnonzero(sub == 0)
         order.append(left.pop(int(ok[0]) if len(ok) else int(sub.argmin())))
     return [int(i) for i in order]
@@ -159,133 +224,213 @@ def paint_order(bodies:list, eye:np.ndarray)->list: # positions, far to near
 # %% ../../../nbs/parts/minigld/geometry.ipynb #88bcbe73
 class Canvas:
     "What the camera sees before light and weather."
-    def __init__(self, cam:Camera, sun:np.ndarray):
+
+    def __init__(self, cam: Camera, sun: np.ndarray):
         self.cam, self.sun, s = cam, sun, (cam.h, cam.w)
         self.rgb = np.zeros((*s, 3), np.uint8)
-        self.lit = np.zeros((*s, 3), np.uint8)      # share of the sun and of the sky (100 is all), glow
-        self.far = np.full(s, 1e4, np.float32)      # metres
-        self.who = np.zeros(s, np.uint8)            # 0 sky or ground, 1 others, 2 landmark
-        self.all = np.zeros(s, np.uint8)            # where the landmark would be seen if nothing stood before it
+        self.lit = np.zeros((*s, 3), np.uint8)  # share of the sun and of the sky (100 is all), glow
+        self.far = np.full(s, 1e4, np.float32)  # metres
+        self.who = np.zeros(s, np.uint8)  # 0 sky or ground, 1 others, 2 landmark
+        self.all = np.zeros(s, np.uint8)  # where the landmark would be seen if nothing stood before it
 
-    def put(self, y0, x0, mask, rgb, lit, far:float, who:int):
+    def put(self, y0, x0, mask, rgb, lit, far: float, who: int):
         "Copy a patch into the buffers where its mask is set."
-        s = np.s_[y0:y0+mask.shape[0], x0:x0+mask.shape[1]]
-        cv2.copyTo(rgb, mask, self.rgb[s]); cv2.copyTo(lit, mask, self.lit[s])
+        s = np.s_[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
+        cv2.copyTo(rgb, mask, self.rgb[s])
+        cv2.copyTo(lit, mask, self.lit[s])
         inside = mask > 0
-        self.far[s][inside] = far; self.who[s][inside] = who
-        if who == 2: self.all[s][inside] = 1
+        self.far[s][inside] = far
+        self.who[s][inside] = who
+        if who == 2:
+            self.all[s][inside] = 1
 
-    def window(self, px:np.ndarray)->tuple: # x0, y0, x1, y1
+    def window(self, px: np.ndarray) -> tuple:  # x0, y0, x1, y1
         "The part of the picture that a set of points may touch."
-        (x0, y0), (x1, y1) = np.floor(px.min(0)), np.ceil(px.max(0))+1
+        (x0, y0), (x1, y1) = np.floor(px.min(0)), np.ceil(px.max(0)) + 1
         return max(int(x0), 0), max(int(y0), 0), min(int(x1), self.cam.w), min(int(y1), self.cam.h)
 
-def clip_near(points:np.ndarray, cam:Camera, near:float=.25)->np.ndarray:
+
+def clip_near(points: np.ndarray, cam: Camera, near: float = 0.25) -> np.ndarray:
     "The part of a polygon in space that lies before the camera."
-    d = (points-cam.at)@cam.turn[2]-near
-    if d.min() >= 0: return points
+    d = (points - cam.at) @ cam.turn[2] - near
+    if d.min() >= 0:
+        return points
     out = []
     for p, q, a, b in zip(points, np.roll(points, -1, 0), d, np.roll(d, -1)):
-        if a >= 0: out.append(p)
-        if (a >= 0) != (b >= 0): out.append(p+(q-p)*(a/(a-b)))
+        if a >= 0:
+            out.append(p)
+        if (a >= 0) != (b >= 0):
+            out.append(p + (q - p) * (a / (a - b)))
     return np.array(out).reshape(-1, 3)
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #5fb3fc4d
-def level_of(pyramid:list, ratio:float)->int:
+def level_of(pyramid: list, ratio: float) -> int:
     "The level with about one pixel per pixel of the picture."
-    return int(np.clip(round(np.log2(max(ratio, 1e-6))-.35), 0, len(pyramid)-1))
+    return int(np.clip(round(np.log2(max(ratio, 1e-6)) - 0.35), 0, len(pyramid) - 1))
 
-def sunlight(sun:np.ndarray, face:Face)->np.ndarray: # [3, 4]
+
+def sunlight(sun: np.ndarray, face: Face) -> np.ndarray:  # [3, 4]
     "The linear map from slopes and glow of a surface to its share of sun and sky, and glow."
-    n, u, v = face.normal, face.u/np.linalg.norm(face.u), face.v/np.linalg.norm(face.v)
-    nl = float(n@sun); facing = 100*(max(0., nl)*4 if nl < .25 else 1.)       # no slope is lit on a wall in the shade
-    a, b = -float(u@sun)/60*facing, -float(v@sun)/60*facing
-    return np.array([[a, b, 0, facing*max(nl, 0.)-128*(a+b)], [0, .62, 0, 82+18*n[2]-80], [0, 0, 1, 0]])
+    n, u, v = face.normal, face.u / np.linalg.norm(face.u), face.v / np.linalg.norm(face.v)
+    nl = float(n @ sun)
+    facing = 100 * (max(0.0, nl) * 4 if nl < 0.25 else 1.0)  # no slope is lit on a wall in the shade
+    a, b = -float(u @ sun) / 60 * facing, -float(v @ sun) / 60 * facing
+    return np.array(
+        [[a, b, 0, facing * max(nl, 0.0) - 128 * (a + b)], [0, 0.62, 0, 82 + 18 * n[2] - 80], [0, 0, 1, 0]]
+    )
 
-def draw_face(cv:Canvas, face:Face, pyramid:list, who:int):
+
+def draw_face(cv: Canvas, face: Face, pyramid: list, who: int):
     "Paint a flat face that looks at the camera."
     cam = cv.cam
-    if (cam.at-face.o)@face.normal <= 0: return
+    if (cam.at - face.o) @ face.normal <= 0:
+        return
     pts = clip_near(face.points, cam)
-    if len(pts) < 3: return
+    if len(pts) < 3:
+        return
     px = cam.project(pts)[0].clip(-8000, 8000)
     x0, y0, x1, y1 = cv.window(px)
-    if x1-x0 < 2 or y1-y0 < 2: return
-    mask = np.zeros((y1-y0, x1-x0), np.uint8)
-    cv2.fillPoly(mask, [np.round((px-[x0, y0])*16).astype(np.int32)], 255, cv2.LINE_8, 4)
+    if x1 - x0 < 2 or y1 - y0 < 2:
+        return
+    mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    cv2.fillPoly(mask, [np.round((px - [x0, y0]) * 16).astype(np.int32)], 255, cv2.LINE_8, 4)
     h, w = pyramid[0][0].shape[:2]
-    ratio = np.sqrt(h*w*face.share/max(abs(cv2.contourArea(px.astype(np.float32))), 1.))*(1. if len(pts) == len(face.points) else .6)
-    rgb, aux = pyramid[level_of(pyramid, ratio)]; h, w = rgb.shape[:2]
-    H = np.array([[cam.f, 0, cam.w/2-x0], [0, cam.f, cam.h/2-y0], [0, 0, 1.]])@cam.turn@np.stack([face.u/w, face.v/h, face.o-cam.at], 1)
-    rgb, aux = (cv2.warpPerspective(a, H, (x1-x0, y1-y0), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for a in (rgb, aux))
-    cv.put(y0, x0, mask, rgb, cv2.transform(aux, sunlight(cv.sun, face)), float(np.linalg.norm(pts.mean(0)-cam.at)), who)
+    ratio = np.sqrt(h * w * face.share / max(abs(cv2.contourArea(px.astype(np.float32))), 1.0)) * (
+        1.0 if len(pts) == len(face.points) else 0.6
+    )
+    rgb, aux = pyramid[level_of(pyramid, ratio)]
+    h, w = rgb.shape[:2]
+    H = (
+        np.array([[cam.f, 0, cam.w / 2 - x0], [0, cam.f, cam.h / 2 - y0], [0, 0, 1.0]])
+        @ cam.turn
+        @ np.stack([face.u / w, face.v / h, face.o - cam.at], 1)
+    )
+    rgb, aux = (
+        cv2.warpPerspective(a, H, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        for a in (rgb, aux)
+    )
+    cv.put(
+        y0,
+        x0,
+        mask,
+        rgb,
+        cv2.transform(aux, sunlight(cv.sun, face)),
+        float(np.linalg.norm(pts.mean(0) - cam.at)),
+        who,
+    )
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #4ab7e00a
-def meet(p:Round, cam:Camera, x0:int, y0:int, x1:int, y1:int)->tuple: # x, y, z (from the axis and z0) and where it is met
+def meet(
+    p: Round, cam: Camera, x0: int, y0: int, x1: int, y1: int
+) -> tuple:  # x, y, z (from the axis and z0) and where it is met
     "Where the rays of a part of the picture meet a round."
-    gx, gy = np.meshgrid((np.arange(x0, x1, dtype=np.float32)+.5-cam.w/2)/cam.f, (np.arange(y0, y1, dtype=np.float32)+.5-cam.h/2)/cam.f)
+    gx, gy = np.meshgrid(
+        (np.arange(x0, x1, dtype=np.float32) + 0.5 - cam.w / 2) / cam.f,
+        (np.arange(y0, y1, dtype=np.float32) + 0.5 - cam.h / 2) / cam.f,
+    )
     R = cam.turn.astype(np.float32)
-    d = [gx*R[0, i]+gy*R[1, i]+R[2, i] for i in range(3)]
-    ox, oy, oz = (float(t) for t in cam.at-[p.x, p.y, p.z0])
-    A = d[0]**2+d[1]**2-p.c*d[2]**2
-    B = ox*d[0]+oy*d[1]-(p.b/2+p.c*oz)*d[2]
-    root = B*B-A*(ox*ox+oy*oy-p.a-p.b*oz-p.c*oz*oz)
-    t = (-B-np.sqrt(np.maximum(root, 0)))/np.where(np.abs(A) < 1e-7, np.float32(1e-7), A)
-    z = oz+t*d[2]
-    return ox+t*d[0], oy+t*d[1], z, (root > 0) & (t > .3) & (z >= 0) & (z <= p.z1-p.z0)
+    d = [gx * R[0, i] + gy * R[1, i] + R[2, i] for i in range(3)]
+    ox, oy, oz = (float(t) for t in cam.at - [p.x, p.y, p.z0])
+    A = d[0] ** 2 + d[1] ** 2 - p.c * d[2] ** 2
+    B = ox * d[0] + oy * d[1] - (p.b / 2 + p.c * oz) * d[2]
+    root = B * B - A * (ox * ox + oy * oy - p.a - p.b * oz - p.c * oz * oz)
+    t = (-B - np.sqrt(np.maximum(root, 0))) / np.where(np.abs(A) < 1e-7, np.float32(1e-7), A)
+    z = oz + t * d[2]
+    return ox + t * d[0], oy + t * d[1], z, (root > 0) & (t > 0.3) & (z >= 0) & (z <= p.z1 - p.z0)
 
-def draw_round(cv:Canvas, p:Round, pyramid:list, who:int):
+
+def draw_round(cv: Canvas, p: Round, pyramid: list, who: int):
     "Paint a piece of a quadric: one ray per pixel of its bounding box."
     cam = cv.cam
-    z = np.linspace(0, p.z1-p.z0, 5); radius = np.sqrt(np.maximum(0, p.a+p.b*z+p.c*z*z)).max()
-    px, depth = cam.project([(p.x+i*radius, p.y+j*radius, k) for i in (-1, 1) for j in (-1, 1) for k in (p.z0, p.z1)])
-    if depth.min() < .3: return
+    z = np.linspace(0, p.z1 - p.z0, 5)
+    radius = np.sqrt(np.maximum(0, p.a + p.b * z + p.c * z * z)).max()
+    px, depth = cam.project(
+        [(p.x + i * radius, p.y + j * radius, k) for i in (-1, 1) for j in (-1, 1) for k in (p.z0, p.z1)]
+    )
+    if depth.min() < 0.3:
+        return
     x0, y0, x1, y1 = cv.window(px)
-    if x1-x0 < 1 or y1-y0 < 1: return
+    if x1 - x0 < 1 or y1 - y0 < 1:
+        return
     x, y, z, hit = meet(p, cam, x0, y0, x1, y1)
-    if not hit.any(): return
+    if not hit.any():
+        return
     h = pyramid[0][0].shape[0]
-    rgb, aux = pyramid[level_of(pyramid, h/max(4., px[:, 1].max()-px[:, 1].min()))]; h, w = rgb.shape[:2]
-    mu = (np.arctan2(x, -y)/np.float32(2*np.pi)+np.float32(.5))*np.float32(p.turns) % 1*w; mv = (1-z/(p.z1-p.z0))*h-.5
-    rgb, aux = (cv2.remap(a, mu.astype(np.float32), mv.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for a in (rgb, aux))
-    nz = -(p.b/2+p.c*z); norm = np.sqrt(x*x+y*y+nz*nz)+1e-6
-    s, r = [float(t) for t in cv.sun], np.sqrt(x*x+y*y)+1e-6
-    light = (x*s[0]+y*s[1]+nz*s[2])/norm-(aux[..., 0].astype(np.float32)-128)*(-y*s[0]+x*s[1])/r/60
-    sky = .82+.18*nz/norm+(aux[..., 1].astype(np.float32)-128)/160
-    lit = cv2.merge([np.clip(100*light, 0, 255).astype(np.uint8), np.clip(100*sky, 0, 255).astype(np.uint8), np.ascontiguousarray(aux[..., 2])])
-    cv.put(y0, x0, hit.astype(np.uint8)*255, rgb, lit, float(depth.mean()), who)
+    rgb, aux = pyramid[level_of(pyramid, h / max(4.0, px[:, 1].max() - px[:, 1].min()))]
+    h, w = rgb.shape[:2]
+    mu = (np.arctan2(x, -y) / np.float32(2 * np.pi) + np.float32(0.5)) * np.float32(p.turns) % 1 * w
+    mv = (1 - z / (p.z1 - p.z0)) * h - 0.5
+    rgb, aux = (
+        cv2.remap(
+            a, mu.astype(np.float32), mv.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
+        for a in (rgb, aux)
+    )
+    nz = -(p.b / 2 + p.c * z)
+    norm = np.sqrt(x * x + y * y + nz * nz) + 1e-6
+    s, r = [float(t) for t in cv.sun], np.sqrt(x * x + y * y) + 1e-6
+    light = (x * s[0] + y * s[1] + nz * s[2]) / norm - (aux[..., 0].astype(np.float32) - 128) * (
+        -y * s[0] + x * s[1]
+    ) / r / 60
+    sky = 0.82 + 0.18 * nz / norm + (aux[..., 1].astype(np.float32) - 128) / 160
+    lit = cv2.merge(
+        [
+            np.clip(100 * light, 0, 255).astype(np.uint8),
+            np.clip(100 * sky, 0, 255).astype(np.uint8),
+            np.ascontiguousarray(aux[..., 2]),
+        ]
+    )
+    cv.put(y0, x0, hit.astype(np.uint8) * 255, rgb, lit, float(depth.mean()), who)
 
-def draw_sprite(cv:Canvas, p:Sprite, who:int):
+
+def draw_sprite(cv: Canvas, p: Sprite, who: int):
     "Paste a standing picture at its place."
-    px, depth = cv.cam.project([(p.x, p.y, p.z), (p.x, p.y, p.z+p.height)])
-    if depth.min() < .8: return
-    h = int(abs(px[0, 1]-px[1, 1])); w = int(h*p.picture.shape[1]/p.picture.shape[0])
-    if h < 3 or w < 2 or h > 4*cv.cam.h: return
-    x0, y0 = int(px[0, 0]-w/2), int(px[0, 1]-h)
-    a, b, c, d = max(0, x0), max(0, y0), min(cv.cam.w, x0+w), min(cv.cam.h, y0+h)
-    if a >= c or b >= d: return
-    pic = cv2.resize(p.picture, (w, h), interpolation=cv2.INTER_AREA if h < p.picture.shape[0] else cv2.INTER_LINEAR)[b-y0:d-y0, a-x0:c-x0]
-    mask, rgb = (pic[..., 3] > 110).astype(np.uint8)*255, np.ascontiguousarray(pic[..., :3])
-    lit = np.empty_like(rgb); lit[:] = (62 if cv.sun[2] > 0 else 0, 90, 0)
-    if p.glow: lit[..., 2] = (rgb.min(-1) > 190)*np.uint8(p.glow*255)
+    px, depth = cv.cam.project([(p.x, p.y, p.z), (p.x, p.y, p.z + p.height)])
+    if depth.min() < 0.8:
+        return
+    h = int(abs(px[0, 1] - px[1, 1]))
+    w = int(h * p.picture.shape[1] / p.picture.shape[0])
+    if h < 3 or w < 2 or h > 4 * cv.cam.h:
+        return
+    x0, y0 = int(px[0, 0] - w / 2), int(px[0, 1] - h)
+    a, b, c, d = max(0, x0), max(0, y0), min(cv.cam.w, x0 + w), min(cv.cam.h, y0 + h)
+    if a >= c or b >= d:
+        return
+    pic = cv2.resize(
+        p.picture, (w, h), interpolation=cv2.INTER_AREA if h < p.picture.shape[0] else cv2.INTER_LINEAR
+    )[b - y0 : d - y0, a - x0 : c - x0]
+    mask, rgb = (pic[..., 3] > 110).astype(np.uint8) * 255, np.ascontiguousarray(pic[..., :3])
+    lit = np.empty_like(rgb)
+    lit[:] = (62 if cv.sun[2] > 0 else 0, 90, 0)
+    if p.glow:
+        lit[..., 2] = (rgb.min(-1) > 190) * np.uint8(p.glow * 255)
     cv.put(b, a, mask, rgb, lit, float(depth[0]), who)
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #970dbd1f
-def in_view(b:Body, cam:Camera)->bool:
+def in_view(b: Body, cam: Camera) -> bool:
     "Whether a body's bounding box may touch the picture."
-    px, depth = cam.project([(x, y, z) for x in (b.lo[0], b.hi[0]) for y in (b.lo[1], b.hi[1]) for z in (b.lo[2], b.hi[2])])
-    if depth.max() < .3: return False
-    if depth.min() < .3: return True
+    px, depth = cam.project(
+        [(x, y, z) for x in (b.lo[0], b.hi[0]) for y in (b.lo[1], b.hi[1]) for z in (b.lo[2], b.hi[2])]
+    )
+    if depth.max() < 0.3:
+        return False
+    if depth.min() < 0.3:
+        return True
     return bool((px.max(0) > 0).all() and px[:, 0].min() < cam.w and px[:, 1].min() < cam.h)
 
-def draw_bodies(cv:Canvas, bodies:list, surfaces):
+
+def draw_bodies(cv: Canvas, bodies: list, surfaces):
     "Paint all bodies, far ones first; `surfaces(key)` gives the pyramid of a surface."
     bodies = [b for b in bodies if in_view(b, cv.cam)]
-    if not bodies: return
+    if not bodies:
+        return
     for i in paint_order(bodies, cv.cam.at):
         who = 2 if bodies[i].target else 1
         for p in bodies[i].parts:
             if isinstance(p, Face):
-                if (cv.cam.at-p.o)@p.normal > 0: draw_face(cv, p, surfaces(p.key), who)
-            elif isinstance(p, Round): draw_round(cv, p, surfaces(p.key), who)
-            else: draw_sprite(cv, p, who)
+                if (cv.cam.at - p.o) @ p.normal > 0:
+                    draw_face(cv, p, surfaces(p.key), who)
+            elif isinstance(p, Round):
+                draw_round(cv, p, surfaces(p.key), who)
+            else:
+                draw_sprite(cv, p, who)

@@ -8,134 +8,346 @@ __all__ = ['ART', 'flooring', 'ceiling', 'hall_wall', 'canvas', 'artwork']
 # %% ../../../nbs/parts/minigld/inside.ipynb #8c54064e
 import cv2
 import numpy as np
-from .paint import BRIGHT, STONE, Surface, carve, glyph, masonry, noise, opening, weathered, window
+from landmark.parts.minigld.paint import (
+    BRIGHT,
+    STONE,
+    Surface,
+    carve,
+    glyph,
+    masonry,
+    noise,
+    opening,
+    weathered,
+    window,
+)
 from .facade import frieze, inscription, niche, pilaster, portal, rose
 
 # %% ../../../nbs/parts/minigld/inside.ipynb #28df5ac7
-def flooring(r, width:float, depth:float, ppm:float, pal:dict)->Surface:
+def flooring(r, width: float, depth: float, ppm: float, pal: dict) -> Surface:
     "A floor: chequers, slabs or parquet, worn, with a medallion in its middle."
-    h, w = int(depth*ppm), int(width*ppm)
-    a, b = STONE[r.integers(len(STONE))], STONE[r.integers(len(STONE))]*r.uniform(.3, .8)
-    kind, n = r.integers(3), r.uniform(.6, 1.6)*ppm
-    if kind == 0: s = masonry(r, h, w, ppm, 'panel', a, b)
+    h, w = int(depth * ppm), int(width * ppm)
+    a, b = STONE[r.integers(len(STONE))], STONE[r.integers(len(STONE))] * r.uniform(0.3, 0.8)
+    kind, n = r.integers(3), r.uniform(0.6, 1.6) * ppm
+    if kind == 0:
+        s = masonry(r, h, w, ppm, "panel", a, b)
     else:
         y, x = np.mgrid[:h, :w].astype(np.float32)
-        if kind == 1: u = ((x//n+y//n) % 2).astype(np.uint8)
-        else: u = (((x+y)//n % 2)+((x-y)//n % 2) == 1).astype(np.uint8)
-        s = Surface(h, w); s.rgb = weathered(r, np.where(u[..., None] > 0, a, b).astype(np.uint8), .6)
-    size = int(min(h, w)*.5); m = glyph(r, size); m = np.maximum(m, m[::-1])
-    if r.random() < .6: carve(s, m, w/2-size/2, h*.45-size/2, pal['accent'], 0)
-    carpet = r.random() < .35
-    if carpet: s.rect(w*.42, 0, w*.58, h, pal['accent']*.8); [carve(s, glyph(r, int(w*.1)), w*.45, y, (226, 190, 110), 0) for y in np.arange(0, h, w*.16)]
+        if kind == 1:
+            u = ((x // n + y // n) % 2).astype(np.uint8)
+        else:
+            u = (((x + y) // n % 2) + ((x - y) // n % 2) == 1).astype(np.uint8)
+        s = Surface(h, w)
+        s.rgb = weathered(r, np.where(u[..., None] > 0, a, b).astype(np.uint8), 0.6)
+    size = int(min(h, w) * 0.5)
+    m = glyph(r, size)
+    m = np.maximum(m, m[::-1])
+    if r.random() < 0.6:
+        carve(s, m, w / 2 - size / 2, h * 0.45 - size / 2, pal["accent"], 0)
+    carpet = r.random() < 0.35
+    if carpet:
+        s.rect(w * 0.42, 0, w * 0.58, h, pal["accent"] * 0.8)
+        [carve(s, glyph(r, int(w * 0.1)), w * 0.45, y, (226, 190, 110), 0) for y in np.arange(0, h, w * 0.16)]
     return s
 
 # %% ../../../nbs/parts/minigld/inside.ipynb #52d1eb16
-def ceiling(r, width:float, depth:float, ppm:float, pal:dict)->Surface:
+def ceiling(r, width: float, depth: float, ppm: float, pal: dict) -> Surface:
     "A vault: ribs, coffers or a painted sky."
-    h, w = int(depth*ppm), int(width*ppm)
-    s = masonry(r, h, w, ppm, 'plaster', pal['wall']*.9); n = int(r.integers(4, 8)); kind = r.integers(3)
-    if kind == 2: s.rgb = weathered(r, np.full_like(s.rgb, (60, 80, 130)), 1.); [cv2.circle(s.rgb, (int(x), int(y)), 2, (236, 206, 110), -1) for x, y in r.random((160, 2))*[w, h]]
-    for i in range(n+1):
-        y = i*h/n; s.rect(0, y-3, w, y+3, pal['trim'], 6.)
-        if kind == 0 and i < n: [cv2.line(s.rgb, a, b, pal['trim'].tolist(), 4, cv2.LINE_AA) for a, b in [((0, int(y)), (w, int(y+h/n))), ((w, int(y)), (0, int(y+h/n)))]]
+    h, w = int(depth * ppm), int(width * ppm)
+    s = masonry(r, h, w, ppm, "plaster", pal["wall"] * 0.9)
+    n = int(r.integers(4, 8))
+    kind = r.integers(3)
+    if kind == 2:
+        s.rgb = weathered(r, np.full_like(s.rgb, (60, 80, 130)), 1.0)
+        [cv2.circle(s.rgb, (int(x), int(y)), 2, (236, 206, 110), -1) for x, y in r.random((160, 2)) * [w, h]]
+    for i in range(n + 1):
+        y = i * h / n
+        s.rect(0, y - 3, w, y + 3, pal["trim"], 6.0)
+        if kind == 0 and i < n:
+            [
+                cv2.line(s.rgb, a, b, pal["trim"].tolist(), 4, cv2.LINE_AA)
+                for a, b in [((0, int(y)), (w, int(y + h / n))), ((w, int(y)), (0, int(y + h / n)))]
+            ]
         if kind >= 1 and i < n:
-            for j in range(5): s.rect((j+.15)*w/5, y+h/n*.2, (j+.85)*w/5, y+h/n*.9, pal['second']*.7, -5.); carve(s, glyph(r, int(h/n*.5)), (j+.5)*w/5-h/n*.25, y+h/n*.3, pal['trim']*1.1, 3.)
+            for j in range(5):
+                s.rect(
+                    (j + 0.15) * w / 5,
+                    y + h / n * 0.2,
+                    (j + 0.85) * w / 5,
+                    y + h / n * 0.9,
+                    pal["second"] * 0.7,
+                    -5.0,
+                )
+                carve(
+                    s,
+                    glyph(r, int(h / n * 0.5)),
+                    (j + 0.5) * w / 5 - h / n * 0.25,
+                    y + h / n * 0.3,
+                    pal["trim"] * 1.1,
+                    3.0,
+                )
     return s
 
 # %% ../../../nbs/parts/minigld/inside.ipynb #00a4e112
-def hall_wall(r, width:float, height:float, ppm:float, pal:dict, role:str)->Surface:
+def hall_wall(r, width: float, height: float, ppm: float, pal: dict, role: str) -> Surface:
     "A wall of a hall: `side` has arcades, windows and pictures; `end` a rose, an altar, a throne or an organ."
-    w, h = int(width*ppm), int(height*ppm)
-    s = masonry(r, h, w, ppm, pal['kind'], pal['wall'], pal['second'] if pal['kind'] == 'striped' else None)
-    frieze(r, s, h*.4, h*.47, pal); s.rect(0, h*.93, w, h, pal['wall']*.6, 4.)
-    if role == 'side':
-        n = max(3, round(width/pal['bay'])); bw = w/n
+    w, h = int(width * ppm), int(height * ppm)
+    s = masonry(r, h, w, ppm, pal["kind"], pal["wall"], pal["second"] if pal["kind"] == "striped" else None)
+    frieze(r, s, h * 0.4, h * 0.47, pal)
+    s.rect(0, h * 0.93, w, h, pal["wall"] * 0.6, 4.0)
+    if role == "side":
+        n = max(3, round(width / pal["bay"]))
+        bw = w / n
         style = r.integers(3)
         for i in range(n):
-            x = (i+.5)*bw
-            m = window(r, 'pointed' if pal['gothic'] else 'arch', int(bw*.36), int(h*.26), pal['trim'], pal['accent'], .9); m.glow[m.height < -2] = 210; m.rgb[m.height < -3.5] = np.clip(m.rgb[m.height < -3.5].astype(int)*2+60, 0, 255).astype(np.uint8)
-            s.stamp(m, x-m.w/2, h*.08)
-            if style == 0: s.poly(opening('pointed' if pal['gothic'] else 'arch', bw*.66, h*.44, x-bw*.33, h*.52), pal['wall']*.4, -6.); niche(r, s, x, h*.62, h*.26, pal)
-            elif style == 1: canvas(r, s, x-bw*.36, h*.53, bw*.72, h*r.uniform(.22, .36))
-            else: niche(r, s, x, h*.54, h*.36, pal) if i % 2 else carve(s, glyph(r, int(bw*.66)), x-bw*.33, h*.56, pal['accent'], 4.)
-            pilaster(s, i*bw, bw*.07, pal)
+            x = (i + 0.5) * bw
+            m = window(
+                r,
+                "pointed" if pal["gothic"] else "arch",
+                int(bw * 0.36),
+                int(h * 0.26),
+                pal["trim"],
+                pal["accent"],
+                0.9,
+            )
+            m.glow[m.height < -2] = 210
+            m.rgb[m.height < -3.5] = np.clip(m.rgb[m.height < -3.5].astype(int) * 2 + 60, 0, 255).astype(
+                np.uint8
+            )
+            s.stamp(m, x - m.w / 2, h * 0.08)
+            if style == 0:
+                s.poly(
+                    opening(
+                        "pointed" if pal["gothic"] else "arch", bw * 0.66, h * 0.44, x - bw * 0.33, h * 0.52
+                    ),
+                    pal["wall"] * 0.4,
+                    -6.0,
+                )
+                niche(r, s, x, h * 0.62, h * 0.26, pal)
+            elif style == 1:
+                canvas(r, s, x - bw * 0.36, h * 0.53, bw * 0.72, h * r.uniform(0.22, 0.36))
+            else:
+                niche(r, s, x, h * 0.54, h * 0.36, pal) if i % 2 else carve(
+                    s, glyph(r, int(bw * 0.66)), x - bw * 0.33, h * 0.56, pal["accent"], 4.0
+                )
+            pilaster(s, i * bw, bw * 0.07, pal)
         return s
     _end_wall(r, s, pal, w, h)
     return s
 
-def _end_wall(r, s:Surface, pal:dict, w:int, h:int):
+
+def _end_wall(r, s: Surface, pal: dict, w: int, h: int):
     "Above a rose, three tall windows, an organ or a painted field; below an altar, a door or a great picture."
-    kind, lancet = r.integers(4), 'pointed' if pal['gothic'] else 'arch'
-    if kind == 0 or pal['gothic']: rose(r, s, w/2, h*.23, min(w, h)*r.uniform(.13, .19), pal, 220)
+    kind, lancet = r.integers(4), "pointed" if pal["gothic"] else "arch"
+    if kind == 0 or pal["gothic"]:
+        rose(r, s, w / 2, h * 0.23, min(w, h) * r.uniform(0.13, 0.19), pal, 220)
     elif kind == 1:
-        for k in (-1, 0, 1): m = window(r, lancet, int(w*.12), int(h*(.3 if k else .34)), pal['trim'], pal['accent'], 1.); s.stamp(m, w*(.5+.18*k)-m.w/2, h*(.06 if k else .02))
+        for k in (-1, 0, 1):
+            m = window(
+                r, lancet, int(w * 0.12), int(h * (0.3 if k else 0.34)), pal["trim"], pal["accent"], 1.0
+            )
+            s.stamp(m, w * (0.5 + 0.18 * k) - m.w / 2, h * (0.06 if k else 0.02))
     elif kind == 2:
-        for i, x in enumerate(np.linspace(.3, .7, 17)): k = h*(.2+.14*abs(np.sin(i*r.uniform(.5, .6)))); s.rect(w*x-w*.009, h*.38-k, w*x+w*.009, h*.38, (206, 176, 104) if i % 2 else (170, 150, 110), 6.)
-        s.rect(w*.27, h*.34, w*.73, h*.4, (104, 66, 40), 5.)
+        for i, x in enumerate(np.linspace(0.3, 0.7, 17)):
+            k = h * (0.2 + 0.14 * abs(np.sin(i * r.uniform(0.5, 0.6))))
+            s.rect(
+                w * x - w * 0.009,
+                h * 0.38 - k,
+                w * x + w * 0.009,
+                h * 0.38,
+                (206, 176, 104) if i % 2 else (170, 150, 110),
+                6.0,
+            )
+        s.rect(w * 0.27, h * 0.34, w * 0.73, h * 0.4, (104, 66, 40), 5.0)
     else:
-        k = int(min(w*.5, h*.36)); g = glyph(r, k); s.poly(opening('round', w*.56, h*.37, w*.22, h*.015), pal['second']*.6, 2.); carve(s, np.maximum(g, g[::-1]) if r.random() < .4 else g, w/2-k/2, h*.02, pal['accent'], 3.)
-        for x in (.14, .8): q = int(h*.2); carve(s, glyph(r, q), w*x, h*.16, pal['trim']*.6, 3.)
+        k = int(min(w * 0.5, h * 0.36))
+        g = glyph(r, k)
+        s.poly(opening("round", w * 0.56, h * 0.37, w * 0.22, h * 0.015), pal["second"] * 0.6, 2.0)
+        carve(
+            s, np.maximum(g, g[::-1]) if r.random() < 0.4 else g, w / 2 - k / 2, h * 0.02, pal["accent"], 3.0
+        )
+        for x in (0.14, 0.8):
+            q = int(h * 0.2)
+            carve(s, glyph(r, q), w * x, h * 0.16, pal["trim"] * 0.6, 3.0)
     for k in (-1, 1):
-        niche(r, s, w*(.5+.36*k), h*.5, h*.3, pal)
-        m = window(r, lancet, int(w*.09), int(h*.24), pal['trim'], pal['accent'], 1.); s.stamp(m, w*(.5+.4*k)-m.w/2, h*.1)
+        niche(r, s, w * (0.5 + 0.36 * k), h * 0.5, h * 0.3, pal)
+        m = window(r, lancet, int(w * 0.09), int(h * 0.24), pal["trim"], pal["accent"], 1.0)
+        s.stamp(m, w * (0.5 + 0.4 * k) - m.w / 2, h * 0.1)
     below = r.integers(3)
-    if below == 0: portal(r, s, w/2, w*.2, h*.42, dict(pal, trim=pal['accent']*.5+90), pal['gothic']); canvas(r, s, w*.4, h*.52, w*.2, h*.26)
-    elif below == 1: portal(r, s, w/2, w*.24, h*.4, pal, pal['gothic']); [niche(r, s, w*x, h*.54, h*.3, pal) for x in (.3, .7)]
-    else: canvas(r, s, w*.3, h*.5, w*.4, h*.36); [s.rect(w*x-3, h*.48, w*x+3, h*.93, (212, 176, 90), 5.) for x in (.26, .74)]
+    if below == 0:
+        portal(r, s, w / 2, w * 0.2, h * 0.42, dict(pal, trim=pal["accent"] * 0.5 + 90), pal["gothic"])
+        canvas(r, s, w * 0.4, h * 0.52, w * 0.2, h * 0.26)
+    elif below == 1:
+        portal(r, s, w / 2, w * 0.24, h * 0.4, pal, pal["gothic"])
+        [niche(r, s, w * x, h * 0.54, h * 0.3, pal) for x in (0.3, 0.7)]
+    else:
+        canvas(r, s, w * 0.3, h * 0.5, w * 0.4, h * 0.36)
+        [s.rect(w * x - 3, h * 0.48, w * x + 3, h * 0.93, (212, 176, 90), 5.0) for x in (0.26, 0.74)]
 
 # %% ../../../nbs/parts/minigld/inside.ipynb #7230c428
-def canvas(r, s:Surface, x:float, y:float, w:float, h:float):
+def canvas(r, s: Surface, x: float, y: float, w: float, h: float):
     "A framed painting on a surface."
-    b, gold = max(2, min(w, h)*.07), np.array((196, 156, 70))*r.uniform(.6, 1.1)
-    s.rect(x-b, y-b, x+w+b, y+h+b, gold, 6.); s.rect(x-b*.4, y-b*.4, x+w+b*.4, y+h+b*.4, gold*.55, 3.)
-    W, H = max(8, int(w)), max(8, int(h)); im = np.empty((H, W, 3), np.float32)
-    a, c = BRIGHT[r.integers(len(BRIGHT))]*r.uniform(.3, 1), STONE[r.integers(len(STONE))]*r.uniform(.4, 1.1)
-    t = noise(r, H, W, max(6, W/4))[..., None]; im[:] = a*t+c*(1-t)
-    im = np.ascontiguousarray(im.clip(0, 255).astype(np.uint8)); part = Surface(H, W); part.rgb = im
-    for _ in range(int(r.integers(4, 9))): _figure(r, im, r.uniform(.1, .9)*W, r.uniform(.55, .98)*H, r.uniform(.25, .6)*H)
-    for _ in range(int(r.integers(3, 7))): carve(part, glyph(r, max(6, int(r.uniform(.12, .4)*H)), r.random() < .4), r.uniform(0, .85)*W, r.uniform(0, .7)*H, BRIGHT[r.integers(len(BRIGHT))]*r.uniform(.5, 1.15), 1.)
-    part.rgb = weathered(r, part.rgb, .5); s.stamp(part, x, y)
+    b, gold = max(2, min(w, h) * 0.07), np.array((196, 156, 70)) * r.uniform(0.6, 1.1)
+    s.rect(x - b, y - b, x + w + b, y + h + b, gold, 6.0)
+    s.rect(x - b * 0.4, y - b * 0.4, x + w + b * 0.4, y + h + b * 0.4, gold * 0.55, 3.0)
+    W, H = max(8, int(w)), max(8, int(h))
+    im = np.empty((H, W, 3), np.float32)
+    a, c = (
+        BRIGHT[r.integers(len(BRIGHT))] * r.uniform(0.3, 1),
+        STONE[r.integers(len(STONE))] * r.uniform(0.4, 1.1),
+    )
+    t = noise(r, H, W, max(6, W / 4))[..., None]
+    im[:] = a * t + c * (1 - t)
+    im = np.ascontiguousarray(im.clip(0, 255).astype(np.uint8))
+    part = Surface(H, W)
+    part.rgb = im
+    for _ in range(int(r.integers(4, 9))):
+        _figure(r, im, r.uniform(0.1, 0.9) * W, r.uniform(0.55, 0.98) * H, r.uniform(0.25, 0.6) * H)
+    for _ in range(int(r.integers(3, 7))):
+        carve(
+            part,
+            glyph(r, max(6, int(r.uniform(0.12, 0.4) * H)), r.random() < 0.4),
+            r.uniform(0, 0.85) * W,
+            r.uniform(0, 0.7) * H,
+            BRIGHT[r.integers(len(BRIGHT))] * r.uniform(0.5, 1.15),
+            1.0,
+        )
+    part.rgb = weathered(r, part.rgb, 0.5)
+    s.stamp(part, x, y)
 
-def _figure(r, im:np.ndarray, x:float, y:float, h:float):
+
+def _figure(r, im: np.ndarray, x: float, y: float, h: float):
     "A robed figure whose feet are at (x, y)."
-    robe, skin = (BRIGHT[r.integers(len(BRIGHT))]*r.uniform(.5, 1.1)).clip(0, 255).tolist(), (np.array((214, 170, 140))*r.uniform(.6, 1.1)).clip(0, 255).tolist()
-    cv2.fillPoly(im, [np.int32([(x-h*.16, y), (x+h*.16, y), (x+h*.1, y-h*.72), (x-h*.1, y-h*.72)])], robe, cv2.LINE_AA)
-    cv2.line(im, (int(x), int(y-h*.62)), (int(x+r.choice([-1, 1])*h*.26), int(y-h*r.uniform(.3, .9))), robe, max(1, int(h*.07)), cv2.LINE_AA)
-    cv2.circle(im, (int(x), int(y-h*.82)), max(1, int(h*.1)), skin, -1, cv2.LINE_AA)
+    robe, skin = (
+        (BRIGHT[r.integers(len(BRIGHT))] * r.uniform(0.5, 1.1)).clip(0, 255).tolist(),
+        (np.array((214, 170, 140)) * r.uniform(0.6, 1.1)).clip(0, 255).tolist(),
+    )
+    cv2.fillPoly(
+        im,
+        [
+            np.int32(
+                [
+                    (x - h * 0.16, y),
+                    (x + h * 0.16, y),
+                    (x + h * 0.1, y - h * 0.72),
+                    (x - h * 0.1, y - h * 0.72),
+                ]
+            )
+        ],
+        robe,
+        cv2.LINE_AA,
+    )
+    cv2.line(
+        im,
+        (int(x), int(y - h * 0.62)),
+        (int(x + r.choice([-1, 1]) * h * 0.26), int(y - h * r.uniform(0.3, 0.9))),
+        robe,
+        max(1, int(h * 0.07)),
+        cv2.LINE_AA,
+    )
+    cv2.circle(im, (int(x), int(y - h * 0.82)), max(1, int(h * 0.1)), skin, -1, cv2.LINE_AA)
 
 # %% ../../../nbs/parts/minigld/inside.ipynb #eb646da6
-ART = ['painting', 'relief', 'portal', 'glass', 'mosaic', 'plaque']
+ART = ["painting", "relief", "portal", "glass", "mosaic", "plaque"]
 
-def artwork(r, kind:str, pal:dict, px:int=380)->Surface:
+
+def artwork(r, kind: str, pal: dict, px: int = 380) -> Surface:
     "A thing worth a photograph of its own."
-    h, w = px, int(px*r.uniform(.75, 1.4))
-    s = masonry(r, h, w, 60, str(r.choice(['plaster', 'ashlar', 'panel'])), pal['wall']*r.uniform(.5, 1.05))
-    if kind == 'painting': canvas(r, s, w*.1, h*.1, w*.8, h*.8)
-    elif kind == 'relief':
-        stone = STONE[r.integers(len(STONE))]; s.rect(w*.05, h*.05, w*.95, h*.95, stone*.86, 3.); s.rgb[:] = weathered(r, s.rgb, 1.)
-        for _ in range(12): k = int(r.uniform(.14, .42)*h); carve(s, glyph(r, k, r.random() < .6), r.uniform(.06, .92)*w-k*.3, r.uniform(.06, .9)*h-k*.3, stone*r.uniform(.8, 1.15), 5.)
-        for i in range(3): niche(r, s, w*(.22+.28*i), h*r.uniform(.3, .45), h*.46, dict(pal, trim=stone, wall=stone))
-    elif kind == 'portal': portal(r, s, w/2, w*.42, h*.8, pal, r.random() < .5); [niche(r, s, w*x, h*.4, h*.4, pal) for x in (.1, .9)]; frieze(r, s, h*.02, h*.1, pal)
-    elif kind == 'glass': _glass(r, s)
-    elif kind == 'mosaic':
-        k = glyph(r, int(min(h, w)*.84)); k = np.maximum(k, k[::-1]) if r.random() < .5 else k
-        s = masonry(r, h, w, 24, 'tile', STONE[r.integers(len(STONE))], BRIGHT[r.integers(len(BRIGHT))]*.8); carve(s, k, w/2-k.shape[1]/2, h/2-k.shape[0]/2, BRIGHT[r.integers(len(BRIGHT))], 1.)
-        for _ in range(10): q = int(r.uniform(.1, .26)*h); carve(s, glyph(r, q), r.uniform(0, .9)*w, r.uniform(0, .9)*h, BRIGHT[r.integers(len(BRIGHT))], 1.)
+    h, w = px, int(px * r.uniform(0.75, 1.4))
+    s = masonry(
+        r, h, w, 60, str(r.choice(["plaster", "ashlar", "panel"])), pal["wall"] * r.uniform(0.5, 1.05)
+    )
+    if kind == "painting":
+        canvas(r, s, w * 0.1, h * 0.1, w * 0.8, h * 0.8)
+    elif kind == "relief":
+        stone = STONE[r.integers(len(STONE))]
+        s.rect(w * 0.05, h * 0.05, w * 0.95, h * 0.95, stone * 0.86, 3.0)
+        s.rgb[:] = weathered(r, s.rgb, 1.0)
+        for _ in range(12):
+            k = int(r.uniform(0.14, 0.42) * h)
+            carve(
+                s,
+                glyph(r, k, r.random() < 0.6),
+                r.uniform(0.06, 0.92) * w - k * 0.3,
+                r.uniform(0.06, 0.9) * h - k * 0.3,
+                stone * r.uniform(0.8, 1.15),
+                5.0,
+            )
+        for i in range(3):
+            niche(
+                r,
+                s,
+                w * (0.22 + 0.28 * i),
+                h * r.uniform(0.3, 0.45),
+                h * 0.46,
+                dict(pal, trim=stone, wall=stone),
+            )
+    elif kind == "portal":
+        portal(r, s, w / 2, w * 0.42, h * 0.8, pal, r.random() < 0.5)
+        [niche(r, s, w * x, h * 0.4, h * 0.4, pal) for x in (0.1, 0.9)]
+        frieze(r, s, h * 0.02, h * 0.1, pal)
+    elif kind == "glass":
+        _glass(r, s)
+    elif kind == "mosaic":
+        k = glyph(r, int(min(h, w) * 0.84))
+        k = np.maximum(k, k[::-1]) if r.random() < 0.5 else k
+        s = masonry(r, h, w, 24, "tile", STONE[r.integers(len(STONE))], BRIGHT[r.integers(len(BRIGHT))] * 0.8)
+        carve(s, k, w / 2 - k.shape[1] / 2, h / 2 - k.shape[0] / 2, BRIGHT[r.integers(len(BRIGHT))], 1.0)
+        for _ in range(10):
+            q = int(r.uniform(0.1, 0.26) * h)
+            carve(
+                s,
+                glyph(r, q),
+                r.uniform(0, 0.9) * w,
+                r.uniform(0, 0.9) * h,
+                BRIGHT[r.integers(len(BRIGHT))],
+                1.0,
+            )
     else:
-        s.rect(w*.08, h*.1, w*.92, h*.9, pal['accent']*.35+30, 4.); s.rgb[:] = weathered(r, s.rgb, .6)
-        for i in range(6): inscription(r, s, w/2, h*(.34+.09*i), h*.06, (216, 196, 140), int(r.integers(10, 20)))
-        carve(s, glyph(r, int(h*.2)), w/2-h*.1, h*.12, (216, 196, 140), 3.)
+        s.rect(w * 0.08, h * 0.1, w * 0.92, h * 0.9, pal["accent"] * 0.35 + 30, 4.0)
+        s.rgb[:] = weathered(r, s.rgb, 0.6)
+        for i in range(6):
+            inscription(
+                r, s, w / 2, h * (0.34 + 0.09 * i), h * 0.06, (216, 196, 140), int(r.integers(10, 20))
+            )
+        carve(s, glyph(r, int(h * 0.2)), w / 2 - h * 0.1, h * 0.12, (216, 196, 140), 3.0)
     return s
 
-def _glass(r, s:Surface):
+
+def _glass(r, s: Surface):
     "A stained-glass window: shards of colour between lead."
-    h, w = s.h, s.w; n = 90
-    p = r.random((n, 2))*[w, h]; small = np.mgrid[:h:3, :w:3].reshape(2, -1).T[:, ::-1]
-    near = np.argmin(((small[:, None]-p[None])**2).sum(-1), 1).reshape(len(range(0, h, 3)), -1)
+    h, w = s.h, s.w
+    n = 90
+    p = r.random((n, 2)) * [w, h]
+    small = np.mgrid[:h:3, :w:3].reshape(2, -1).T[:, ::-1]
+    near = np.argmin(((small[:, None] - p[None]) ** 2).sum(-1), 1).reshape(len(range(0, h, 3)), -1)
     near = cv2.resize(near.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)
-    hues = (BRIGHT[r.integers(len(BRIGHT), size=n)]*r.uniform(.7, 1.25, (n, 1))).clip(0, 255).astype(np.uint8)
-    inside = np.zeros((h, w), np.uint8); cv2.fillPoly(inside, [np.int32(opening(str(r.choice(['pointed', 'arch', 'round'])), w*.7, h*.86, w*.15, h*.07))], 255)
+    hues = (
+        (BRIGHT[r.integers(len(BRIGHT), size=n)] * r.uniform(0.7, 1.25, (n, 1))).clip(0, 255).astype(np.uint8)
+    )
+    inside = np.zeros((h, w), np.uint8)
+    cv2.fillPoly(
+        inside,
+        [
+            np.int32(
+                opening(str(r.choice(["pointed", "arch", "round"])), w * 0.7, h * 0.86, w * 0.15, h * 0.07)
+            )
+        ],
+        255,
+    )
     lead = cv2.morphologyEx(near, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    part = Surface(h, w); part.rgb = hues[near]; part.rgb[lead] = 24; part.mask = inside; part.glow[:] = 150
-    for _ in range(5): k = int(r.uniform(.12, .34)*h); carve(part, glyph(r, k), r.uniform(.15, .7)*w, r.uniform(.1, .75)*h, BRIGHT[r.integers(len(BRIGHT))], 0)
+    part = Surface(h, w)
+    part.rgb = hues[near]
+    part.rgb[lead] = 24
+    part.mask = inside
+    part.glow[:] = 150
+    for _ in range(5):
+        k = int(r.uniform(0.12, 0.34) * h)
+        carve(
+            part,
+            glyph(r, k),
+            r.uniform(0.15, 0.7) * w,
+            r.uniform(0.1, 0.75) * h,
+            BRIGHT[r.integers(len(BRIGHT))],
+            0,
+        )
     s.stamp(part, 0, 0)

@@ -14,196 +14,408 @@ from .plan import rng_of
 # %% ../../../nbs/parts/minigld/paint.ipynb #56626837
 class Surface:
     "Colour, height and glow of a flat piece of wall."
-    def __init__(self, h:int, w:int, colour=(200, 195, 185)):
+
+    def __init__(self, h: int, w: int, colour=(200, 195, 185)):
         self.h, self.w = int(h), int(w)
-        self.rgb = np.empty((self.h, self.w, 3), np.uint8); self.rgb[:] = np.clip(colour, 0, 255).astype(np.uint8)
+        self.rgb = np.empty((self.h, self.w, 3), np.uint8)
+        self.rgb[:] = np.clip(colour, 0, 255).astype(np.uint8)
         self.height, self.glow = np.zeros((self.h, self.w), np.float32), np.zeros((self.h, self.w), np.uint8)
-        self.mask = None      # where a motif covers what lies below; all of it if None
+        self.mask = None  # where a motif covers what lies below; all of it if None
 
     def rect(self, x0, y0, x1, y1, colour=None, height=None, glow=None):
         "Fill a rectangle; corners in pixels."
-        s = np.s_[max(0, int(y0)):max(0, int(y1)), max(0, int(x0)):max(0, int(x1))]
-        if colour is not None: self.rgb[s] = np.clip(colour, 0, 255).astype(np.uint8)
-        if height is not None: self.height[s] = height
-        if glow is not None: self.glow[s] = glow
+        s = np.s_[max(0, int(y0)) : max(0, int(y1)), max(0, int(x0)) : max(0, int(x1))]
+        if colour is not None:
+            self.rgb[s] = np.clip(colour, 0, 255).astype(np.uint8)
+        if height is not None:
+            self.height[s] = height
+        if glow is not None:
+            self.glow[s] = glow
 
     def poly(self, points, colour=None, height=None, glow=None):
         "Fill a polygon; points in pixels [n, 2]."
-        p = [np.round(np.asarray(points)*8).astype(np.int32)]
-        if colour is not None: cv2.fillPoly(self.rgb, p, [float(c) for c in np.clip(colour, 0, 255)], cv2.LINE_AA, 3)
-        if height is not None: cv2.fillPoly(self.height, p, float(height), cv2.LINE_8, 3)
-        if glow is not None: cv2.fillPoly(self.glow, p, float(glow), cv2.LINE_8, 3)
+        p = [np.round(np.asarray(points) * 8).astype(np.int32)]
+        if colour is not None:
+            cv2.fillPoly(self.rgb, p, [float(c) for c in np.clip(colour, 0, 255)], cv2.LINE_AA, 3)
+        if height is not None:
+            cv2.fillPoly(self.height, p, float(height), cv2.LINE_8, 3)
+        if glow is not None:
+            cv2.fillPoly(self.glow, p, float(glow), cv2.LINE_8, 3)
 
     def stamp(self, motif, x, y):
         "Lay a motif on this surface, its upper left corner at (x, y)."
         x, y = int(round(x)), int(round(y))
-        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x+motif.w, self.w), min(y+motif.h, self.h)
-        if x0 >= x1 or y0 >= y1: return
-        to, of = np.s_[y0:y1, x0:x1], np.s_[y0-y:y1-y, x0-x:x1-x]
-        mask = np.full((y1-y0, x1-x0), 255, np.uint8) if motif.mask is None else np.ascontiguousarray(motif.mask[of])
-        for name in ('rgb', 'height', 'glow'):
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + motif.w, self.w), min(y + motif.h, self.h)
+        if x0 >= x1 or y0 >= y1:
+            return
+        to, of = np.s_[y0:y1, x0:x1], np.s_[y0 - y : y1 - y, x0 - x : x1 - x]
+        mask = (
+            np.full((y1 - y0, x1 - x0), 255, np.uint8)
+            if motif.mask is None
+            else np.ascontiguousarray(motif.mask[of])
+        )
+        for name in ("rgb", "height", "glow"):
             part = np.ascontiguousarray(getattr(self, name)[to])
             getattr(self, name)[to] = cv2.copyTo(np.ascontiguousarray(getattr(motif, name)[of]), mask, part)
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #3683ef16
-def finish(surface:Surface, relief:float=1., levels:int=5)->list: # (rgb, slopes and glow) from large to small
+def finish(
+    surface: Surface, relief: float = 1.0, levels: int = 5
+) -> list:  # (rgb, slopes and glow) from large to small
     "Shade the hollows, turn heights into slopes, and build the pyramid."
-    height = surface.height*relief
-    hollow = height-cv2.blur(height, (9, 9))                                  # below its surroundings: darker
-    shade = np.clip(1+.05*hollow, .55, 1.12)
-    rgb = cv2.multiply(surface.rgb, cv2.merge([shade]*3), dtype=cv2.CV_8U)
-    gx, gy = (cv2.Sobel(height, cv2.CV_32F, *d, ksize=3, scale=5.) for d in ((1, 0), (0, 1)))
-    aux = cv2.merge([np.clip(gx+128, 0, 255).astype(np.uint8), np.clip(gy+128, 0, 255).astype(np.uint8), surface.glow])
+    height = surface.height * relief
+    hollow = height - cv2.blur(height, (9, 9))  # below its surroundings: darker
+    shade = np.clip(1 + 0.05 * hollow, 0.55, 1.12)
+    rgb = cv2.multiply(surface.rgb, cv2.merge([shade] * 3), dtype=cv2.CV_8U)
+    gx, gy = (cv2.Sobel(height, cv2.CV_32F, *d, ksize=3, scale=5.0) for d in ((1, 0), (0, 1)))
+    aux = cv2.merge(
+        [np.clip(gx + 128, 0, 255).astype(np.uint8), np.clip(gy + 128, 0, 255).astype(np.uint8), surface.glow]
+    )
     pyramid = [(rgb, aux)]
     while len(pyramid) < levels and min(pyramid[-1][0].shape[:2]) > 16:
-        pyramid.append(tuple(cv2.resize(a, None, fx=.5, fy=.5, interpolation=cv2.INTER_AREA) for a in pyramid[-1]))
+        pyramid.append(
+            tuple(cv2.resize(a, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for a in pyramid[-1])
+        )
     return pyramid
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #afe56a31
-def noise(r, h:int, w:int, cell:float)->np.ndarray: # 0 to 1 [h, w]
+def noise(r, h: int, w: int, cell: float) -> np.ndarray:  # 0 to 1 [h, w]
     "Smooth random hills, `cell` pixels apart."
-    small = r.random((int(h/cell)+3, int(w/cell)+3), dtype=np.float32)
+    small = r.random((int(h / cell) + 3, int(w / cell) + 3), dtype=np.float32)
     big = cv2.resize(small, None, fx=cell, fy=cell, interpolation=cv2.INTER_CUBIC)
-    return np.clip(big[int(cell*.5):int(cell*.5)+h, int(cell*.5):int(cell*.5)+w], 0, 1)
+    return np.clip(big[int(cell * 0.5) : int(cell * 0.5) + h, int(cell * 0.5) : int(cell * 0.5) + w], 0, 1)
 
-def weathered(r, rgb:np.ndarray, strength:float=1.)->np.ndarray:
+
+def weathered(r, rgb: np.ndarray, strength: float = 1.0) -> np.ndarray:
     "Stains in patches, streaks from above, grain."
     h, w = rgb.shape[:2]
-    patches = noise(r, h, w, max(12, w/7)); streaks = noise(r, 3, w, 5)[:1]
-    light = 1+strength*(.3*(patches-.5)+.16*(streaks-.5)*np.linspace(1, .2, h, dtype=np.float32)[:, None])
-    light += r.normal(0, .025*strength, (h//2+1, w//2+1)).astype(np.float32).repeat(2, 0).repeat(2, 1)[:h, :w]
-    return cv2.multiply(rgb, cv2.merge([light]*3), dtype=cv2.CV_8U)
+    patches = noise(r, h, w, max(12, w / 7))
+    streaks = noise(r, 3, w, 5)[:1]
+    light = 1 + strength * (
+        0.3 * (patches - 0.5) + 0.16 * (streaks - 0.5) * np.linspace(1, 0.2, h, dtype=np.float32)[:, None]
+    )
+    light += (
+        r.normal(0, 0.025 * strength, (h // 2 + 1, w // 2 + 1))
+        .astype(np.float32)
+        .repeat(2, 0)
+        .repeat(2, 1)[:h, :w]
+    )
+    return cv2.multiply(rgb, cv2.merge([light] * 3), dtype=cv2.CV_8U)
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #8cc38ef7
-_COURSE = dict(ashlar=(.55, 1.1, .1, .6), brick=(.28, .6, .15, .4), rubble=(.5, .7, .22, .9), panel=(1.6, 1.2, .06, .5), tile=(.5, .5, .2, .3))
+_COURSE = dict(
+    ashlar=(0.55, 1.1, 0.1, 0.6),
+    brick=(0.28, 0.6, 0.15, 0.4),
+    rubble=(0.5, 0.7, 0.22, 0.9),
+    panel=(1.6, 1.2, 0.06, 0.5),
+    tile=(0.5, 0.5, 0.2, 0.3),
+)
+
 
 def masonry(
-    r,               # generator
-    h:int, w:int,    # pixels
-    ppm:float,       # pixels per metre
-    kind:str,        # ashlar, brick, rubble, panel, tile, striped, plaster
-    colour,          # RGB of the stone
-    second=None,     # RGB of the other stone, where there are two
-)->Surface:
+    r,  # generator
+    h: int,
+    w: int,  # pixels
+    ppm: float,  # pixels per metre
+    kind: str,  # ashlar, brick, rubble, panel, tile, striped, plaster
+    colour,  # RGB of the stone
+    second=None,  # RGB of the other stone, where there are two
+) -> Surface:
     "A wall of stones."
     wall = Surface(h, w, colour)
-    if kind == 'plaster':
-        wall.rgb[:] = weathered(r, wall.rgb, .8); return wall
-    ch, cw, spread, depth = _COURSE['ashlar' if kind == 'striped' else kind]
-    ch, cw = max(3., ch*ppm), max(4., cw*ppm)
-    y, x = np.arange(h, dtype=np.float32)/ch, np.arange(w, dtype=np.float32)/cw
+    if kind == "plaster":
+        wall.rgb[:] = weathered(r, wall.rgb, 0.8)
+        return wall
+    ch, cw, spread, depth = _COURSE["ashlar" if kind == "striped" else kind]
+    ch, cw = max(3.0, ch * ppm), max(4.0, cw * ppm)
+    y, x = np.arange(h, dtype=np.float32) / ch, np.arange(w, dtype=np.float32) / cw
     row = y.astype(int)
-    shift = (row % 2)*.5 if kind in ('panel', 'tile') else r.random(row.max()+1)[row]
-    across = x[None]+shift[:, None].astype(np.float32)
+    shift = (row % 2) * 0.5 if kind in ("panel", "tile") else r.random(row.max() + 1)[row]
+    across = x[None] + shift[:, None].astype(np.float32)
     stone = across.astype(np.int32)
-    tints = (1+spread*r.normal(0, 1, 4096).clip(-2, 2)).astype(np.float32)
-    tint = tints[(row[:, None]*127+stone*31) & 4095]
-    joint = ((across-stone)*cw < 1.2) | ((y-row)*ch < 1.2)[:, None]
-    tint[joint] *= .76
-    base = np.empty((h, w, 3), np.uint8); base[:] = np.asarray(colour, np.uint8)
-    if second is not None: base[(row % 2 == 0) if kind == 'striped' else tints[(row[:, None]*57+stone*91) & 4095] > 1+spread] = np.asarray(second, np.uint8)
-    wall.rgb = weathered(r, cv2.multiply(base, cv2.merge([tint]*3), dtype=cv2.CV_8U))
-    wall.height = np.where(joint, -depth*1.6, depth*(tint-1)*2).astype(np.float32)
+    tints = (1 + spread * r.normal(0, 1, 4096).clip(-2, 2)).astype(np.float32)
+    tint = tints[(row[:, None] * 127 + stone * 31) & 4095]
+    joint = ((across - stone) * cw < 1.2) | ((y - row) * ch < 1.2)[:, None]
+    tint[joint] *= 0.76
+    base = np.empty((h, w, 3), np.uint8)
+    base[:] = np.asarray(colour, np.uint8)
+    if second is not None:
+        base[
+            (row % 2 == 0)
+            if kind == "striped"
+            else tints[(row[:, None] * 57 + stone * 91) & 4095] > 1 + spread
+        ] = np.asarray(second, np.uint8)
+    wall.rgb = weathered(r, cv2.multiply(base, cv2.merge([tint] * 3), dtype=cv2.CV_8U))
+    wall.height = np.where(joint, -depth * 1.6, depth * (tint - 1) * 2).astype(np.float32)
     return wall
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #9aa280e3
-STONE = np.array([(226, 214, 186), (206, 197, 178), (204, 170, 122), (168, 88, 66), (148, 108, 82), (156, 156, 154), (236, 233, 226),
-                  (216, 164, 148), (226, 194, 120), (176, 194, 212), (170, 192, 168), (122, 116, 112), (190, 120, 84), (188, 178, 150)], np.float32)
-ROOF = np.array([(150, 78, 56), (92, 100, 110), (88, 140, 118), (70, 66, 66), (170, 104, 62), (60, 92, 120), (120, 60, 52), (196, 168, 84)], np.float32)
-BRIGHT = np.array([(186, 52, 44), (36, 92, 164), (214, 170, 52), (46, 130, 84), (226, 224, 214), (120, 54, 124), (30, 36, 60), (222, 122, 42)], np.float32)
+STONE = np.array(
+    [
+        (226, 214, 186),
+        (206, 197, 178),
+        (204, 170, 122),
+        (168, 88, 66),
+        (148, 108, 82),
+        (156, 156, 154),
+        (236, 233, 226),
+        (216, 164, 148),
+        (226, 194, 120),
+        (176, 194, 212),
+        (170, 192, 168),
+        (122, 116, 112),
+        (190, 120, 84),
+        (188, 178, 150),
+    ],
+    np.float32,
+)
+ROOF = np.array(
+    [
+        (150, 78, 56),
+        (92, 100, 110),
+        (88, 140, 118),
+        (70, 66, 66),
+        (170, 104, 62),
+        (60, 92, 120),
+        (120, 60, 52),
+        (196, 168, 84),
+    ],
+    np.float32,
+)
+BRIGHT = np.array(
+    [
+        (186, 52, 44),
+        (36, 92, 164),
+        (214, 170, 52),
+        (46, 130, 84),
+        (226, 224, 214),
+        (120, 54, 124),
+        (30, 36, 60),
+        (222, 122, 42),
+    ],
+    np.float32,
+)
 
-def palette(r)->dict:
+
+def palette(r) -> dict:
     "Colours of one building: wall, second stone, trim, roof, accents."
-    wall = STONE[r.integers(len(STONE))]*r.uniform(.88, 1.06)+r.normal(0, 6, 3)
-    trim = wall*r.choice([.72, .82, 1.16, 1.28]) if r.random() < .6 else STONE[r.choice([0, 1, 5, 6])]*r.uniform(.9, 1.06)
-    return dict(wall=wall.clip(20, 250), second=(.5*wall+.5*STONE[r.integers(len(STONE))]).clip(20, 250), trim=trim.clip(20, 250), roof=(ROOF[r.integers(len(ROOF))]*r.uniform(.85, 1.15)).clip(10, 245),
-                accent=BRIGHT[r.integers(len(BRIGHT))], door=(BRIGHT[r.integers(len(BRIGHT))]*.6), kind=str(r.choice(['ashlar', 'ashlar', 'brick', 'rubble', 'striped', 'plaster', 'panel'])))
+    wall = STONE[r.integers(len(STONE))] * r.uniform(0.88, 1.06) + r.normal(0, 6, 3)
+    trim = (
+        wall * r.choice([0.72, 0.82, 1.16, 1.28])
+        if r.random() < 0.6
+        else STONE[r.choice([0, 1, 5, 6])] * r.uniform(0.9, 1.06)
+    )
+    return dict(
+        wall=wall.clip(20, 250),
+        second=(0.5 * wall + 0.5 * STONE[r.integers(len(STONE))]).clip(20, 250),
+        trim=trim.clip(20, 250),
+        roof=(ROOF[r.integers(len(ROOF))] * r.uniform(0.85, 1.15)).clip(10, 245),
+        accent=BRIGHT[r.integers(len(BRIGHT))],
+        door=(BRIGHT[r.integers(len(BRIGHT))] * 0.6),
+        kind=str(r.choice(["ashlar", "ashlar", "brick", "rubble", "striped", "plaster", "panel"])),
+    )
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #089215e9
-def glyph(r, size:int, fold:bool=True)->np.ndarray: # 0 or 255 [size, size]
+def glyph(r, size: int, fold: bool = True) -> np.ndarray:  # 0 or 255 [size, size]
     "A random figure, mirrored about its axis."
-    m, c = np.zeros((size, size), np.uint8), size*4
+    m, c = np.zeros((size, size), np.uint8), size * 4
     for _ in range(int(r.integers(4, 8))):
-        x, y, a, b = r.uniform(.08, .5)*size, r.uniform(.12, .88)*size, r.uniform(.05, .24)*size, r.uniform(.04, .13)*size
+        x, y, a, b = (
+            r.uniform(0.08, 0.5) * size,
+            r.uniform(0.12, 0.88) * size,
+            r.uniform(0.05, 0.24) * size,
+            r.uniform(0.04, 0.13) * size,
+        )
         kind = r.integers(4)
-        at = (int(x*8), int(y*8))
-        if kind == 0: cv2.ellipse(m, at, (int(a*8), int(b*8)), r.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA, 3)
-        elif kind == 1: cv2.ellipse(m, at, (int(a*8), int(a*8)), 0, *(r.uniform(0, 360)+np.array([0, 230])), 255, max(1, size//16), cv2.LINE_AA, 3)
+        at = (int(x * 8), int(y * 8))
+        if kind == 0:
+            cv2.ellipse(m, at, (int(a * 8), int(b * 8)), r.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA, 3)
+        elif kind == 1:
+            cv2.ellipse(
+                m,
+                at,
+                (int(a * 8), int(a * 8)),
+                0,
+                *(r.uniform(0, 360) + np.array([0, 230])),
+                255,
+                max(1, size // 16),
+                cv2.LINE_AA,
+                3,
+            )
         elif kind == 2:
-            p = np.cumsum(np.vstack([[x, y], r.normal(0, size*.16, (3, 2))]), 0)
-            cv2.polylines(m, [np.round(p*8).astype(np.int32)], False, 255, max(1, size//14), cv2.LINE_AA, 3)
-        else: cv2.circle(m, at, int(b*8), 255, -1, cv2.LINE_AA, 3)
+            p = np.cumsum(np.vstack([[x, y], r.normal(0, size * 0.16, (3, 2))]), 0)
+            cv2.polylines(
+                m, [np.round(p * 8).astype(np.int32)], False, 255, max(1, size // 14), cv2.LINE_AA, 3
+            )
+        else:
+            cv2.circle(m, at, int(b * 8), 255, -1, cv2.LINE_AA, 3)
     return np.maximum(m, m[:, ::-1]) if fold else m
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #022ca331
-def carve(wall:Surface, mask:np.ndarray, x, y, colour, height:float=3.):
+def carve(wall: Surface, mask: np.ndarray, x, y, colour, height: float = 3.0):
     "Lay a glyph on a wall as raised ornament of another colour."
     x, y, (h, w) = int(x), int(y), mask.shape
-    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x+w, wall.w), min(y+h, wall.h)
-    if x0 >= x1 or y0 >= y1: return
-    a = mask[y0-y:y1-y, x0-x:x1-x].astype(np.float32)/255
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, wall.w), min(y + h, wall.h)
+    if x0 >= x1 or y0 >= y1:
+        return
+    a = mask[y0 - y : y1 - y, x0 - x : x1 - x].astype(np.float32) / 255
     s = np.s_[y0:y1, x0:x1]
-    wall.rgb[s] = (wall.rgb[s]*(1-a[..., None])+np.clip(colour, 0, 255).astype(np.float32)*a[..., None]).astype(np.uint8)
-    wall.height[s] += height*cv2.blur(a, (3, 3))
-    shadow = np.s_[min(y0+2, wall.h-1):y1, min(x0+2, wall.w-1):x1]         # what lies right below a raised stone is dirty
+    wall.rgb[s] = (
+        wall.rgb[s] * (1 - a[..., None]) + np.clip(colour, 0, 255).astype(np.float32) * a[..., None]
+    ).astype(np.uint8)
+    wall.height[s] += height * cv2.blur(a, (3, 3))
+    shadow = np.s_[
+        min(y0 + 2, wall.h - 1) : y1, min(x0 + 2, wall.w - 1) : x1
+    ]  # what lies right below a raised stone is dirty
     k = wall.rgb[shadow].shape[:2]
-    wall.rgb[shadow] = (wall.rgb[shadow]*(1-.28*np.clip(a[:k[0], :k[1]]-a[-k[0]:, -k[1]:], 0, 1)[..., None])).astype(np.uint8)
+    wall.rgb[shadow] = (
+        wall.rgb[shadow] * (1 - 0.28 * np.clip(a[: k[0], : k[1]] - a[-k[0] :, -k[1] :], 0, 1)[..., None])
+    ).astype(np.uint8)
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #d68f920b
-WINDOWS = ['rect', 'arch', 'pointed', 'twin', 'round', 'pediment', 'shutter', 'lattice', 'balcony']
+WINDOWS = ["rect", "arch", "pointed", "twin", "round", "pediment", "shutter", "lattice", "balcony"]
 
-def opening(kind:str, w:float, h:float, x0:float=0., y0:float=0.)->np.ndarray:
+
+def opening(kind: str, w: float, h: float, x0: float = 0.0, y0: float = 0.0) -> np.ndarray:
     "Outline of an opening that fills a box of w × h pixels [n, 2]."
     t = np.linspace(0, np.pi, 13)
-    if kind == 'round': p = np.c_[w/2+w/2*np.cos(2*t), h/2+h/2*np.sin(2*t)]
-    elif kind in ('arch', 'twin'): p = np.vstack([[w, h], np.c_[w/2+w/2*np.cos(t), w/2-w/2*np.sin(t)], [0, h]])
-    elif kind == 'pointed':
-        u = np.linspace(0, 1, 7); side = np.c_[w/2*(1-u**1.6)+w/2, w*.9*(1-u)]
-        p = np.vstack([[w, h], side, np.c_[w-side[::-1, 0], side[::-1, 1]], [0, h]])
-    else: p = np.array([[w, h], [w, 0], [0, 0], [0, h]])
-    return p+[x0, y0]
+    if kind == "round":
+        p = np.c_[w / 2 + w / 2 * np.cos(2 * t), h / 2 + h / 2 * np.sin(2 * t)]
+    elif kind in ("arch", "twin"):
+        p = np.vstack([[w, h], np.c_[w / 2 + w / 2 * np.cos(t), w / 2 - w / 2 * np.sin(t)], [0, h]])
+    elif kind == "pointed":
+        u = np.linspace(0, 1, 7)
+        side = np.c_[w / 2 * (1 - u**1.6) + w / 2, w * 0.9 * (1 - u)]
+        p = np.vstack([[w, h], side, np.c_[w - side[::-1, 0], side[::-1, 1]], [0, h]])
+    else:
+        p = np.array([[w, h], [w, 0], [0, 0], [0, h]])
+    return p + [x0, y0]
 
-def window(r, kind:str, w:int, h:int, trim, accent, lit:float=.35)->Surface:
+
+def window(r, kind: str, w: int, h: int, trim, accent, lit: float = 0.35) -> Surface:
     "One window as a motif."
-    b = max(2, int(w*.14))
-    head = int(.32*w) if kind in ('pediment', 'arch', 'pointed', 'twin', 'round') else b
-    m = Surface(h+head+2*b, w+2*b+(w if kind == 'shutter' else 0), trim)
-    m.mask, x0 = np.zeros((m.h, m.w), np.uint8), b+(w//2 if kind == 'shutter' else 0)
-    frame = opening('rect' if kind in ('pediment', 'shutter', 'lattice', 'balcony') else kind, w+2*b, h+2*b if kind == 'round' else h+b, x0-b, head-b)
-    cv2.fillPoly(m.mask, [np.round(frame).astype(np.int32)], 255); m.poly(frame, trim, 2.5)
-    hole = opening('arch' if kind in ('twin',) else 'rect' if kind in ('pediment', 'shutter', 'lattice', 'balcony') else kind, w, h, x0, head)
+    b = max(2, int(w * 0.14))
+    head = int(0.32 * w) if kind in ("pediment", "arch", "pointed", "twin", "round") else b
+    m = Surface(h + head + 2 * b, w + 2 * b + (w if kind == "shutter" else 0), trim)
+    m.mask, x0 = np.zeros((m.h, m.w), np.uint8), b + (w // 2 if kind == "shutter" else 0)
+    frame = opening(
+        "rect" if kind in ("pediment", "shutter", "lattice", "balcony") else kind,
+        w + 2 * b,
+        h + 2 * b if kind == "round" else h + b,
+        x0 - b,
+        head - b,
+    )
+    cv2.fillPoly(m.mask, [np.round(frame).astype(np.int32)], 255)
+    m.poly(frame, trim, 2.5)
+    hole = opening(
+        "arch"
+        if kind in ("twin",)
+        else "rect"
+        if kind in ("pediment", "shutter", "lattice", "balcony")
+        else kind,
+        w,
+        h,
+        x0,
+        head,
+    )
     shine = r.random() < lit
-    glass = np.array((52, 62, 76))*r.uniform(.55, 1.5)+(np.array((50, 40, 10)) if r.random() < .15 else 0)
-    m.poly(hole, glass, -5., 150+60*shine if shine else 14)
+    glass = np.array((52, 62, 76)) * r.uniform(0.55, 1.5) + (
+        np.array((50, 40, 10)) if r.random() < 0.15 else 0
+    )
+    m.poly(hole, glass, -5.0, 150 + 60 * shine if shine else 14)
     _panes(r, m, kind, x0, head, w, h, trim, accent, b, shine)
     return m
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #912b7944
-def _panes(r, m:Surface, kind:str, x0:int, y0:int, w:int, h:int, trim, accent, b:int, shine:bool):
+def _panes(r, m: Surface, kind: str, x0: int, y0: int, w: int, h: int, trim, accent, b: int, shine: bool):
     "What a window has in and around its opening: curtains, bars, sill, pediment, shutters."
-    inside = np.zeros((m.h, m.w), np.uint8); cv2.fillPoly(inside, [np.round(opening('arch' if kind == 'twin' else kind if kind in ('arch', 'pointed', 'round') else 'rect', w, h, x0, y0)).astype(np.int32)], 255)
-    part = Surface(m.h, m.w); part.rgb, part.height, part.glow, part.mask = m.rgb.copy(), m.height.copy(), m.glow.copy(), inside
+    inside = np.zeros((m.h, m.w), np.uint8)
+    cv2.fillPoly(
+        inside,
+        [
+            np.round(
+                opening(
+                    "arch" if kind == "twin" else kind if kind in ("arch", "pointed", "round") else "rect",
+                    w,
+                    h,
+                    x0,
+                    y0,
+                )
+            ).astype(np.int32)
+        ],
+        255,
+    )
+    part = Surface(m.h, m.w)
+    part.rgb, part.height, part.glow, part.mask = m.rgb.copy(), m.height.copy(), m.glow.copy(), inside
     look = r.random()
-    if look < .25: part.rect(x0, y0, x0+w, y0+h*r.uniform(.2, .8), (206, 200, 188), -4, 60*shine)             # blind
-    elif look < .5:
-        c = np.clip(np.asarray(accent)*.5+90, 0, 255)
-        part.rect(x0, y0, x0+w*.24, y0+h, c, -4); part.rect(x0+w*.76, y0, x0+w, y0+h, c, -4)                   # curtains
-    elif look < .7: part.poly([(x0, y0+h*.6), (x0+w, y0+h*.15), (x0+w, y0), (x0, y0)], (140, 160, 185), -5)     # reflected sky
-    bar = np.clip(np.asarray(trim)*(1.1 if r.random() < .8 else .4), 0, 255)
-    n, k = (3, max(3, int(h/w*3))) if kind == 'lattice' else (2, 1+int(h/w*1.4))
-    for i in range(1, n): part.rect(x0+w*i/n-b*.25, y0, x0+w*i/n+b*.25+1, y0+h, bar, -2, 0)
-    for i in range(1, k): part.rect(x0, y0+h*i/k-b*.2, x0+w, y0+h*i/k+b*.2+1, bar, -2, 0)
-    if kind == 'twin': part.rect(x0+w/2-b*.6, y0+w*.3, x0+w/2+b*.6, y0+h, trim, 2, 0)
+    if look < 0.25:
+        part.rect(x0, y0, x0 + w, y0 + h * r.uniform(0.2, 0.8), (206, 200, 188), -4, 60 * shine)  # blind
+    elif look < 0.5:
+        c = np.clip(np.asarray(accent) * 0.5 + 90, 0, 255)
+        part.rect(x0, y0, x0 + w * 0.24, y0 + h, c, -4)
+        part.rect(x0 + w * 0.76, y0, x0 + w, y0 + h, c, -4)  # curtains
+    elif look < 0.7:
+        part.poly(
+            [(x0, y0 + h * 0.6), (x0 + w, y0 + h * 0.15), (x0 + w, y0), (x0, y0)], (140, 160, 185), -5
+        )  # reflected sky
+    bar = np.clip(np.asarray(trim) * (1.1 if r.random() < 0.8 else 0.4), 0, 255)
+    n, k = (3, max(3, int(h / w * 3))) if kind == "lattice" else (2, 1 + int(h / w * 1.4))
+    for i in range(1, n):
+        part.rect(x0 + w * i / n - b * 0.25, y0, x0 + w * i / n + b * 0.25 + 1, y0 + h, bar, -2, 0)
+    for i in range(1, k):
+        part.rect(x0, y0 + h * i / k - b * 0.2, x0 + w, y0 + h * i / k + b * 0.2 + 1, bar, -2, 0)
+    if kind == "twin":
+        part.rect(x0 + w / 2 - b * 0.6, y0 + w * 0.3, x0 + w / 2 + b * 0.6, y0 + h, trim, 2, 0)
     m.stamp(part, 0, 0)
-    light = np.clip(np.asarray(trim)*1.12, 0, 255)
-    def outside(p, height, colour=light): cv2.fillPoly(m.mask, [np.round(np.asarray(p)).astype(np.int32)], 255); m.poly(p, colour, height)
-    if kind != 'round': outside([(x0-b, y0+h), (x0+w+b, y0+h), (x0+w+b, y0+h+b), (x0-b, y0+h+b)], 6)           # sill
-    if kind == 'pediment': outside([(x0-b, y0-b), (x0+w/2, 0), (x0+w+b, y0-b)], 6); outside([(x0+w*.2, y0-b*1.3), (x0+w/2, y0-b*2.2), (x0+w*.8, y0-b*1.3)], 1, np.asarray(trim)*.7)
-    if kind in ('arch', 'rect'): outside([(x0+w*.4, y0-b), (x0+w*.6, y0-b), (x0+w*.56, y0+b*.6), (x0+w*.44, y0+b*.6)], 6)   # keystone
-    if kind == 'balcony':
-        outside([(x0-b, y0+h*.62), (x0+w+b, y0+h*.62), (x0+w+b, y0+h*.68), (x0-b, y0+h*.68)], 8)
-        for i in range(6): outside([(x0-b+i*(w+2*b)/6, y0+h*.68), (x0-b+i*(w+2*b)/6+b*.6, y0+h*.68), (x0-b+i*(w+2*b)/6+b*.6, y0+h), (x0-b+i*(w+2*b)/6, y0+h)], 7)
-    if kind == 'shutter' :
-        for s in (x0-w//2-1, x0+w+1):
-            outside([(s, y0), (s+w//2, y0), (s+w//2, y0+h), (s, y0+h)], 3, accent)
-            for i in range(1, 6): m.rect(s+1, y0+h*i/6, s+w//2, y0+h*i/6+1, np.asarray(accent)*.7)
+    light = np.clip(np.asarray(trim) * 1.12, 0, 255)
+
+    def outside(p, height, colour=light):
+        cv2.fillPoly(m.mask, [np.round(np.asarray(p)).astype(np.int32)], 255)
+        m.poly(p, colour, height)
+
+    if kind != "round":
+        outside(
+            [(x0 - b, y0 + h), (x0 + w + b, y0 + h), (x0 + w + b, y0 + h + b), (x0 - b, y0 + h + b)], 6
+        )  # sill
+    if kind == "pediment":
+        outside([(x0 - b, y0 - b), (x0 + w / 2, 0), (x0 + w + b, y0 - b)], 6)
+        outside(
+            [(x0 + w * 0.2, y0 - b * 1.3), (x0 + w / 2, y0 - b * 2.2), (x0 + w * 0.8, y0 - b * 1.3)],
+            1,
+            np.asarray(trim) * 0.7,
+        )
+    if kind in ("arch", "rect"):
+        outside(
+            [
+                (x0 + w * 0.4, y0 - b),
+                (x0 + w * 0.6, y0 - b),
+                (x0 + w * 0.56, y0 + b * 0.6),
+                (x0 + w * 0.44, y0 + b * 0.6),
+            ],
+            6,
+        )  # keystone
+    if kind == "balcony":
+        outside(
+            [
+                (x0 - b, y0 + h * 0.62),
+                (x0 + w + b, y0 + h * 0.62),
+                (x0 + w + b, y0 + h * 0.68),
+                (x0 - b, y0 + h * 0.68),
+            ],
+            8,
+        )
+        for i in range(6):
+            outside(
+                [
+                    (x0 - b + i * (w + 2 * b) / 6, y0 + h * 0.68),
+                    (x0 - b + i * (w + 2 * b) / 6 + b * 0.6, y0 + h * 0.68),
+                    (x0 - b + i * (w + 2 * b) / 6 + b * 0.6, y0 + h),
+                    (x0 - b + i * (w + 2 * b) / 6, y0 + h),
+                ],
+                7,
+            )
+    if kind == "shutter":
+        for s in (x0 - w // 2 - 1, x0 + w + 1):
+            outside([(s, y0), (s + w // 2, y0), (s + w // 2, y0 + h), (s, y0 + h)], 3, accent)
+            for i in range(1, 6):
+                m.rect(s + 1, y0 + h * i / 6, s + w // 2, y0 + h * i / 6 + 1, np.asarray(accent) * 0.7)

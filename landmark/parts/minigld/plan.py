@@ -16,196 +16,327 @@ import numpy as np
 @dataclass(frozen=True)
 class Knobs:
     "How large and how difficult a drawn world is."
-    n_v1_landmarks: int = 40    # landmarks of the smaller, cleaner v1 train set
-    n_v1: int = 660             # v1 train images
-    n_landmarks: int = 80       # landmarks of the v2 train set
-    n_train: int = 1240         # v2 train images
-    n_unseen: int = 14          # landmarks of index and test that have no train image
-    n_index: int = 480          # index images
-    n_test: int = 250           # test images, most of them without a landmark
+
+    n_v1_landmarks: int = 40  # landmarks of the smaller, cleaner v1 train set
+    n_v1: int = 660  # v1 train images
+    n_landmarks: int = 80  # landmarks of the v2 train set
+    n_train: int = 1240  # v2 train images
+    n_unseen: int = 14  # landmarks of index and test that have no train image
+    n_index: int = 480  # index images
+    n_test: int = 250  # test images, most of them without a landmark
     n_bench_landmarks: int = 6  # landmarks of each revisited-style benchmark
-    n_queries: int = 20         # queries of each benchmark
-    n_bench: int = 110          # index images of each benchmark
-    n_aspects: int = 4          # how many of front, back, inside, detail exist
-    noise: float = 0.25         # share of v2 train images that do not show their label
-    side: int = 320             # longest side of a photograph, pixels
+    n_queries: int = 20  # queries of each benchmark
+    n_bench: int = 110  # index images of each benchmark
+    n_aspects: int = 4  # how many of front, back, inside, detail exist
+    noise: float = 0.25  # share of v2 train images that do not show their label
+    side: int = 320  # longest side of a photograph, pixels
 
     def __post_init__(self):
-        if not 1 <= self.n_aspects <= 4: raise ValueError(f'n_aspects is {self.n_aspects}, allowed are 1 to 4')
-        if not 0 <= self.noise <= 0.6: raise ValueError(f'noise is {self.noise}, allowed are 0.0 to 0.6')
-        if not 96 <= self.side <= 1024: raise ValueError(f'side is {self.side} pixels, allowed are 96 to 1024')
-        for n, labels in [('n_v1', 'n_v1_landmarks'), ('n_train', 'n_landmarks')]:
-            if getattr(self, n) < 2*getattr(self, labels): raise ValueError(f'{n} is {getattr(self, n)}, but {labels} is {getattr(self, labels)}: two images per landmark are the least')
+        if not 1 <= self.n_aspects <= 4:
+            raise ValueError(f"n_aspects is {self.n_aspects}, allowed are 1 to 4")
+        if not 0 <= self.noise <= 0.6:
+            raise ValueError(f"noise is {self.noise}, allowed are 0.0 to 0.6")
+        if not 96 <= self.side <= 1024:
+            raise ValueError(f"side is {self.side} pixels, allowed are 96 to 1024")
+        for n, labels in [("n_v1", "n_v1_landmarks"), ("n_train", "n_landmarks")]:
+            if getattr(self, n) < 2 * getattr(self, labels):
+                raise ValueError(
+                    f"{n} is {getattr(self, n)}, but {labels} is {getattr(self, labels)}: two images per landmark are the least"
+                )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #2766e6e8
-_COUNTS = [f for f in Knobs.__dataclass_fields__ if f.startswith('n_') and f != 'n_aspects']
+_COUNTS = [f for f in Knobs.__dataclass_fields__ if f.startswith("n_") and f != "n_aspects"]
+
 
 def scaled(
-    knobs:Knobs,   # a world
-    factor:float,  # how many times more images
-)->Knobs: # the same world, larger or smaller
+    knobs: Knobs,  # a world
+    factor: float,  # how many times more images
+) -> Knobs:  # the same world, larger or smaller
     "All counts times `factor`."
-    return replace(knobs, **{f: max(2, round(getattr(knobs, f)*factor)) for f in _COUNTS})
+    return replace(knobs, **{f: max(2, round(getattr(knobs, f) * factor)) for f in _COUNTS})
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #a2b72aa8
 WORLDS = dict(
-    tiny=Knobs(n_v1_landmarks=3, n_v1=22, n_landmarks=4, n_train=36, n_unseen=1, n_index=20, n_test=14,
-               n_bench_landmarks=2, n_queries=4, n_bench=10, side=224),
+    tiny=Knobs(
+        n_v1_landmarks=3,
+        n_v1=22,
+        n_landmarks=4,
+        n_train=36,
+        n_unseen=1,
+        n_index=20,
+        n_test=14,
+        n_bench_landmarks=2,
+        n_queries=4,
+        n_bench=10,
+        side=224,
+    ),
     mini=Knobs(),
-    midi=scaled(Knobs(), 50))
+    midi=scaled(Knobs(), 50),
+)
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #26300612
 def rng_of(
-    seed:int, # seed of the world
-    *key,     # whose decision this is: strings and numbers
-)->np.random.Generator: # fresh, always the same for the same key
+    seed: int,  # seed of the world
+    *key,  # whose decision this is: strings and numbers
+) -> np.random.Generator:  # fresh, always the same for the same key
     "The random generator that belongs to a name."
     h = hashlib.sha256(repr((int(seed), *map(str, key))).encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(h[:16], 'little')))
+    return np.random.Generator(np.random.PCG64(int.from_bytes(h[:16], "little")))
 
-def hex_id(seed:int, *key)->str:
+
+def hex_id(seed: int, *key) -> str:
     "Sixteen hex digits for an image, as in the Google Landmarks Datasets."
-    return hashlib.sha256(repr(('id', int(seed), *map(str, key))).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(("id", int(seed), *map(str, key))).encode()).hexdigest()[:16]
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #92e62463
-_FIRST = 'Al Bel Cor Dar El Fen Gal Hal Is Kel Lor Mar Nor Or Pel Quin Ros Sel Tam Ul Ver Win Yar Zel'.split()
-_MIDDLE = 'a an ar e en i in o or u al ia io ana eri olo und est'.split()
-_LAST = 'bridge burg dal dorf feld ford gar grad ham holm mar mont mouth na nia ra sand stad stein ta thal ton vik wick'.split()
-_SAINT = 'Amela Brenn Corvin Delio Edra Fenna Gerol Halda Isolt Jorun Kelda Lioba Maron Nevin Odela Perrin Rovan Sunna Tilda Ulric'.split()
-_KINDS = dict(cathedral=['Cathedral of {s}, {p}', '{s} Church, {p}', 'Minster of {p}'], palace=['{p} Palace', 'Old Residence ({p})', 'Palais {s}, {p}'],
-    mosque=['Great Mosque of {p}', 'Dome of {p}', '{p} Mausoleum'], pagoda=['{p} Pagoda', 'Temple of the {n} Cranes, {p}'],
-    castle=['{p} Castle', 'Fort {s}, {p}', 'Schloss {p}'], temple=['Temple of {s}, {p}', '{p} Museum', 'National Library, {p}'],
-    hall=['Town Hall ({p})', '{p} Guildhall', 'Merchants\' House, {p}'], tower=['{p} Clock Tower', 'Belfry of {p}', '{s} Lighthouse, {p}'],
-    arch=['{p} Gate', 'Arch of {s}, {p}', 'Triumphal Arch, {p}'], capitol=['Capitol of {p}', '{p} Parliament', 'Rotunda of {s}, {p}'])
+_FIRST = "Al Bel Cor Dar El Fen Gal Hal Is Kel Lor Mar Nor Or Pel Quin Ros Sel Tam Ul Ver Win Yar Zel".split()
+_MIDDLE = "a an ar e en i in o or u al ia io ana eri olo und est".split()
+_LAST = "bridge burg dal dorf feld ford gar grad ham holm mar mont mouth na nia ra sand stad stein ta thal ton vik wick".split()
+_SAINT = "Amela Brenn Corvin Delio Edra Fenna Gerol Halda Isolt Jorun Kelda Lioba Maron Nevin Odela Perrin Rovan Sunna Tilda Ulric".split()
+_KINDS = dict(
+    cathedral=["Cathedral of {s}, {p}", "{s} Church, {p}", "Minster of {p}"],
+    palace=["{p} Palace", "Old Residence ({p})", "Palais {s}, {p}"],
+    mosque=["Great Mosque of {p}", "Dome of {p}", "{p} Mausoleum"],
+    pagoda=["{p} Pagoda", "Temple of the {n} Cranes, {p}"],
+    castle=["{p} Castle", "Fort {s}, {p}", "Schloss {p}"],
+    temple=["Temple of {s}, {p}", "{p} Museum", "National Library, {p}"],
+    hall=["Town Hall ({p})", "{p} Guildhall", "Merchants' House, {p}"],
+    tower=["{p} Clock Tower", "Belfry of {p}", "{s} Lighthouse, {p}"],
+    arch=["{p} Gate", "Arch of {s}, {p}", "Triumphal Arch, {p}"],
+    capitol=["Capitol of {p}", "{p} Parliament", "Rotunda of {s}, {p}"],
+)
 
 STYLES = list(_KINDS)
 
-def landmark_name(seed:int, building:str, style:str)->str:
+
+def landmark_name(seed: int, building: str, style: str) -> str:
     "A pleasant name for a building of this style."
-    r = rng_of(seed, 'name', building)
-    p = r.choice(_FIRST)+r.choice(_MIDDLE)+r.choice(_LAST)
-    return str(r.choice(_KINDS[style])).format(p=p, s='Saint '+r.choice(_SAINT), n=r.choice(['Seven', 'Nine', 'Thousand', 'White']))
+    r = rng_of(seed, "name", building)
+    p = r.choice(_FIRST) + r.choice(_MIDDLE) + r.choice(_LAST)
+    return str(r.choice(_KINDS[style])).format(
+        p=p, s="Saint " + r.choice(_SAINT), n=r.choice(["Seven", "Nine", "Thousand", "White"])
+    )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #1b583c00
 def class_sizes(
-    n_images:int,     # to be shared out
-    n_landmarks:int,  # labels
-    power:float=0.75, # 0 is flat; GLD-v2's tail is near 1
-)->np.ndarray: # images per label, falling, summing to n_images [n_landmarks]
+    n_images: int,  # to be shared out
+    n_landmarks: int,  # labels
+    power: float = 0.75,  # 0 is flat; GLD-v2's tail is near 1
+) -> np.ndarray:  # images per label, falling, summing to n_images [n_landmarks]
     "Class sizes with a long tail."
-    if n_images <= 2*n_landmarks: return np.bincount(np.arange(n_images) % n_landmarks, minlength=n_landmarks)
-    w = (np.arange(n_landmarks)+1.0)**-power
-    sizes = 2+np.floor(w/w.sum()*(n_images-2*n_landmarks)).astype(int)
-    sizes[:n_images-sizes.sum()] += 1
+    if n_images <= 2 * n_landmarks:
+        return np.bincount(np.arange(n_images) % n_landmarks, minlength=n_landmarks)
+    w = (np.arange(n_landmarks) + 1.0) ** -power
+    sizes = 2 + np.floor(w / w.sum() * (n_images - 2 * n_landmarks)).astype(int)
+    sizes[: n_images - sizes.sum()] += 1
     return sizes
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #dfbec8b9
-ASPECTS = ['front', 'inside', 'back', 'detail']
-CLUTTER = ['people', 'food', 'map', 'landscape', 'street', 'animal']   # what else is found under a landmark's label
+ASPECTS = ["front", "inside", "back", "detail"]
+CLUTTER = [
+    "people",
+    "food",
+    "map",
+    "landscape",
+    "street",
+    "animal",
+]  # what else is found under a landmark's label
 
-def camera_of(r:np.random.Generator, aspect:str)->dict:
+
+def camera_of(r: np.random.Generator, aspect: str) -> dict:
     "Where a tourist stands, in which light, and what goes wrong."
-    inside = aspect in ('inside', 'detail')
-    wide = dict(front=24, back=26, inside=20, detail=28)[aspect]                # spread of viewpoints, degrees
+    inside = aspect in ("inside", "detail")
+    wide = dict(front=24, back=26, inside=20, detail=28)[aspect]  # spread of viewpoints, degrees
     azimuth = float(np.clip(r.normal(0, wide), -62, 62))
-    light = r.choice(['day', 'overcast', 'dusk', 'night'], p=[.56, .24, .11, .09])
-    weather = r.choice(['clear', 'fog', 'rain', 'snow'], p=[.86, .06, .05, .03])
+    light = r.choice(["day", "overcast", "dusk", "night"], p=[0.56, 0.24, 0.11, 0.09])
+    weather = r.choice(["clear", "fog", "rain", "snow"], p=[0.86, 0.06, 0.05, 0.03])
     bad = r.random()
-    return dict(azimuth=round(azimuth, 1), distance=round(float(np.exp(r.normal(.04 if inside else .02, .34 if inside else .24))), 3),
-        height=round(float(r.choice([r.uniform(.0, .05), r.uniform(.1, .6)], p=[.78, .22])), 3), zoom=round(float(r.uniform(.8, 1.35)), 3),
-        light='indoor' if inside else str(light), weather='clear' if inside else str(weather), portrait=bool(r.random() < .32),
-        n_people=int(r.poisson(1.1 if aspect == 'detail' else 2.2)), n_trees=0 if inside else int(r.poisson(.9)),
-        blur=round(float(r.exponential(.45 if inside else .25)+(bad < (.16 if inside else .06))*r.uniform(1., 2.2)), 2), quality=int(np.clip(r.normal(80, 9), 42, 95)))
+    return dict(
+        azimuth=round(azimuth, 1),
+        distance=round(float(np.exp(r.normal(0.04 if inside else 0.02, 0.34 if inside else 0.24))), 3),
+        height=round(float(r.choice([r.uniform(0.0, 0.05), r.uniform(0.1, 0.6)], p=[0.78, 0.22])), 3),
+        zoom=round(float(r.uniform(0.8, 1.35)), 3),
+        light="indoor" if inside else str(light),
+        weather="clear" if inside else str(weather),
+        portrait=bool(r.random() < 0.32),
+        n_people=int(r.poisson(1.1 if aspect == "detail" else 2.2)),
+        n_trees=0 if inside else int(r.poisson(0.9)),
+        blur=round(
+            float(
+                r.exponential(0.45 if inside else 0.25)
+                + (bad < (0.16 if inside else 0.06)) * r.uniform(1.0, 2.2)
+            ),
+            2,
+        ),
+        quality=int(np.clip(r.normal(80, 9), 42, 95)),
+    )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #4bfc3b72
-def photo(seed:int, split:str, n:int, landmark_id:int, true:int, building:str, kind:str='landmark', aspect:str='', folder:str='')->dict:
+def photo(
+    seed: int,
+    split: str,
+    n: int,
+    landmark_id: int,
+    true: int,
+    building: str,
+    kind: str = "landmark",
+    aspect: str = "",
+    folder: str = "",
+) -> dict:
     "One row of the plan. `building` names what stands before the camera ('' for none)."
-    r = rng_of(seed, 'camera', split, n)
+    r = rng_of(seed, "camera", split, n)
     image_id = hex_id(seed, split, n)
-    return dict(image_id=image_id, split=split, landmark_id=landmark_id, true_landmark=true, kind=kind, building=building, aspect=aspect,
-                path=f'{folder}/{image_id[0]}/{image_id[1]}/{image_id[2]}/{image_id}.jpg', **camera_of(r, aspect or 'front'))
+    return dict(
+        image_id=image_id,
+        split=split,
+        landmark_id=landmark_id,
+        true_landmark=true,
+        kind=kind,
+        building=building,
+        aspect=aspect,
+        path=f"{folder}/{image_id[0]}/{image_id[1]}/{image_id[2]}/{image_id}.jpg",
+        **camera_of(r, aspect or "front"),
+    )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #d7e02d9b
-def aspect_shares(seed:int, building:str, n_aspects:int)->np.ndarray:
+def aspect_shares(seed: int, building: str, n_aspects: int) -> np.ndarray:
     "How often each aspect of a building is photographed [n_aspects]."
-    mean = np.array([.46, .26, .14, .14])[:n_aspects]
-    return rng_of(seed, 'aspects', building).dirichlet(7*mean/mean.sum())
+    mean = np.array([0.46, 0.26, 0.14, 0.14])[:n_aspects]
+    return rng_of(seed, "aspects", building).dirichlet(7 * mean / mean.sum())
 
-def pick_aspect(r, seed:int, building:str, n_aspects:int)->str:
+
+def pick_aspect(r, seed: int, building: str, n_aspects: int) -> str:
     "The aspect a visitor chose."
     return ASPECTS[int(r.choice(n_aspects, p=aspect_shares(seed, building, n_aspects)))]
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #30347f27
-def noise_kind(r)->str:
+def noise_kind(r) -> str:
     "What a noisy image shows."
-    return str(r.choice(['wrong_label', 'lookalike', *CLUTTER], p=[.26, .3, .12, .08, .05, .12, .04, .03]))
+    return str(
+        r.choice(["wrong_label", "lookalike", *CLUTTER], p=[0.26, 0.3, 0.12, 0.08, 0.05, 0.12, 0.04, 0.03])
+    )
 
-def plan_labelled(seed:int, split:str, folder:str, buildings:dict, sizes, knobs:Knobs, noise:float)->list:
+
+def plan_labelled(
+    seed: int, split: str, folder: str, buildings: dict, sizes, knobs: Knobs, noise: float
+) -> list:
     "Photographs of labelled landmarks; `buildings` maps landmark_id to the building's name."
     rows, ids = [], list(buildings)
     for landmark_id, size in zip(ids, sizes):
         for i in range(int(size)):
-            n, r = len(rows), rng_of(seed, 'who', split, len(rows))
-            kind = noise_kind(r) if i >= 2 and r.random() < noise else 'landmark'   # two honest images at least
-            if kind == 'lookalike' and ids.index(landmark_id) % 3: kind = 'people'                   # not every landmark has a double
-            other = int(r.choice([k for k in ids if k != landmark_id])) if kind == 'wrong_label' else landmark_id
-            true = other if kind in ('landmark', 'wrong_label') else -1
-            building = buildings[other] if true >= 0 else 'look/'+buildings[landmark_id] if kind == 'lookalike' else ''
-            aspect = pick_aspect(r, seed, buildings[other], knobs.n_aspects) if building else ''
+            n, r = len(rows), rng_of(seed, "who", split, len(rows))
+            kind = (
+                noise_kind(r) if i >= 2 and r.random() < noise else "landmark"
+            )  # two honest images at least
+            if kind == "lookalike" and ids.index(landmark_id) % 3:
+                kind = "people"  # not every landmark has a double
+            other = (
+                int(r.choice([k for k in ids if k != landmark_id])) if kind == "wrong_label" else landmark_id
+            )
+            true = other if kind in ("landmark", "wrong_label") else -1
+            building = (
+                buildings[other]
+                if true >= 0
+                else "look/" + buildings[landmark_id]
+                if kind == "lookalike"
+                else ""
+            )
+            aspect = pick_aspect(r, seed, buildings[other], knobs.n_aspects) if building else ""
             rows.append(photo(seed, split, n, landmark_id, true, building, kind, aspect, folder))
     return rows
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #7323938b
-def plan_test(seed:int, buildings:dict, sizes, knobs:Knobs)->list:
+def plan_test(seed: int, buildings: dict, sizes, knobs: Knobs) -> list:
     "Test photographs: some of landmarks of the index, most of none."
     rows, ids = [], [k for k, n in zip(buildings, sizes) if n]
     for n in range(knobs.n_test):
-        r = rng_of(seed, 'who', 'test', n)
-        if r.random() < .44:
-            true = int(r.choice(ids)); building = buildings[true]; kind = 'landmark'
+        r = rng_of(seed, "who", "test", n)
+        if r.random() < 0.44:
+            true = int(r.choice(ids))
+            building = buildings[true]
+            kind = "landmark"
         else:
-            kind, true = str(r.choice(['other_building', *CLUTTER], p=[.3, .25, .1, .08, .13, .08, .06])), -1
-            building = f'extra/{int(r.integers(max(2, knobs.n_test//20)))}' if kind == 'other_building' else ''
-        aspect = pick_aspect(r, seed, building, knobs.n_aspects) if building else ''
-        rows.append(photo(seed, 'test', n, true, true, building, kind, aspect, 'v2/test'))
+            kind, true = (
+                str(r.choice(["other_building", *CLUTTER], p=[0.3, 0.25, 0.1, 0.08, 0.13, 0.08, 0.06])),
+                -1,
+            )
+            building = (
+                f"extra/{int(r.integers(max(2, knobs.n_test // 20)))}" if kind == "other_building" else ""
+            )
+        aspect = pick_aspect(r, seed, building, knobs.n_aspects) if building else ""
+        rows.append(photo(seed, "test", n, true, true, building, kind, aspect, "v2/test"))
     return rows
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #db81638f
-BENCHMARKS = dict(rnorth=300_000, rsouth=400_000)    # benchmark → first landmark_id
+BENCHMARKS = dict(rnorth=300_000, rsouth=400_000)  # benchmark → first landmark_id
 
-def plan_bench(seed:int, bench:str, knobs:Knobs)->list:
+
+def plan_bench(seed: int, bench: str, knobs: Knobs) -> list:
     "Queries and index images of one benchmark."
     rows, first = [], BENCHMARKS[bench]
-    for part, n_photos in [('query', knobs.n_queries), ('index', knobs.n_bench)]:
+    for part, n_photos in [("query", knobs.n_queries), ("index", knobs.n_bench)]:
         for n in range(n_photos):
-            r = rng_of(seed, 'who', bench, part, n)
-            shows = part == 'query' or r.random() < .72
-            k = n % knobs.n_bench_landmarks if part == 'query' else int(r.integers(knobs.n_bench_landmarks))
-            building = f'{bench}/{k}' if shows else f'{bench}/other/{int(r.integers(max(1, knobs.n_bench//20)))}'
+            r = rng_of(seed, "who", bench, part, n)
+            shows = part == "query" or r.random() < 0.72
+            k = n % knobs.n_bench_landmarks if part == "query" else int(r.integers(knobs.n_bench_landmarks))
+            building = (
+                f"{bench}/{k}" if shows else f"{bench}/other/{int(r.integers(max(1, knobs.n_bench // 20)))}"
+            )
             aspect = pick_aspect(r, seed, building, knobs.n_aspects)
-            if part == 'query' and r.random() < .6: aspect = ASPECTS[int(aspect_shares(seed, building, knobs.n_aspects).argmax())]
-            row = photo(seed, f'{bench}_{part}', n, -1, first+k if shows else -1, building, 'landmark' if shows else 'other_building', aspect)
-            name = f'{bench}_{row["image_id"][:10]}'
-            rows.append({**row, 'image_id': name, 'path': f'revisited/{bench}/jpg/{name}.jpg'})
-            if part == 'query': rows[-1].update(light='indoor' if aspect in ('inside', 'detail') else 'day', weather='clear', blur=.1, azimuth=.5*rows[-1]['azimuth'])
+            if part == "query" and r.random() < 0.6:
+                aspect = ASPECTS[int(aspect_shares(seed, building, knobs.n_aspects).argmax())]
+            row = photo(
+                seed,
+                f"{bench}_{part}",
+                n,
+                -1,
+                first + k if shows else -1,
+                building,
+                "landmark" if shows else "other_building",
+                aspect,
+            )
+            name = f"{bench}_{row['image_id'][:10]}"
+            rows.append({**row, "image_id": name, "path": f"revisited/{bench}/jpg/{name}.jpg"})
+            if part == "query":
+                rows[-1].update(
+                    light="indoor" if aspect in ("inside", "detail") else "day",
+                    weather="clear",
+                    blur=0.1,
+                    azimuth=0.5 * rows[-1]["azimuth"],
+                )
     return rows
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #377b2ca8
-def labels_of(seed:int, space:str, n:int, below:int)->list:
+def labels_of(seed: int, space: str, n: int, below: int) -> list:
     "Sparse landmark ids of one label space."
-    return [int(i) for i in rng_of(seed, 'labels', space).choice(max(below, 3*n), n, replace=False)]
+    return [int(i) for i in rng_of(seed, "labels", space).choice(max(below, 3 * n), n, replace=False)]
 
-def plan_world(seed:int, knobs:Knobs)->tuple:
+
+def plan_world(seed: int, knobs: Knobs) -> tuple:
     "All photographs of a world, and the building behind every landmark id of v1 and v2."
-    v1 = {k: f'v1/{i}' for i, k in enumerate(labels_of(seed, 'v1', knobs.n_v1_landmarks, 14_951))}
-    v2 = {k: f'v2/{i}' for i, k in enumerate(labels_of(seed, 'v2', knobs.n_landmarks+knobs.n_unseen, 203_094))}
-    trained = dict(list(v2.items())[:knobs.n_landmarks])
-    indexed = {k: v2[k] for k in rng_of(seed, 'indexed').permutation(list(trained))[:max(2, int(.7*len(trained)))].tolist()}
+    v1 = {k: f"v1/{i}" for i, k in enumerate(labels_of(seed, "v1", knobs.n_v1_landmarks, 14_951))}
+    v2 = {
+        k: f"v2/{i}" for i, k in enumerate(labels_of(seed, "v2", knobs.n_landmarks + knobs.n_unseen, 203_094))
+    }
+    trained = dict(list(v2.items())[: knobs.n_landmarks])
+    indexed = {
+        k: v2[k]
+        for k in rng_of(seed, "indexed")
+        .permutation(list(trained))[: max(2, int(0.7 * len(trained)))]
+        .tolist()
+    }
     indexed |= {k: b for k, b in v2.items() if k not in trained}
-    sizes = class_sizes(knobs.n_index, len(indexed), .45)
-    rows = plan_labelled(seed, 'v1_train', 'v1/train', v1, class_sizes(knobs.n_v1, len(v1), .45), knobs, knobs.noise/5)
-    rows += plan_labelled(seed, 'v2_train', 'v2/train', trained, class_sizes(knobs.n_train, len(trained)), knobs, knobs.noise)
-    rows += plan_labelled(seed, 'index', 'v2/index', indexed, rng_of(seed, 'sizes').permutation(sizes), knobs, knobs.noise/8)
+    sizes = class_sizes(knobs.n_index, len(indexed), 0.45)
+    rows = plan_labelled(
+        seed, "v1_train", "v1/train", v1, class_sizes(knobs.n_v1, len(v1), 0.45), knobs, knobs.noise / 5
+    )
+    rows += plan_labelled(
+        seed, "v2_train", "v2/train", trained, class_sizes(knobs.n_train, len(trained)), knobs, knobs.noise
+    )
+    rows += plan_labelled(
+        seed, "index", "v2/index", indexed, rng_of(seed, "sizes").permutation(sizes), knobs, knobs.noise / 8
+    )
     rows += plan_test(seed, indexed, sizes, knobs)
-    for bench in BENCHMARKS: rows += plan_bench(seed, bench, knobs)
+    for bench in BENCHMARKS:
+        rows += plan_bench(seed, bench, knobs)
     return rows, v1, v2

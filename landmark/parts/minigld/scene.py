@@ -17,164 +17,319 @@ from .paint import finish, palette
 from .plan import rng_of
 from .rooms import detail_of, hall_of
 from .styles import Landmark
-from .weather import GROUNDS, car, compose, draw_ground, expose, lamp, light_of, person, sky_picture, tree
+from landmark.parts.minigld.weather import (
+    GROUNDS,
+    car,
+    compose,
+    draw_ground,
+    expose,
+    lamp,
+    light_of,
+    person,
+    sky_picture,
+    tree,
+)
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #6270ecb6
 @lru_cache(maxsize=24)
-def house_surface(i:int, part:str)->list:
+def house_surface(i: int, part: str) -> list:
     "The wall or the roof of an ordinary house."
-    r = rng_of(0, 'house', i, part)
-    p = building_palette(r, palette(rng_of(0, 'house colours', i)))
-    p.update(accent=p['trim']*.6, pilasters=False)
-    return finish(facade(r, 14, 11, 12., p, 'side') if part == 'wall' else roofing(r, 14, 5, 12., p['roof']))
+    r = rng_of(0, "house", i, part)
+    p = building_palette(r, palette(rng_of(0, "house colours", i)))
+    p.update(accent=p["trim"] * 0.6, pilasters=False)
+    return finish(
+        facade(r, 14, 11, 12.0, p, "side") if part == "wall" else roofing(r, 14, 5, 12.0, p["roof"])
+    )
 
-def street(r, x0:float, x1:float, y:float, face:int=-1)->list:
+
+def street(r, x0: float, x1: float, y: float, face: int = -1) -> list:
     "A row of houses along y whose fronts look to -y (or +y)."
     out, x = [], x0
     while x < x1:
         w, h, d, i = r.uniform(8, 15), r.uniform(7, 13), r.uniform(7, 10), int(r.integers(8))
-        b = box(x, x+w-.1, y, y+d, 0, h, f'house{i}.wall', target=False)
-        out += [b, gable(x, x+w-.1, y, y+d, h, h+r.uniform(2.5, 5), f'house{i}.roof', f'house{i}.wall', str(r.choice(['x', 'y'])), 0, target=False)]
-        x += w+(r.uniform(3, 9) if r.random() < .2 else 0)
+        b = box(x, x + w - 0.1, y, y + d, 0, h, f"house{i}.wall", target=False)
+        out += [
+            b,
+            gable(
+                x,
+                x + w - 0.1,
+                y,
+                y + d,
+                h,
+                h + r.uniform(2.5, 5),
+                f"house{i}.roof",
+                f"house{i}.wall",
+                str(r.choice(["x", "y"])),
+                0,
+                target=False,
+            ),
+        ]
+        x += w + (r.uniform(3, 9) if r.random() < 0.2 else 0)
     return out
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #a1edce19
 class Scene:
     "A landmark with everything around it, for one aspect after the other."
-    def __init__(self, seed:int, building:str, side:int=320):
-        self.L, self.cache = Landmark(seed, building, float(np.clip(side/320, .5, 2.5))), {}
-        r = rng_of(seed, 'place', building); L = self.L
-        self.ground, self.skyline = str(r.choice(GROUNDS)), rng_of(seed, 'hills', building).random(64)
-        x0, x1, deep = L.lo[0], L.hi[0], L.hi[1]
-        left, right = x0-r.uniform(5, 12), x1+r.uniform(5, 12)
-        around = []
-        if r.random() < .7: around += street(r, left-32, left-8, r.uniform(3, 9))
-        if r.random() < .7: around += street(r, right, right+28, r.uniform(3, 9))
-        self.beyond = dict(front=street(r, -48, 46, deep+r.uniform(22, 45)) if r.random() < .65 else [], back=street(r, -48, 46, L.lo[1]-r.uniform(30, 50)) if r.random() < .65 else [])
-        self.trees = [Sprite(tree(int(r.integers(14))), float(r.choice([-1, 1])*r.uniform(.45, 1.1)*(x1-x0)), float(r.choice([L.lo[1]-r.uniform(2, 9), deep+r.uniform(2, 9)])), 0., float(r.uniform(3.5, 9))) for _ in range(int(r.integers(0, 6)))]
-        self.lamps = [Sprite(lamp(int(r.integers(2))), float(s*r.uniform(3, 12)), float(y), 0., 4.2, 1.) for s in (-1, 1) for y in (L.lo[1]-r.uniform(4, 10), deep+r.uniform(4, 10))] if r.random() < .6 else []
-        self.around = [b for b in around if b.hi[0] < x0-1 or b.lo[0] > x1+1]
 
-    def surface(self, key:str)->list:
+    def __init__(self, seed: int, building: str, side: int = 320):
+        self.L, self.cache = Landmark(seed, building, float(np.clip(side / 320, 0.5, 2.5))), {}
+        r = rng_of(seed, "place", building)
+        L = self.L
+        self.ground, self.skyline = str(r.choice(GROUNDS)), rng_of(seed, "hills", building).random(64)
+        x0, x1, deep = L.lo[0], L.hi[0], L.hi[1]
+        left, right = x0 - r.uniform(5, 12), x1 + r.uniform(5, 12)
+        around = []
+        if r.random() < 0.7:
+            around += street(r, left - 32, left - 8, r.uniform(3, 9))
+        if r.random() < 0.7:
+            around += street(r, right, right + 28, r.uniform(3, 9))
+        self.beyond = dict(
+            front=street(r, -48, 46, deep + r.uniform(22, 45)) if r.random() < 0.65 else [],
+            back=street(r, -48, 46, L.lo[1] - r.uniform(30, 50)) if r.random() < 0.65 else [],
+        )
+        self.trees = [
+            Sprite(
+                tree(int(r.integers(14))),
+                float(r.choice([-1, 1]) * r.uniform(0.45, 1.1) * (x1 - x0)),
+                float(r.choice([L.lo[1] - r.uniform(2, 9), deep + r.uniform(2, 9)])),
+                0.0,
+                float(r.uniform(3.5, 9)),
+            )
+            for _ in range(int(r.integers(0, 6)))
+        ]
+        self.lamps = (
+            [
+                Sprite(lamp(int(r.integers(2))), float(s * r.uniform(3, 12)), float(y), 0.0, 4.2, 1.0)
+                for s in (-1, 1)
+                for y in (L.lo[1] - r.uniform(4, 10), deep + r.uniform(4, 10))
+            ]
+            if r.random() < 0.6
+            else []
+        )
+        self.around = [b for b in around if b.hi[0] < x0 - 1 or b.lo[0] > x1 + 1]
+
+    def surface(self, key: str) -> list:
         "A surface of the landmark or of an ordinary house."
-        if key.startswith('house'): i, part = key[5:].split('.'); return house_surface(int(i), part)
+        if key.startswith("house"):
+            i, part = key[5:].split(".")
+            return house_surface(int(i), part)
         return self.L.surface(key)
 
-    def room(self, aspect:str)->tuple:
+    def room(self, aspect: str) -> tuple:
         "Walls, furniture and size of the hall or of the wall with the artwork."
-        if aspect not in self.cache: self.cache[aspect] = (hall_of if aspect == 'inside' else detail_of)(self.L)
+        if aspect not in self.cache:
+            self.cache[aspect] = (hall_of if aspect == "inside" else detail_of)(self.L)
         return self.cache[aspect]
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #78b49f1d
-SUPER = 1.5    # pictures are drawn larger by this factor and reduced at the end
+SUPER = 1.5  # pictures are drawn larger by this factor and reduced at the end
 
-def outdoor_camera(L:Landmark, row:dict, r, w:int, h:int):
+
+def outdoor_camera(L: Landmark, row: dict, r, w: int, h: int):
     "The camera in front of or behind a landmark."
-    size, tall = L.hi-L.lo, L.hi[2]
-    fov = 58.; long = max(w, h)/2/np.tan(np.radians(fov)/2)
-    a = np.radians(row['azimuth']); across = (abs(np.cos(a))*size[0]+.5*abs(np.sin(a))*size[1])*(.74 if row['portrait'] else 1.)
-    d = max(across*long/w, 1.25*tall*long/h)*1.02*row['distance']+.12*size[1]
-    sign, y0 = (1, L.lo[1]) if row['aspect'] == 'front' else (-1, L.hi[1])
-    at = np.array([sign*d*np.sin(a), y0-sign*d*np.cos(a), 1.65+row['height']*tall])
-    aim = np.array([r.normal(0, .07)*size[0], y0+sign*.25*size[1], tall*np.clip(r.normal(.44, .05), .3, .6)])
-    return look_at(at, aim, w, h, 2*np.degrees(np.arctan(np.tan(np.radians(fov)/2)/row['zoom'])), r.normal(0, 1.6))
+    size, tall = L.hi - L.lo, L.hi[2]
+    fov = 58.0
+    long = max(w, h) / 2 / np.tan(np.radians(fov) / 2)
+    a = np.radians(row["azimuth"])
+    across = (abs(np.cos(a)) * size[0] + 0.5 * abs(np.sin(a)) * size[1]) * (0.74 if row["portrait"] else 1.0)
+    d = max(across * long / w, 1.25 * tall * long / h) * 1.02 * row["distance"] + 0.12 * size[1]
+    sign, y0 = (1, L.lo[1]) if row["aspect"] == "front" else (-1, L.hi[1])
+    at = np.array([sign * d * np.sin(a), y0 - sign * d * np.cos(a), 1.65 + row["height"] * tall])
+    aim = np.array(
+        [
+            r.normal(0, 0.07) * size[0],
+            y0 + sign * 0.25 * size[1],
+            tall * np.clip(r.normal(0.44, 0.05), 0.3, 0.6),
+        ]
+    )
+    return look_at(
+        at, aim, w, h, 2 * np.degrees(np.arctan(np.tan(np.radians(fov) / 2) / row["zoom"])), r.normal(0, 1.6)
+    )
 
-def indoor_camera(size:tuple, row:dict, r, w:int, h:int):
+
+def indoor_camera(size: tuple, row: dict, r, w: int, h: int):
     "The camera in a hall or before an artwork, and the azimuth it really has."
-    a = np.radians(row['azimuth'])
-    if row['aspect'] == 'inside':
-        wide, deep, tall = size; d = np.clip(max(1.3*wide, 1.15*tall)*row['distance'], 5, deep-1.2)
-        x = np.clip(d*np.sin(a), -.4*wide, .4*wide); a = np.arcsin(x/d)
-        at, aim = np.array([x, deep-d*np.cos(a), r.uniform(1.5, 2.4)]), np.array([r.normal(0, .2)*wide, deep, tall*r.uniform(.3, .52)]); fov = 64.
+    a = np.radians(row["azimuth"])
+    if row["aspect"] == "inside":
+        wide, deep, tall = size
+        d = np.clip(max(1.3 * wide, 1.15 * tall) * row["distance"], 5, deep - 1.2)
+        x = np.clip(d * np.sin(a), -0.4 * wide, 0.4 * wide)
+        a = np.arcsin(x / d)
+        at, aim = (
+            np.array([x, deep - d * np.cos(a), r.uniform(1.5, 2.4)]),
+            np.array([r.normal(0, 0.2) * wide, deep, tall * r.uniform(0.3, 0.52)]),
+        )
+        fov = 64.0
     else:
-        wide, z, tall = size; d = 1.5*max(wide*h/w if w > h else wide, tall*(w/h if h > w else 1.))*row['distance']; fov = 54.
-        at, aim = np.array([d*np.sin(a), -d*np.cos(a), r.uniform(1.45, 1.9)]), np.array([r.normal(0, .06)*wide, 0, z+tall*r.normal(.5, .05)])
-    return look_at(at, aim, w, h, 2*np.degrees(np.arctan(np.tan(np.radians(fov)/2)/row['zoom'])), r.normal(0, 1.6)), float(np.degrees(a))
+        wide, z, tall = size
+        d = 1.5 * max(wide * h / w if w > h else wide, tall * (w / h if h > w else 1.0)) * row["distance"]
+        fov = 54.0
+        at, aim = (
+            np.array([d * np.sin(a), -d * np.cos(a), r.uniform(1.45, 1.9)]),
+            np.array([r.normal(0, 0.06) * wide, 0, z + tall * r.normal(0.5, 0.05)]),
+        )
+    return look_at(
+        at, aim, w, h, 2 * np.degrees(np.arctan(np.tan(np.radians(fov) / 2) / row["zoom"])), r.normal(0, 1.6)
+    ), float(np.degrees(a))
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #d1664992
-def visitors(r, cam, row:dict, reach:float, inside:bool)->list:
+def visitors(r, cam, row: dict, reach: float, inside: bool) -> list:
     "People (and out of doors trees and cars) between the camera and the landmark."
-    forward = cam.turn[2][:2]/np.linalg.norm(cam.turn[2][:2]); right = np.array([forward[1], -forward[0]]); out = []
+    forward = cam.turn[2][:2] / np.linalg.norm(cam.turn[2][:2])
+    right = np.array([forward[1], -forward[0]])
+    out = []
+
     def spot(lo, hi, wide):
-        k = r.uniform(lo, hi)*reach; return cam.at[:2]+forward*k+right*r.uniform(-wide, wide)*k*cam.w/cam.f/2
-    for _ in range(row['n_people']):
-        x, y = spot(.42 if inside else .12, .9, .95); out.append(Sprite(person(int(r.integers(48))), float(x), float(y), 0., float(r.normal(1.7, .09))))
+        k = r.uniform(lo, hi) * reach
+        return cam.at[:2] + forward * k + right * r.uniform(-wide, wide) * k * cam.w / cam.f / 2
+
+    for _ in range(row["n_people"]):
+        x, y = spot(0.42 if inside else 0.12, 0.9, 0.95)
+        out.append(Sprite(person(int(r.integers(48))), float(x), float(y), 0.0, float(r.normal(1.7, 0.09))))
     if not inside:
-        for _ in range(row['n_trees']): x, y = spot(.3, .85, 1.1); out.append(Sprite(tree(int(r.integers(14))), float(x), float(y), 0., float(r.uniform(2.5, 6))))
-        if r.random() < .22: x, y = spot(.5, .9, .9); out.append(Sprite(car(int(r.integers(12))), float(x), float(y), 0., 1.5))
+        for _ in range(row["n_trees"]):
+            x, y = spot(0.3, 0.85, 1.1)
+            out.append(Sprite(tree(int(r.integers(14))), float(x), float(y), 0.0, float(r.uniform(2.5, 6))))
+        if r.random() < 0.22:
+            x, y = spot(0.5, 0.9, 0.9)
+            out.append(Sprite(car(int(r.integers(12))), float(x), float(y), 0.0, 1.5))
     return out
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #3bbf3840
-def hills(cam, profile:np.ndarray, sky:np.ndarray, haze:np.ndarray):
+def hills(cam, profile: np.ndarray, sky: np.ndarray, haze: np.ndarray):
     "A skyline of hills or roofs around the place, the same from everywhere."
-    x = np.arange(0, cam.w+8, 8)
-    ray = np.c_[(x-cam.w/2)/cam.f, np.zeros(len(x)), np.ones(len(x))]@cam.turn
-    u = (np.arctan2(ray[:, 0], ray[:, 1])/(2*np.pi) % 1)*len(profile); i = u.astype(int)
-    t = .035+.1*((1-(u-i))*profile[i % 64]+(u-i)*profile[(i+1) % 64])
-    d = np.c_[ray[:, :2]/np.linalg.norm(ray[:, :2], axis=1, keepdims=True), t]*1000
-    top, _ = cam.project(cam.at+d); low, _ = cam.project(cam.at+d*[1, 1, 0]-[0, 0, 2])
-    p = np.vstack([top, low[::-1]]).clip(-4000, 4000)/SUPER
-    cv2.fillPoly(sky, [np.int32(p)], [float(c) for c in (haze*.62+np.array((10, 18, 14))).clip(0, 255)], cv2.LINE_AA)
+    x = np.arange(0, cam.w + 8, 8)
+    ray = np.c_[(x - cam.w / 2) / cam.f, np.zeros(len(x)), np.ones(len(x))] @ cam.turn
+    u = (np.arctan2(ray[:, 0], ray[:, 1]) / (2 * np.pi) % 1) * len(profile)
+    i = u.astype(int)
+    t = 0.035 + 0.1 * ((1 - (u - i)) * profile[i % 64] + (u - i) * profile[(i + 1) % 64])
+    d = np.c_[ray[:, :2] / np.linalg.norm(ray[:, :2], axis=1, keepdims=True), t] * 1000
+    top, _ = cam.project(cam.at + d)
+    low, _ = cam.project(cam.at + d * [1, 1, 0] - [0, 0, 2])
+    p = np.vstack([top, low[::-1]]).clip(-4000, 4000) / SUPER
+    cv2.fillPoly(
+        sky,
+        [np.int32(p)],
+        [float(c) for c in (haze * 0.62 + np.array((10, 18, 14))).clip(0, 255)],
+        cv2.LINE_AA,
+    )
 
-def seen_of(cv:Canvas, w:int, h:int)->dict:
+
+def seen_of(cv: Canvas, w: int, h: int) -> dict:
     "How much of the frame the landmark fills, how much of it is hidden, and its box in the photograph."
     here, there = cv.who == 2, cv.all > 0
-    box = np.c_[[np.flatnonzero(here.any(k))[[0, -1]] for k in (1, 0)]].T if here.any() else np.array([[0, 0], [cv.cam.h-1, cv.cam.w-1]])
+    box = (
+        np.c_[[np.flatnonzero(here.any(k))[[0, -1]] for k in (1, 0)]].T
+        if here.any()
+        else np.array([[0, 0], [cv.cam.h - 1, cv.cam.w - 1]])
+    )
     (y0, x0), (y1, x1) = box.min(0), box.max(0)
-    return dict(coverage=round(float(here.mean()), 4), hidden=round(float(1-here.sum()/max(1, there.sum())), 4),
-                x0=round(x0*w/cv.cam.w, 1), y0=round(y0*h/cv.cam.h, 1), x1=round((x1+1)*w/cv.cam.w, 1), y1=round((y1+1)*h/cv.cam.h, 1))
+    return dict(
+        coverage=round(float(here.mean()), 4),
+        hidden=round(float(1 - here.sum() / max(1, there.sum())), 4),
+        x0=round(x0 * w / cv.cam.w, 1),
+        y0=round(y0 * h / cv.cam.h, 1),
+        x1=round((x1 + 1) * w / cv.cam.w, 1),
+        y1=round((y1 + 1) * h / cv.cam.h, 1),
+    )
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #6f20d59a
-def take(scene:Scene, row:dict, side:int)->tuple: # image, what is seen
+def take(scene: Scene, row: dict, side: int) -> tuple:  # image, what is seen
     "One photograph of a landmark."
-    r, L = rng_of(scene.L.seed, 'take', row['image_id']), scene.L
-    short = int(side*float(r.choice([.75, .667, .75, .5625]))); w, h = (short, side) if row['portrait'] else (side, short)
-    W, H, light = int(w*SUPER), int(h*SUPER), light_of(r, row['light'], row['weather'])
+    r, L = rng_of(scene.L.seed, "take", row["image_id"]), scene.L
+    short = int(side * float(r.choice([0.75, 0.667, 0.75, 0.5625])))
+    w, h = (short, side) if row["portrait"] else (side, short)
+    W, H, light = int(w * SUPER), int(h * SUPER), light_of(r, row["light"], row["weather"])
     extra = {}
-    if row['aspect'] in ('front', 'back'):
-        cam = outdoor_camera(L, row, r, W, H); reach = float(np.linalg.norm(cam.at[:2]-[0, L.lo[1] if row['aspect'] == 'front' else L.hi[1]]))
-        if row['aspect'] == 'back': light['sun'] = light['sun']*[-1, -1, 1]
-        cv = Canvas(cam, light['sun']); bodies = L.bodies+scene.around+scene.beyond[row['aspect']]
-        sky = sky_picture(r, w, h, (H/2+cam.f*np.tan(np.arcsin(cam.turn[2, 2])))/SUPER, row['light'], row['weather']); hills(cam, scene.skyline, sky, light['haze']*(1.55 if row['weather'] == 'fog' else 1.))
-        draw_ground(cv, scene.ground, L.bodies+scene.around, light['strength'] > .5 and light['sun'][2] > .1)
-        sprites = scene.trees+scene.lamps+visitors(r, cam, row, reach, False)
+    if row["aspect"] in ("front", "back"):
+        cam = outdoor_camera(L, row, r, W, H)
+        reach = float(np.linalg.norm(cam.at[:2] - [0, L.lo[1] if row["aspect"] == "front" else L.hi[1]]))
+        if row["aspect"] == "back":
+            light["sun"] = light["sun"] * [-1, -1, 1]
+        cv = Canvas(cam, light["sun"])
+        bodies = L.bodies + scene.around + scene.beyond[row["aspect"]]
+        sky = sky_picture(
+            r, w, h, (H / 2 + cam.f * np.tan(np.arcsin(cam.turn[2, 2]))) / SUPER, row["light"], row["weather"]
+        )
+        hills(cam, scene.skyline, sky, light["haze"] * (1.55 if row["weather"] == "fog" else 1.0))
+        draw_ground(
+            cv, scene.ground, L.bodies + scene.around, light["strength"] > 0.5 and light["sun"][2] > 0.1
+        )
+        sprites = scene.trees + scene.lamps + visitors(r, cam, row, reach, False)
     else:
-        walls, bodies, size = scene.room(row['aspect'])
-        cam, extra['azimuth'] = indoor_camera(size, row, r, W, H); extra['azimuth'] = round(extra['azimuth'], 1)
-        cv = Canvas(cam, light['sun']); sky = np.full((h, w, 3), 40, np.float32)
-        for f in walls: draw_face(cv, f, scene.surface(f.key), 2 if row['aspect'] == 'inside' else 1)
-        if row['aspect'] == 'inside': bodies = [b for b in bodies if np.linalg.norm(np.maximum(0, np.maximum(b.lo-cam.at, cam.at-b.hi))[:2]) > 2.4]     # nobody photographs a pillar
-        sprites = visitors(r, cam, row, float(abs(cam.at[1]-(size[1] if row['aspect'] == 'inside' else 0))), True)
-    draw_bodies(cv, bodies+[body([s], False) for s in sprites], scene.surface)
+        walls, bodies, size = scene.room(row["aspect"])
+        cam, extra["azimuth"] = indoor_camera(size, row, r, W, H)
+        extra["azimuth"] = round(extra["azimuth"], 1)
+        cv = Canvas(cam, light["sun"])
+        sky = np.full((h, w, 3), 40, np.float32)
+        for f in walls:
+            draw_face(cv, f, scene.surface(f.key), 2 if row["aspect"] == "inside" else 1)
+        if row["aspect"] == "inside":
+            bodies = [
+                b
+                for b in bodies
+                if np.linalg.norm(np.maximum(0, np.maximum(b.lo - cam.at, cam.at - b.hi))[:2]) > 2.4
+            ]  # nobody photographs a pillar
+        sprites = visitors(
+            r, cam, row, float(abs(cam.at[1] - (size[1] if row["aspect"] == "inside" else 0))), True
+        )
+    draw_bodies(cv, bodies + [body([s], False) for s in sprites], scene.surface)
     im = expose(r, compose(cv, sky, light, w, h), row, light)
     return im, {**seen_of(cv, w, h), **extra}
 
-def take_clutter(seed:int, row:dict, side:int)->tuple: # image, what is seen
-    "One photograph of something that is no landmark."
-    r = rng_of(seed, 'take', row['image_id']); short = int(side*.75); w, h = (short, side) if row['portrait'] else (side, short)
-    if row['kind'] == 'street': return take_street(r, row, w, h)
-    calm = dict(row, weather='clear', light='day' if row['kind'] != 'landscape' else row['light'])
-    im = PAINTERS[row['kind']](r, w, h, row)
-    return expose(r, im, calm, light_of(r, 'overcast', 'clear')), dict(coverage=0., hidden=0., x0=0., y0=0., x1=float(w), y1=float(h))
 
-def take_street(r, row:dict, w:int, h:int)->tuple:
+def take_clutter(seed: int, row: dict, side: int) -> tuple:  # image, what is seen
+    "One photograph of something that is no landmark."
+    r = rng_of(seed, "take", row["image_id"])
+    short = int(side * 0.75)
+    w, h = (short, side) if row["portrait"] else (side, short)
+    if row["kind"] == "street":
+        return take_street(r, row, w, h)
+    calm = dict(row, weather="clear", light="day" if row["kind"] != "landscape" else row["light"])
+    im = PAINTERS[row["kind"]](r, w, h, row)
+    return expose(r, im, calm, light_of(r, "overcast", "clear")), dict(
+        coverage=0.0, hidden=0.0, x0=0.0, y0=0.0, x1=float(w), y1=float(h)
+    )
+
+
+def take_street(r, row: dict, w: int, h: int) -> tuple:
     "Ordinary houses."
-    W, H, light = int(w*SUPER), int(h*SUPER), light_of(r, row['light'], row['weather']); cam = look_at([r.uniform(-9, 9), -r.uniform(14, 26), r.uniform(1.6, 4)], [r.uniform(-6, 6), 0, 5], W, H, 66, r.normal(0, 1.5))
-    cv, bodies = Canvas(cam, light['sun']), street(r, -50, 40, 2); sky = sky_picture(r, w, h, h/2, row['light'], row['weather']); draw_ground(cv, str(r.choice(GROUNDS)), bodies, light['strength'] > .5)
-    surface = lambda key: house_surface(int(key[5:].split('.')[0]), key.split('.')[1])
-    draw_bodies(cv, bodies+[body([s], False) for s in visitors(r, cam, dict(row, n_people=row['n_people']+2), 16., False)], surface)
-    return expose(r, compose(cv, sky, light, w, h), row, light), dict(coverage=0., hidden=0., x0=0., y0=0., x1=float(w), y1=float(h))
+    W, H, light = int(w * SUPER), int(h * SUPER), light_of(r, row["light"], row["weather"])
+    cam = look_at(
+        [r.uniform(-9, 9), -r.uniform(14, 26), r.uniform(1.6, 4)],
+        [r.uniform(-6, 6), 0, 5],
+        W,
+        H,
+        66,
+        r.normal(0, 1.5),
+    )
+    cv, bodies = Canvas(cam, light["sun"]), street(r, -50, 40, 2)
+    sky = sky_picture(r, w, h, h / 2, row["light"], row["weather"])
+    draw_ground(cv, str(r.choice(GROUNDS)), bodies, light["strength"] > 0.5)
+    surface = lambda key: house_surface(int(key[5:].split(".")[0]), key.split(".")[1])
+    draw_bodies(
+        cv,
+        bodies
+        + [body([s], False) for s in visitors(r, cam, dict(row, n_people=row["n_people"] + 2), 16.0, False)],
+        surface,
+    )
+    return expose(r, compose(cv, sky, light, w, h), row, light), dict(
+        coverage=0.0, hidden=0.0, x0=0.0, y0=0.0, x1=float(w), y1=float(h)
+    )
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #48dfeafd
 def photograph(
-    seed:int,      # seed of the world
-    building:str,  # what stands before the camera; 'none/…' for pictures without a building
-    rows:list,     # planned photographs of it
-    side:int,      # longest side, pixels
-): # yields (uint8 RGB image, what is seen) per row
+    seed: int,  # seed of the world
+    building: str,  # what stands before the camera; 'none/…' for pictures without a building
+    rows: list,  # planned photographs of it
+    side: int,  # longest side, pixels
+):  # yields (uint8 RGB image, what is seen) per row
     "Take the planned photographs of one building."
-    threads = cv2.getNumThreads(); cv2.setNumThreads(1)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
     try:
-        scene = None if building.startswith('none') else Scene(seed, building, side)
-        for row in rows: yield take(scene, row, side) if scene else take_clutter(seed, row, side)
-    finally: cv2.setNumThreads(threads)
+        scene = None if building.startswith("none") else Scene(seed, building, side)
+        for row in rows:
+            yield take(scene, row, side) if scene else take_clutter(seed, row, side)
+    finally:
+        cv2.setNumThreads(threads)

@@ -14,192 +14,620 @@ from .geometry import Body, box, cylinder, dome, gable, hip
 from .plan import STYLES, rng_of
 
 # %% ../../../nbs/parts/minigld/styles.ipynb #e254c577
-def style_of(seed:int, building:str)->str:
+def style_of(seed: int, building: str) -> str:
     "What kind of building this is; a lookalike is of its model's kind."
-    return STYLES[int(rng_of(seed, 'style', building.removeprefix('look/')).integers(len(STYLES)))]
+    return STYLES[int(rng_of(seed, "style", building.removeprefix("look/")).integers(len(STYLES)))]
+
 
 class Landmark:
     "Everything that stands before the camera under one name."
-    def __init__(self, seed:int, building:str, fine:float=1.):
-        self.fine = fine      # resolution of the surfaces; 1 suits photographs of 320 pixels
-        self.seed, self.name, model = seed, building, building.removeprefix('look/')
-        self.r, self.style = rng_of(seed, 'shape', model), style_of(seed, building)
+
+    def __init__(self, seed: int, building: str, fine: float = 1.0):
+        self.fine = fine  # resolution of the surfaces; 1 suits photographs of 320 pixels
+        self.seed, self.name, model = seed, building, building.removeprefix("look/")
+        self.r, self.style = rng_of(seed, "shape", model), style_of(seed, building)
         self.recipes, self.painted = {}, {}
         self.pal = building_palette(self.r, palette(self.r))
-        back = building_palette(self.r, palette(self.r)); self.pal_back = dict(back, roof=self.pal['roof'])
-        self.pal_hall = dict(building_palette(self.r, palette(self.r)), gothic=self.style == 'cathedral')
+        back = building_palette(self.r, palette(self.r))
+        self.pal_back = dict(back, roof=self.pal["roof"])
+        self.pal_hall = dict(building_palette(self.r, palette(self.r)), gothic=self.style == "cathedral")
         self.bodies = BUILDERS[self.style](self, self.r)
-        if model != building: self._repaint(rng_of(seed, 'double', building))
+        if model != building:
+            self._repaint(rng_of(seed, "double", building))
         lo, hi = np.min([b.lo for b in self.bodies], 0), np.max([b.hi for b in self.bodies], 0)
         self.lo, self.hi = lo, hi
 
     def _repaint(self, r):
         "A double has other bays and floors, and slightly other colours."
-        for name in ('pal', 'pal_back', 'pal_hall'):
-            p = building_palette(r, getattr(self, name)); setattr(self, name, dict(p, wall=np.clip(p['wall']*r.uniform(.92, 1.08, 3), 15, 250)))
+        for name in ("pal", "pal_back", "pal_hall"):
+            p = building_palette(r, getattr(self, name))
+            setattr(self, name, dict(p, wall=np.clip(p["wall"] * r.uniform(0.92, 1.08, 3), 15, 250)))
 
-    def surface(self, key:str)->list:
+    def surface(self, key: str) -> list:
         "The pyramid of a surface, painted when first asked for."
-        if key not in self.painted: self.painted[key] = finish(self.recipes[key](rng_of(self.seed, 'paint', self.name, key)))
+        if key not in self.painted:
+            self.painted[key] = finish(self.recipes[key](rng_of(self.seed, "paint", self.name, key)))
         return self.painted[key]
 
-    def wall(self, key:str, width:float, height:float, role:str='front', pointed:bool=False)->str:
+    def wall(self, key: str, width: float, height: float, role: str = "front", pointed: bool = False) -> str:
         "Plan a wall; returns its key."
-        kept = None if self.name.startswith('look/') else self.pal_back if role == 'back' else self.pal
-        palette_of = lambda: kept or (self.pal_back if role == 'back' else self.pal)
-        ppm = self.fine*min(16., 500/max(width, height))
-        self.recipes[key] = lambda r: facade(r, max(width, 1.5), max(height, 1.5), ppm, palette_of(), role, pointed)
+        kept = None if self.name.startswith("look/") else self.pal_back if role == "back" else self.pal
+        palette_of = lambda: kept or (self.pal_back if role == "back" else self.pal)
+        ppm = self.fine * min(16.0, 500 / max(width, height))
+        self.recipes[key] = lambda r: facade(
+            r, max(width, 1.5), max(height, 1.5), ppm, palette_of(), role, pointed
+        )
         return key
 
-    def roof(self, key:str='roof', width:float=20, height:float=8, colour=None)->str:
+    def roof(self, key: str = "roof", width: float = 20, height: float = 8, colour=None) -> str:
         "Plan a roof; returns its key."
-        self.recipes[key] = lambda r: roofing(r, width, height, self.fine*min(13., 340/width), self.pal['roof'] if colour is None else colour)
+        self.recipes[key] = lambda r: roofing(
+            r,
+            width,
+            height,
+            self.fine * min(13.0, 340 / width),
+            self.pal["roof"] if colour is None else colour,
+        )
         return key
 
-    def stone(self, key:str='stone', kind:str='ashlar', colour=None, width:float=10, height:float=6)->str:
+    def stone(
+        self, key: str = "stone", kind: str = "ashlar", colour=None, width: float = 10, height: float = 6
+    ) -> str:
         "Plan bare masonry; returns its key."
-        self.recipes[key] = lambda r: masonry(r, int(height*14*self.fine), int(width*14*self.fine), 14*self.fine, kind, self.pal['trim'] if colour is None else colour)
+        self.recipes[key] = lambda r: masonry(
+            r,
+            int(height * 14 * self.fine),
+            int(width * 14 * self.fine),
+            14 * self.fine,
+            kind,
+            self.pal["trim"] if colour is None else colour,
+        )
         return key
 
 # %% ../../../nbs/parts/minigld/styles.ipynb #998abb97
-def _block(L:Landmark, tag:str, x0, x1, y0, y1, z0, z1, front='front', pointed=False, top=None)->Body:
+def _block(L: Landmark, tag: str, x0, x1, y0, y1, z0, z1, front="front", pointed=False, top=None) -> Body:
     "A box whose four sides are walls of their own."
-    return box(x0, x1, y0, y1, z0, z1, L.wall(f'{tag}.f', x1-x0, z1-z0, front, pointed), L.wall(f'{tag}.s', y1-y0, z1-z0, 'side', pointed), L.wall(f'{tag}.b', x1-x0, z1-z0, 'back'), top)
+    return box(
+        x0,
+        x1,
+        y0,
+        y1,
+        z0,
+        z1,
+        L.wall(f"{tag}.f", x1 - x0, z1 - z0, front, pointed),
+        L.wall(f"{tag}.s", y1 - y0, z1 - z0, "side", pointed),
+        L.wall(f"{tag}.b", x1 - x0, z1 - z0, "back"),
+        top,
+    )
 
-def _steps(L:Landmark, w:float, d:float, n:int=3)->list:
+
+def _steps(L: Landmark, w: float, d: float, n: int = 3) -> list:
     "Stairs in front."
-    L.stone('step', 'ashlar', L.pal['trim']*.85, 20, 1)
-    return [box(-w/2-.5*(n-i), w/2+.5*(n-i), -d-.6*(n-i), -.01-d, i*.3, i*.3+.3, 'step', top='step') for i in range(1)]+[box(-w/2+.4*i, w/2-.4*i, -d+.5*i, -.01, .3+i*.3, .6+i*.3, 'step', top='step') for i in range(1, n)]
+    L.stone("step", "ashlar", L.pal["trim"] * 0.85, 20, 1)
+    return [
+        box(
+            -w / 2 - 0.5 * (n - i),
+            w / 2 + 0.5 * (n - i),
+            -d - 0.6 * (n - i),
+            -0.01 - d,
+            i * 0.3,
+            i * 0.3 + 0.3,
+            "step",
+            top="step",
+        )
+        for i in range(1)
+    ] + [
+        box(
+            -w / 2 + 0.4 * i,
+            w / 2 - 0.4 * i,
+            -d + 0.5 * i,
+            -0.01,
+            0.3 + i * 0.3,
+            0.6 + i * 0.3,
+            "step",
+            top="step",
+        )
+        for i in range(1, n)
+    ]
 
-def cathedral(L, r)->list:
+
+def cathedral(L, r) -> list:
     w, d, h, t = r.uniform(11, 16), r.uniform(24, 36), r.uniform(12, 17), r.uniform(4.5, 6.5)
-    th, roof, lead = h*r.uniform(1.1, 1.6), L.roof(width=d, height=w*.6), L.roof('lead', 10, 10, ROOF[r.integers(len(ROOF))])
-    B = [_block(L, 'nave', -w/2, w/2, t*.3, d, 0, h, pointed=True), gable(-w/2, w/2, t*.3, d, h, h+w*.55, roof, L.wall('gable', w, w*.55, 'gable', True))]
-    twin = r.random() < .65
-    for s in ((-1, 1) if twin else (r.choice([-1, 1]),)):
-        x, k = s*(w/2+t/2), th if twin else th*1.25
-        B += [_block(L, f'tower{s if r.random() < .3 else ""}', x-t/2, x+t/2, 0, t, 0, k, 'tower', True)]
+    th, roof, lead = (
+        h * r.uniform(1.1, 1.6),
+        L.roof(width=d, height=w * 0.6),
+        L.roof("lead", 10, 10, ROOF[r.integers(len(ROOF))]),
+    )
+    B = [
+        _block(L, "nave", -w / 2, w / 2, t * 0.3, d, 0, h, pointed=True),
+        gable(-w / 2, w / 2, t * 0.3, d, h, h + w * 0.55, roof, L.wall("gable", w, w * 0.55, "gable", True)),
+    ]
+    twin = r.random() < 0.65
+    for s in (-1, 1) if twin else (r.choice([-1, 1]),):
+        x, k = s * (w / 2 + t / 2), th if twin else th * 1.25
+        B += [
+            _block(
+                L, f"tower{s if r.random() < 0.3 else ''}", x - t / 2, x + t / 2, 0, t, 0, k, "tower", True
+            )
+        ]
         spire = r.choice(3)
-        if spire == 0: B.append(hip(x-t/2-.2, x+t/2+.2, -.2, t+.2, k, k+t*r.uniform(1.3, 2.4), lead))
-        elif spire == 1: B += [box(x-t*.35, x+t*.35, t*.15, t*.85, k, k+t*.8, L.wall('lantern', t, t, 'tower', True)), hip(x-t*.4, x+t*.4, t*.1, t*.9, k+t*.8, k+t*2, lead)]
-        else: B += [cylinder(x, t/2, t*.42, k, k+t*.5, L.stone()), dome(x, t/2, t*.42, k+t*.5, lead, 1.2)]
-    if r.random() < .7: B += [_block(L, f'aisle{s}', *(sorted((s*w/2, s*(w/2+t*.8)))), t+.01, d*.92, 0, h*.5, 'side', True, lead) for s in (-1, 1)]
-    if r.random() < .5: z, q = h+w*.55, w*.2; B += [box(-q, q, d*.6-q, d*.6+q, z, z+q*1.4, L.wall('crossing', 2*q, q*1.4, 'tower', True)), hip(-q, q, d*.6-q, d*.6+q, z+q*1.4, z+q*r.uniform(3, 6), lead)]
-    return B+[cylinder(0, d+.1+w*.38, w*.38, 0, h*.8, L.wall('apse', w*2.4, h*.8, 'back')), dome(0, d+.1+w*.38, w*.4, h*.8, lead, .7)]
+        if spire == 0:
+            B.append(
+                hip(x - t / 2 - 0.2, x + t / 2 + 0.2, -0.2, t + 0.2, k, k + t * r.uniform(1.3, 2.4), lead)
+            )
+        elif spire == 1:
+            B += [
+                box(
+                    x - t * 0.35,
+                    x + t * 0.35,
+                    t * 0.15,
+                    t * 0.85,
+                    k,
+                    k + t * 0.8,
+                    L.wall("lantern", t, t, "tower", True),
+                ),
+                hip(x - t * 0.4, x + t * 0.4, t * 0.1, t * 0.9, k + t * 0.8, k + t * 2, lead),
+            ]
+        else:
+            B += [
+                cylinder(x, t / 2, t * 0.42, k, k + t * 0.5, L.stone()),
+                dome(x, t / 2, t * 0.42, k + t * 0.5, lead, 1.2),
+            ]
+    if r.random() < 0.7:
+        B += [
+            _block(
+                L,
+                f"aisle{s}",
+                *(sorted((s * w / 2, s * (w / 2 + t * 0.8)))),
+                t + 0.01,
+                d * 0.92,
+                0,
+                h * 0.5,
+                "side",
+                True,
+                lead,
+            )
+            for s in (-1, 1)
+        ]
+    if r.random() < 0.5:
+        z, q = h + w * 0.55, w * 0.2
+        B += [
+            box(
+                -q,
+                q,
+                d * 0.6 - q,
+                d * 0.6 + q,
+                z,
+                z + q * 1.4,
+                L.wall("crossing", 2 * q, q * 1.4, "tower", True),
+            ),
+            hip(-q, q, d * 0.6 - q, d * 0.6 + q, z + q * 1.4, z + q * r.uniform(3, 6), lead),
+        ]
+    return B + [
+        cylinder(0, d + 0.1 + w * 0.38, w * 0.38, 0, h * 0.8, L.wall("apse", w * 2.4, h * 0.8, "back")),
+        dome(0, d + 0.1 + w * 0.38, w * 0.4, h * 0.8, lead, 0.7),
+    ]
 
-def palace(L, r)->list:
+
+def palace(L, r) -> list:
     w, d, h, p = r.uniform(28, 44), r.uniform(11, 16), r.uniform(10, 14), r.uniform(7, 11)
-    roof = L.roof(width=w, height=7); q, rise = r.uniform(.5, 2.2), r.uniform(2.5, 5)
-    B = [_block(L, 'main', -w/2, w/2, 1.5, d, 0, h, 'side'), hip(-w/2-.4, w/2+.4, 1.1, d+.4, h, h+rise, roof, 3, 3.5),
-         _block(L, 'middle', -p/2, p/2, 0, 1.49, 0, h+q), _block(L, 'middle2', -p/2, p/2, 1.5, d*.8, h+rise, h+rise+q, 'side')]
+    roof = L.roof(width=w, height=7)
+    q, rise = r.uniform(0.5, 2.2), r.uniform(2.5, 5)
+    B = [
+        _block(L, "main", -w / 2, w / 2, 1.5, d, 0, h, "side"),
+        hip(-w / 2 - 0.4, w / 2 + 0.4, 1.1, d + 0.4, h, h + rise, roof, 3, 3.5),
+        _block(L, "middle", -p / 2, p / 2, 0, 1.49, 0, h + q),
+        _block(L, "middle2", -p / 2, p / 2, 1.5, d * 0.8, h + rise, h + rise + q, "side"),
+    ]
     cap = r.choice(3)
-    if cap == 0: B.append(gable(-p/2, p/2, 0, 1.49, h+q, h+q+p*.3, roof, L.wall('pediment', p, p*.3, 'gable')))
-    if cap == 1: B += [cylinder(0, d*.4, p*.36, h+rise+q, h+rise+q+2.5, L.wall('drum', p*1.2, 2.5, 'tower'), 2), dome(0, d*.4, p*.38, h+rise+q+2.5, L.roof('dome', 16, 8, ROOF[2]))]
-    if cap == 2: B.append(hip(-p/2-.2, p/2+.2, 1.5, d*.8, h+rise+q, h+rise+q+p*.55, L.roof('mansard', p, 5), p*.2, p*.2))
+    if cap == 0:
+        B.append(
+            gable(
+                -p / 2, p / 2, 0, 1.49, h + q, h + q + p * 0.3, roof, L.wall("pediment", p, p * 0.3, "gable")
+            )
+        )
+    if cap == 1:
+        B += [
+            cylinder(
+                0,
+                d * 0.4,
+                p * 0.36,
+                h + rise + q,
+                h + rise + q + 2.5,
+                L.wall("drum", p * 1.2, 2.5, "tower"),
+                2,
+            ),
+            dome(0, d * 0.4, p * 0.38, h + rise + q + 2.5, L.roof("dome", 16, 8, ROOF[2])),
+        ]
+    if cap == 2:
+        B.append(
+            hip(
+                -p / 2 - 0.2,
+                p / 2 + 0.2,
+                1.5,
+                d * 0.8,
+                h + rise + q,
+                h + rise + q + p * 0.55,
+                L.roof("mansard", p, 5),
+                p * 0.2,
+                p * 0.2,
+            )
+        )
     v = r.uniform(5, 8)
     for s in (-1, 1):
-        x0, x1 = sorted((s*(w/2+.01), s*(w/2+v))); hh = h*r.choice([.8, 1.25])
-        B += [_block(L, 'wing', x0, x1, -1, d+2, 0, hh), hip(x0-.3, x1+.3, -1.3, d+2.3, hh, hh+v*r.uniform(.5, .9), roof, v*.4, v*.4)]
+        x0, x1 = sorted((s * (w / 2 + 0.01), s * (w / 2 + v)))
+        hh = h * r.choice([0.8, 1.25])
+        B += [
+            _block(L, "wing", x0, x1, -1, d + 2, 0, hh),
+            hip(x0 - 0.3, x1 + 0.3, -1.3, d + 2.3, hh, hh + v * r.uniform(0.5, 0.9), roof, v * 0.4, v * 0.4),
+        ]
     return B
 
 # %% ../../../nbs/parts/minigld/styles.ipynb #a1c0def5
-def mosque(L, r)->list:
-    w, h = r.uniform(15, 22), r.uniform(7, 10); d, R = w*r.uniform(.9, 1.1), w*r.uniform(.24, .34)
-    L.pal = dict(L.pal, kind=str(r.choice(['tile', 'striped', 'ashlar'])), second=BRIGHT[r.choice([1, 3, 2])])
-    tile = L.roof('dome', 16, 8, BRIGHT[r.choice([1, 2, 3, 0])]*.8+30); y, top = d/2, L.stone()
-    B = [_block(L, 'hall', -w/2, w/2, 0, d, 0, h, top=top), cylinder(0, y, R*.96, h, h+R*.55, L.wall('drum', R*5, R*.55, 'tower'), 1.), dome(0, y, R, h+R*.55, tile, r.uniform(.9, 1.35)),
-         _block(L, 'iwan', -w*.15, w*.15, -1.6, -.01, 0, h*1.18, top=top)]
-    B.append(cylinder(0, y, .15, h+R*1.5, h+R*2.3, L.stone('gold', 'plaster', (214, 170, 60))))
+def mosque(L, r) -> list:
+    w, h = r.uniform(15, 22), r.uniform(7, 10)
+    d, R = w * r.uniform(0.9, 1.1), w * r.uniform(0.24, 0.34)
+    L.pal = dict(L.pal, kind=str(r.choice(["tile", "striped", "ashlar"])), second=BRIGHT[r.choice([1, 3, 2])])
+    tile = L.roof("dome", 16, 8, BRIGHT[r.choice([1, 2, 3, 0])] * 0.8 + 30)
+    y, top = d / 2, L.stone()
+    B = [
+        _block(L, "hall", -w / 2, w / 2, 0, d, 0, h, top=top),
+        cylinder(0, y, R * 0.96, h, h + R * 0.55, L.wall("drum", R * 5, R * 0.55, "tower"), 1.0),
+        dome(0, y, R, h + R * 0.55, tile, r.uniform(0.9, 1.35)),
+        _block(L, "iwan", -w * 0.15, w * 0.15, -1.6, -0.01, 0, h * 1.18, top=top),
+    ]
+    B.append(cylinder(0, y, 0.15, h + R * 1.5, h + R * 2.3, L.stone("gold", "plaster", (214, 170, 60))))
     for s in (-1, 1):
-        for q in (R*.45,): B.append(dome(s*w*.34, y*.5, q, h, tile, 1.1))
-        B.append(dome(s*w*.34, y*1.5, R*.45, h, tile, 1.1))
-    m, k = r.uniform(.9, 1.3), h*r.uniform(1.9, 2.9)
+        for q in (R * 0.45,):
+            B.append(dome(s * w * 0.34, y * 0.5, q, h, tile, 1.1))
+        B.append(dome(s * w * 0.34, y * 1.5, R * 0.45, h, tile, 1.1))
+    m, k = r.uniform(0.9, 1.3), h * r.uniform(1.9, 2.9)
     for sx in (-1, 1):
-        for yy in ((-m*1.2, d+m*1.2) if r.random() < .6 else (-m*1.2,)):
-            x = sx*(w/2+m*1.2)
-            B += [cylinder(x, yy, m, 0, k*.6, L.wall('minaret', 9, k*.6, 'tower')), cylinder(x, yy, m*1.5, k*.6, k*.64, top), cylinder(x, yy, m*.8, k*.64, k*.9, L.stone('shaft', 'tile', L.pal['wall'])), cylinder(x, yy, m*1.05, k*.9, k*1.12, tile, r1=.02)]
+        for yy in (-m * 1.2, d + m * 1.2) if r.random() < 0.6 else (-m * 1.2,):
+            x = sx * (w / 2 + m * 1.2)
+            B += [
+                cylinder(x, yy, m, 0, k * 0.6, L.wall("minaret", 9, k * 0.6, "tower")),
+                cylinder(x, yy, m * 1.5, k * 0.6, k * 0.64, top),
+                cylinder(x, yy, m * 0.8, k * 0.64, k * 0.9, L.stone("shaft", "tile", L.pal["wall"])),
+                cylinder(x, yy, m * 1.05, k * 0.9, k * 1.12, tile, r1=0.02),
+            ]
     return B
 
-def pagoda(L, r)->list:
-    n, w, s = int(r.integers(3, 7)), r.uniform(8, 12), r.uniform(2.6, 3.6); B, z = [], 1.2
-    L.pal = dict(L.pal, kind='panel', wall=L.pal['wall'] if r.random() < .4 else np.array((150, 52, 40.)), floor=s, bay=2.4)
-    L.pal_back = dict(L.pal_back, floor=s); roof = L.roof(width=w*1.5, height=3); L.stone('soffit', 'panel', (92, 50, 34)); rise, eave = r.uniform(.9, 1.7), r.uniform(1.2, 2.)
-    B.append(box(-w*.8, w*.8, -w*.3, w*1.3, 0, 1.2, L.stone('base', 'ashlar', STONE[r.integers(len(STONE))], 20, 1.2), top='base'))
+
+def pagoda(L, r) -> list:
+    n, w, s = int(r.integers(3, 7)), r.uniform(8, 12), r.uniform(2.6, 3.6)
+    B, z = [], 1.2
+    L.pal = dict(
+        L.pal,
+        kind="panel",
+        wall=L.pal["wall"] if r.random() < 0.4 else np.array((150, 52, 40.0)),
+        floor=s,
+        bay=2.4,
+    )
+    L.pal_back = dict(L.pal_back, floor=s)
+    roof = L.roof(width=w * 1.5, height=3)
+    L.stone("soffit", "panel", (92, 50, 34))
+    rise, eave = r.uniform(0.9, 1.7), r.uniform(1.2, 2.0)
+    B.append(
+        box(
+            -w * 0.8,
+            w * 0.8,
+            -w * 0.3,
+            w * 1.3,
+            0,
+            1.2,
+            L.stone("base", "ashlar", STONE[r.integers(len(STONE))], 20, 1.2),
+            top="base",
+        )
+    )
     for i in range(n):
-        k = w/2*(1-.11*i); y = w/2
-        B.append(box(-k, k, y-k, y+k, z, z+s, L.wall(f'storey{i}', 2*k, s, 'front' if i == 0 else 'tower'), L.wall(f'side{i}', 2*k, s, 'tower'), L.wall(f'back{i}', 2*k, s, 'back'))); z += s
-        e = k+eave
-        B.append(hip(-e, e, y-e, y+e, z, z+rise*(2.2 if i == n-1 else 1), roof, e if i == n-1 else eave+k*.12, e if i == n-1 else eave+k*.12, under='soffit')); z += rise*(2.2 if i == n-1 else 1)
-    return B+[cylinder(0, w/2, .18, z-.3, z+2.4, L.stone('gold', 'plaster', (200, 160, 60)))]
+        k = w / 2 * (1 - 0.11 * i)
+        y = w / 2
+        B.append(
+            box(
+                -k,
+                k,
+                y - k,
+                y + k,
+                z,
+                z + s,
+                L.wall(f"storey{i}", 2 * k, s, "front" if i == 0 else "tower"),
+                L.wall(f"side{i}", 2 * k, s, "tower"),
+                L.wall(f"back{i}", 2 * k, s, "back"),
+            )
+        )
+        z += s
+        e = k + eave
+        B.append(
+            hip(
+                -e,
+                e,
+                y - e,
+                y + e,
+                z,
+                z + rise * (2.2 if i == n - 1 else 1),
+                roof,
+                e if i == n - 1 else eave + k * 0.12,
+                e if i == n - 1 else eave + k * 0.12,
+                under="soffit",
+            )
+        )
+        z += rise * (2.2 if i == n - 1 else 1)
+    return B + [cylinder(0, w / 2, 0.18, z - 0.3, z + 2.4, L.stone("gold", "plaster", (200, 160, 60)))]
 
-def castle(L, r)->list:
+
+def castle(L, r) -> list:
     w, d, h, R = r.uniform(18, 28), r.uniform(14, 20), r.uniform(8, 12), r.uniform(2.4, 3.6)
-    L.pal = dict(L.pal, kind=str(r.choice(['rubble', 'ashlar', 'brick'])), glass=.3, pilasters=False); roof, top = L.roof(width=14, height=6), L.stone('top', 'rubble', L.pal['wall'])
-    B = [_block(L, 'court', -w/2, w/2, 0, d, 0, h, top=top)]
-    for x in np.arange(-w/2+R+.3, w/2-R-1, 1.9): B.append(box(x, x+1., 0, .6, h, h+.9, top, top=top))
+    L.pal = dict(L.pal, kind=str(r.choice(["rubble", "ashlar", "brick"])), glass=0.3, pilasters=False)
+    roof, top = L.roof(width=14, height=6), L.stone("top", "rubble", L.pal["wall"])
+    B = [_block(L, "court", -w / 2, w / 2, 0, d, 0, h, top=top)]
+    for x in np.arange(-w / 2 + R + 0.3, w / 2 - R - 1, 1.9):
+        B.append(box(x, x + 1.0, 0, 0.6, h, h + 0.9, top, top=top))
     for i, (sx, y) in enumerate([(-1, 0), (1, 0), (-1, d), (1, d)]):
-        k, q = h*r.uniform(1.1, 1.7), R*r.uniform(.85, 1.15); x = sx*(w/2+q*.72); y = y-q*.75 if y == 0 else y+q*.75
-        B += [cylinder(x, y, q, 0, k, L.wall(f'round{i % 2}', q*6, k, 'tower')), cylinder(x, y, q*1.1, k, k+.8, top)]
-        if r.random() < .75: B.append(cylinder(x, y, q*1.15, k+.8, k+q*r.uniform(2., 3.), roof, 2., r1=.02))
-    k = r.uniform(5, 8); x = r.uniform(-.2, .2)*w
-    return B+_keep(L, x, k, d, h, h*r.uniform(1.5, 2.1), roof)
+        k, q = h * r.uniform(1.1, 1.7), R * r.uniform(0.85, 1.15)
+        x = sx * (w / 2 + q * 0.72)
+        y = y - q * 0.75 if y == 0 else y + q * 0.75
+        B += [
+            cylinder(x, y, q, 0, k, L.wall(f"round{i % 2}", q * 6, k, "tower")),
+            cylinder(x, y, q * 1.1, k, k + 0.8, top),
+        ]
+        if r.random() < 0.75:
+            B.append(cylinder(x, y, q * 1.15, k + 0.8, k + q * r.uniform(2.0, 3.0), roof, 2.0, r1=0.02))
+    k = r.uniform(5, 8)
+    x = r.uniform(-0.2, 0.2) * w
+    return B + _keep(L, x, k, d, h, h * r.uniform(1.5, 2.1), roof)
 
-def _keep(L, x, k, d, h, top, roof)->list:
+
+def _keep(L, x, k, d, h, top, roof) -> list:
     "The high tower of a castle."
-    return [_block(L, 'keep', x-k/2, x+k/2, d*.35, d*.35+k, h, top), hip(x-k/2-.4, x+k/2+.4, d*.35-.4, d*.35+k+.4, top, top+k*.8, roof)]
+    return [
+        _block(L, "keep", x - k / 2, x + k / 2, d * 0.35, d * 0.35 + k, h, top),
+        hip(x - k / 2 - 0.4, x + k / 2 + 0.4, d * 0.35 - 0.4, d * 0.35 + k + 0.4, top, top + k * 0.8, roof),
+    ]
 
 # %% ../../../nbs/parts/minigld/styles.ipynb #2b6d725f
-def temple(L, r)->list:
-    w, d, h, n = r.uniform(18, 28), r.uniform(18, 26), r.uniform(7, 10), int(r.integers(3, 5))*2
-    L.recipes['shaft'] = lambda q: masonry(q, 160, 120, 16, 'panel', L.pal['trim']); top = L.stone(); p = r.uniform(3, 4.5); z = .9
-    B = _steps(L, w, p, 3)[:1]+[box(-w/2, w/2, -p, -.01, .3, z, 'step', top='step')]
-    B += [_block(L, 'cella', -w/2+.5, w/2-.5, 0, d, 0, h+z)]
-    B += [cylinder(x, -p+.8, .62, z, z+h-.5, 'shaft', 1., .52) for x in np.linspace(-w/2+1.1, w/2-1.1, n)]
-    B += [box(-w/2, w/2, -p, -.01, z+h-.5, z+h+1.2, L.wall('entablature', w, 1.7, 'tower'), top=top), gable(-w/2, w/2, -p, d, z+h+1.2, z+h+1.2+w*r.uniform(.14, .2), L.roof(width=d, height=w/2), L.wall('pediment', w, w*.18, 'gable'))]
+def temple(L, r) -> list:
+    w, d, h, n = r.uniform(18, 28), r.uniform(18, 26), r.uniform(7, 10), int(r.integers(3, 5)) * 2
+    L.recipes["shaft"] = lambda q: masonry(q, 160, 120, 16, "panel", L.pal["trim"])
+    top = L.stone()
+    p = r.uniform(3, 4.5)
+    z = 0.9
+    B = _steps(L, w, p, 3)[:1] + [box(-w / 2, w / 2, -p, -0.01, 0.3, z, "step", top="step")]
+    B += [_block(L, "cella", -w / 2 + 0.5, w / 2 - 0.5, 0, d, 0, h + z)]
+    B += [
+        cylinder(x, -p + 0.8, 0.62, z, z + h - 0.5, "shaft", 1.0, 0.52)
+        for x in np.linspace(-w / 2 + 1.1, w / 2 - 1.1, n)
+    ]
+    B += [
+        box(
+            -w / 2,
+            w / 2,
+            -p,
+            -0.01,
+            z + h - 0.5,
+            z + h + 1.2,
+            L.wall("entablature", w, 1.7, "tower"),
+            top=top,
+        ),
+        gable(
+            -w / 2,
+            w / 2,
+            -p,
+            d,
+            z + h + 1.2,
+            z + h + 1.2 + w * r.uniform(0.14, 0.2),
+            L.roof(width=d, height=w / 2),
+            L.wall("pediment", w, w * 0.18, "gable"),
+        ),
+    ]
     return B
 
-def capitol(L, r)->list:
-    B = palace(L, r); R = r.uniform(4.5, 6.5); z = max(b.hi[2] for b in B)*.92
-    B = [b for b in B if not (abs(b.lo[0]+b.hi[0]) < .1 and b.hi[0]-b.lo[0] < 12 and b.lo[2] > 4)]
-    y, z = 7., max(b.hi[2] for b in B if abs(b.lo[0]+b.hi[0]) < .1); n = 8
-    B += [box(-R, R, y-R, y+R, z, z+2, L.wall('plinth', 2*R, 2, 'tower')), cylinder(0, y, R*.86, z+2, z+2+R*.9, L.wall('drum', R*5.4, R*.9, 'tower')), cylinder(0, y, R*.98, z+2+R*.9, z+2.6+R*.9, L.stone()),
-          dome(0, y, R*.9, z+2.6+R*.9, L.roof('dome', 20, 9, ROOF[r.integers(len(ROOF))]), r.uniform(.9, 1.25)), cylinder(0, y, R*.2, z+2.6+R*1.75, z+3.6+R*2.1, L.stone('lantern', 'panel', L.pal['trim'])), dome(0, y, R*.22, z+3.6+R*2.1, 'dome', 1.5)]
-    L.recipes['shaft'] = lambda q: masonry(q, 160, 120, 16, 'panel', L.pal['trim']); h = r.uniform(7, 9)
-    return B+[cylinder(x, -2.4, .55, .6, h, 'shaft', 1., .46) for x in np.linspace(-5, 5, 6)]+[box(-5.8, 5.8, -3.1, -1.02, 0, .6, L.stone('base'), top='base'), box(-5.8, 5.8, -3.1, -1.02, h, h+1.1, L.wall('beam', 11, 1.1, 'tower')), gable(-5.8, 5.8, -3.1, -1.02, h+1.1, h+3.2, 'stone', L.wall('tympanum', 11, 2.2, 'gable'))]
 
-def hall(L, r)->list:
-    n = int(r.integers(2, 5)); B, x = [], 0.; widths = r.uniform(7, 13, n); x = -widths.sum()/2
+def capitol(L, r) -> list:
+    B = palace(L, r)
+    R = r.uniform(4.5, 6.5)
+    z = max(b.hi[2] for b in B) * 0.92
+    B = [b for b in B if not (abs(b.lo[0] + b.hi[0]) < 0.1 and b.hi[0] - b.lo[0] < 12 and b.lo[2] > 4)]
+    y, z = 7.0, max(b.hi[2] for b in B if abs(b.lo[0] + b.hi[0]) < 0.1)
+    n = 8
+    B += [
+        box(-R, R, y - R, y + R, z, z + 2, L.wall("plinth", 2 * R, 2, "tower")),
+        cylinder(0, y, R * 0.86, z + 2, z + 2 + R * 0.9, L.wall("drum", R * 5.4, R * 0.9, "tower")),
+        cylinder(0, y, R * 0.98, z + 2 + R * 0.9, z + 2.6 + R * 0.9, L.stone()),
+        dome(
+            0,
+            y,
+            R * 0.9,
+            z + 2.6 + R * 0.9,
+            L.roof("dome", 20, 9, ROOF[r.integers(len(ROOF))]),
+            r.uniform(0.9, 1.25),
+        ),
+        cylinder(
+            0, y, R * 0.2, z + 2.6 + R * 1.75, z + 3.6 + R * 2.1, L.stone("lantern", "panel", L.pal["trim"])
+        ),
+        dome(0, y, R * 0.22, z + 3.6 + R * 2.1, "dome", 1.5),
+    ]
+    L.recipes["shaft"] = lambda q: masonry(q, 160, 120, 16, "panel", L.pal["trim"])
+    h = r.uniform(7, 9)
+    return (
+        B
+        + [cylinder(x, -2.4, 0.55, 0.6, h, "shaft", 1.0, 0.46) for x in np.linspace(-5, 5, 6)]
+        + [
+            box(-5.8, 5.8, -3.1, -1.02, 0, 0.6, L.stone("base"), top="base"),
+            box(-5.8, 5.8, -3.1, -1.02, h, h + 1.1, L.wall("beam", 11, 1.1, "tower")),
+            gable(-5.8, 5.8, -3.1, -1.02, h + 1.1, h + 3.2, "stone", L.wall("tympanum", 11, 2.2, "gable")),
+        ]
+    )
+
+
+def hall(L, r) -> list:
+    n = int(r.integers(2, 5))
+    B, x = [], 0.0
+    widths = r.uniform(7, 13, n)
+    x = -widths.sum() / 2
     for i, w in enumerate(widths):
-        d, h = r.uniform(12, 16), r.uniform(10, 17); y = 0 if i % 2 == 0 else r.uniform(0, 1.5)
-        L.pal = dict(L.pal, kind=str(r.choice(['brick', 'ashlar', 'plaster', 'striped'])), wall=STONE[r.integers(len(STONE))]*r.uniform(.9, 1.05)) if i else L.pal
-        pal = dict(L.pal); key = L.wall(f'h{i}.f', w, h); rise = w*r.uniform(.5, .9)
-        L.wall(f'h{i}.g', w, rise, 'gable'); L.wall(f'h{i}.s', d, h, 'side')
-        for k, (a, b, role) in {f'h{i}.f': (w, h, 'front'), f'h{i}.g': (w, rise, 'gable'), f'h{i}.s': (d, h, 'side')}.items():
-            L.recipes[k] = lambda q, a=a, b=b, role=role, pal=pal: facade(q, a, b, 17.*L.fine, pal, role)
-        B += [box(x, x+w-.02, y, y+d, 0, h, f'h{i}.f', f'h{i}.s', L.wall(f'h{i}.b', w, h, 'back'))]
-        B += [gable(x, x+w-.02, y, y+d, h, h+rise, L.roof(f'roof{i}', d, w*.7, ROOF[r.integers(len(ROOF))]), f'h{i}.g', over=0)] if r.random() < .7 else [hip(x, x+w-.02, y, y+d, h, h+rise*.7, L.roof(f'roof{i}', w, 5), w*.3, w*.3)]
+        d, h = r.uniform(12, 16), r.uniform(10, 17)
+        y = 0 if i % 2 == 0 else r.uniform(0, 1.5)
+        L.pal = (
+            dict(
+                L.pal,
+                kind=str(r.choice(["brick", "ashlar", "plaster", "striped"])),
+                wall=STONE[r.integers(len(STONE))] * r.uniform(0.9, 1.05),
+            )
+            if i
+            else L.pal
+        )
+        pal = dict(L.pal)
+        key = L.wall(f"h{i}.f", w, h)
+        rise = w * r.uniform(0.5, 0.9)
+        L.wall(f"h{i}.g", w, rise, "gable")
+        L.wall(f"h{i}.s", d, h, "side")
+        for k, (a, b, role) in {
+            f"h{i}.f": (w, h, "front"),
+            f"h{i}.g": (w, rise, "gable"),
+            f"h{i}.s": (d, h, "side"),
+        }.items():
+            L.recipes[k] = lambda q, a=a, b=b, role=role, pal=pal: facade(q, a, b, 17.0 * L.fine, pal, role)
+        B += [box(x, x + w - 0.02, y, y + d, 0, h, f"h{i}.f", f"h{i}.s", L.wall(f"h{i}.b", w, h, "back"))]
+        B += (
+            [
+                gable(
+                    x,
+                    x + w - 0.02,
+                    y,
+                    y + d,
+                    h,
+                    h + rise,
+                    L.roof(f"roof{i}", d, w * 0.7, ROOF[r.integers(len(ROOF))]),
+                    f"h{i}.g",
+                    over=0,
+                )
+            ]
+            if r.random() < 0.7
+            else [
+                hip(x, x + w - 0.02, y, y + d, h, h + rise * 0.7, L.roof(f"roof{i}", w, 5), w * 0.3, w * 0.3)
+            ]
+        )
         x += w
-    if r.random() < .6: t = 4.; B += [_block(L, 'belfry', -t/2+r.uniform(-4, 4)*0, t/2, 16.1, 16.1+t, 0, 26), hip(-t/2-.3, t/2+.3, 15.8, 20.4, 26, 33, L.roof('cap', 5, 8))]
+    if r.random() < 0.6:
+        t = 4.0
+        B += [
+            _block(L, "belfry", -t / 2 + r.uniform(-4, 4) * 0, t / 2, 16.1, 16.1 + t, 0, 26),
+            hip(-t / 2 - 0.3, t / 2 + 0.3, 15.8, 20.4, 26, 33, L.roof("cap", 5, 8)),
+        ]
     return B
 
-def tower(L, r)->list:
-    w, n = r.uniform(6, 8.5), int(r.integers(3, 5)); B, z = [], 0.; top = L.stone()
-    B.append(_block(L, 'foot', -w*.9, w*.9, -w*.2, w*1.2, 0, 5, top=top)); z = 5.
+
+def tower(L, r) -> list:
+    w, n = r.uniform(6, 8.5), int(r.integers(3, 5))
+    B, z = [], 0.0
+    top = L.stone()
+    B.append(_block(L, "foot", -w * 0.9, w * 0.9, -w * 0.2, w * 1.2, 0, 5, top=top))
+    z = 5.0
     for i in range(n):
-        k, h = w/2*(1-.07*i), r.uniform(4.5, 7)
-        B += [box(-k, k, w/2-k, w/2+k, z, z+h, L.wall(f't{i}.f', 2*k, h, 'front' if i == n-1 else 'tower'), L.wall(f't{i}.s', 2*k, h, 'tower'), L.wall(f't{i}.b', 2*k, h, 'back')), box(-k-.4, k+.4, w/2-k-.4, w/2+k+.4, z+h, z+h+.5, top, top=top)]; z += h+.5
-    k *= .9; cap = r.choice(3); roof = L.roof(width=8, height=6)
-    if cap == 0: return B+[hip(-k, k, w/2-k, w/2+k, z, z+w*r.uniform(.8, 1.6), roof)]
-    if cap == 1: return B+[cylinder(0, w/2, k*.8, z, z+2.5, L.wall('drum', k*5, 2.5, 'tower')), dome(0, w/2, k*.86, z+2.5, roof, 1.2)]
-    return B+[box(-k, k, w/2-k, w/2+k, z, z+2.6, L.wall('loggia', 2*k, 2.6, 'tower'), top=top), cylinder(0, w/2, k*.7, z+2.6, z+2.6+k*2.2, roof, r1=.02)]
+        k, h = w / 2 * (1 - 0.07 * i), r.uniform(4.5, 7)
+        B += [
+            box(
+                -k,
+                k,
+                w / 2 - k,
+                w / 2 + k,
+                z,
+                z + h,
+                L.wall(f"t{i}.f", 2 * k, h, "front" if i == n - 1 else "tower"),
+                L.wall(f"t{i}.s", 2 * k, h, "tower"),
+                L.wall(f"t{i}.b", 2 * k, h, "back"),
+            ),
+            box(-k - 0.4, k + 0.4, w / 2 - k - 0.4, w / 2 + k + 0.4, z + h, z + h + 0.5, top, top=top),
+        ]
+        z += h + 0.5
+    k *= 0.9
+    cap = r.choice(3)
+    roof = L.roof(width=8, height=6)
+    if cap == 0:
+        return B + [hip(-k, k, w / 2 - k, w / 2 + k, z, z + w * r.uniform(0.8, 1.6), roof)]
+    if cap == 1:
+        return B + [
+            cylinder(0, w / 2, k * 0.8, z, z + 2.5, L.wall("drum", k * 5, 2.5, "tower")),
+            dome(0, w / 2, k * 0.86, z + 2.5, roof, 1.2),
+        ]
+    return B + [
+        box(-k, k, w / 2 - k, w / 2 + k, z, z + 2.6, L.wall("loggia", 2 * k, 2.6, "tower"), top=top),
+        cylinder(0, w / 2, k * 0.7, z + 2.6, z + 2.6 + k * 2.2, roof, r1=0.02),
+    ]
 
-def arch(L, r)->list:
+
+def arch(L, r) -> list:
     w, d, h, g = r.uniform(14, 20), r.uniform(5, 8), r.uniform(11, 15), r.uniform(4, 6)
-    L.pal = dict(L.pal, floor=h/2, bay=(w-g)/2, pilasters=True); z = h*.62; top = L.stone()
-    B = [_block(L, f'leg{s}', *sorted((s*g/2, s*w/2)), 0, d, 0, z, 'tower') for s in (-1, 1)]
-    B += [box(-w/2, w/2, 0, d, z, h, L.wall('attic', w, h-z, 'side'), L.wall('attic.s', d, h-z, 'tower'), L.wall('attic.b', w, h-z, 'back'), top), box(-w/2-.5, w/2+.5, -.5, d+.5, h, h+.8, top, top=top)]
-    if r.random() < .6: B.append(box(-w*.3, w*.3, d*.1, d*.9, h+.8, h+3.2, L.wall('block', w*.6, 2.4, 'tower'), top=top))
-    for x in ((-w*.2, w*.2) if r.random() < .5 else (0,)): B += [cylinder(x, d/2, .9, h+.8 if len(B) < 5 else h+3.2, (h+.8 if len(B) < 5 else h+3.2)+1.4, top), dome(x, d/2, .7, (h+.8 if len(B) < 5 else h+3.2)+1.4, L.stone('bronze', 'plaster', (86, 120, 100)), 2.6)]
-    return B+[cylinder(s*(g/2+(w-g)/4)+q, -.7, .45, 0, z-.1, L.stone('column', 'panel', L.pal['trim'])) for s in (-1, 1) for q in (-(w-g)*.14, (w-g)*.14)]
+    L.pal = dict(L.pal, floor=h / 2, bay=(w - g) / 2, pilasters=True)
+    z = h * 0.62
+    top = L.stone()
+    B = [_block(L, f"leg{s}", *sorted((s * g / 2, s * w / 2)), 0, d, 0, z, "tower") for s in (-1, 1)]
+    B += [
+        box(
+            -w / 2,
+            w / 2,
+            0,
+            d,
+            z,
+            h,
+            L.wall("attic", w, h - z, "side"),
+            L.wall("attic.s", d, h - z, "tower"),
+            L.wall("attic.b", w, h - z, "back"),
+            top,
+        ),
+        box(-w / 2 - 0.5, w / 2 + 0.5, -0.5, d + 0.5, h, h + 0.8, top, top=top),
+    ]
+    if r.random() < 0.6:
+        B.append(
+            box(
+                -w * 0.3,
+                w * 0.3,
+                d * 0.1,
+                d * 0.9,
+                h + 0.8,
+                h + 3.2,
+                L.wall("block", w * 0.6, 2.4, "tower"),
+                top=top,
+            )
+        )
+    for x in (-w * 0.2, w * 0.2) if r.random() < 0.5 else (0,):
+        B += [
+            cylinder(
+                x,
+                d / 2,
+                0.9,
+                h + 0.8 if len(B) < 5 else h + 3.2,
+                (h + 0.8 if len(B) < 5 else h + 3.2) + 1.4,
+                top,
+            ),
+            dome(
+                x,
+                d / 2,
+                0.7,
+                (h + 0.8 if len(B) < 5 else h + 3.2) + 1.4,
+                L.stone("bronze", "plaster", (86, 120, 100)),
+                2.6,
+            ),
+        ]
+    return B + [
+        cylinder(
+            s * (g / 2 + (w - g) / 4) + q, -0.7, 0.45, 0, z - 0.1, L.stone("column", "panel", L.pal["trim"])
+        )
+        for s in (-1, 1)
+        for q in (-(w - g) * 0.14, (w - g) * 0.14)
+    ]
 
-BUILDERS = dict(cathedral=cathedral, palace=palace, mosque=mosque, pagoda=pagoda, castle=castle, temple=temple, hall=hall, tower=tower, arch=arch, capitol=capitol)
+
+BUILDERS = dict(
+    cathedral=cathedral,
+    palace=palace,
+    mosque=mosque,
+    pagoda=pagoda,
+    castle=castle,
+    temple=temple,
+    hall=hall,
+    tower=tower,
+    arch=arch,
+    capitol=capitol,
+)

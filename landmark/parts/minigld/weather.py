@@ -14,196 +14,426 @@ from .paint import BRIGHT, STONE, masonry, noise
 from .plan import rng_of
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #eebb624a
-def light_of(r, light:str, weather:str)->dict:
+def light_of(r, light: str, weather: str) -> dict:
     "Sun, sky light, fog and exposure of one photograph; colours are RGB factors."
     az, el = np.radians(r.uniform(-80, 80)), np.radians(r.uniform(22, 62))
-    sun = np.array([np.sin(az)*np.cos(el), -np.cos(az)*np.cos(el), np.sin(el)])
-    out = dict(sun=sun, warm=np.array((1.02, .95, .84)), strength=.9, sky=np.array((.44, .47, .53)), night=0., fog=1/4000., haze=np.array((196, 208, 224.)))
-    if light == 'overcast': out.update(strength=.16, sky=np.array((.82, .84, .86)), haze=np.array((206, 209, 213.)))
-    if light == 'dusk':
-        el = np.radians(r.uniform(5, 14)); out.update(sun=np.array([np.sin(az)*np.cos(el), -np.cos(az)*np.cos(el), np.sin(el)]), warm=np.array((1.15, .72, .42)), strength=.72, sky=np.array((.36, .35, .47)), night=.45, haze=np.array((214, 150, 128.)))
-    if light == 'night':
-        out.update(sun=np.array([.3*np.sin(az), -.85, -.35]), warm=np.array((1.2, .88, .5))*r.uniform(.8, 1.1), strength=r.uniform(.5, .85), sky=np.array((.09, .11, .19)), night=1., haze=np.array((26, 28, 44.)))
-    if light == 'indoor':
-        t = r.uniform(-1, 1); out.update(sun=np.array([.5*np.sin(az), -.5, .7]), strength=r.uniform(.12, .4), sky=np.array((.74+.1*t, .7, .62-.14*t))*r.uniform(.75, 1.1), night=.75)
-    if weather == 'fog': out.update(fog=1/r.uniform(45, 110), strength=out['strength']*.3, sky=out['sky']*1.15, haze=out['haze'].mean()*.6+out['haze']*.4)
-    if weather in ('rain', 'snow'): out.update(strength=out['strength']*(.7 if light == 'night' else .25), fog=1/240, sky=out['sky']*(.95 if light in ('night', 'dusk') else 1.5))
-    out['exposure'] = float(np.exp(r.normal(.06, .16)))
+    sun = np.array([np.sin(az) * np.cos(el), -np.cos(az) * np.cos(el), np.sin(el)])
+    out = dict(
+        sun=sun,
+        warm=np.array((1.02, 0.95, 0.84)),
+        strength=0.9,
+        sky=np.array((0.44, 0.47, 0.53)),
+        night=0.0,
+        fog=1 / 4000.0,
+        haze=np.array((196, 208, 224.0)),
+    )
+    if light == "overcast":
+        out.update(strength=0.16, sky=np.array((0.82, 0.84, 0.86)), haze=np.array((206, 209, 213.0)))
+    if light == "dusk":
+        el = np.radians(r.uniform(5, 14))
+        out.update(
+            sun=np.array([np.sin(az) * np.cos(el), -np.cos(az) * np.cos(el), np.sin(el)]),
+            warm=np.array((1.15, 0.72, 0.42)),
+            strength=0.72,
+            sky=np.array((0.36, 0.35, 0.47)),
+            night=0.45,
+            haze=np.array((214, 150, 128.0)),
+        )
+    if light == "night":
+        out.update(
+            sun=np.array([0.3 * np.sin(az), -0.85, -0.35]),
+            warm=np.array((1.2, 0.88, 0.5)) * r.uniform(0.8, 1.1),
+            strength=r.uniform(0.5, 0.85),
+            sky=np.array((0.09, 0.11, 0.19)),
+            night=1.0,
+            haze=np.array((26, 28, 44.0)),
+        )
+    if light == "indoor":
+        t = r.uniform(-1, 1)
+        out.update(
+            sun=np.array([0.5 * np.sin(az), -0.5, 0.7]),
+            strength=r.uniform(0.12, 0.4),
+            sky=np.array((0.74 + 0.1 * t, 0.7, 0.62 - 0.14 * t)) * r.uniform(0.75, 1.1),
+            night=0.75,
+        )
+    if weather == "fog":
+        out.update(
+            fog=1 / r.uniform(45, 110),
+            strength=out["strength"] * 0.3,
+            sky=out["sky"] * 1.15,
+            haze=out["haze"].mean() * 0.6 + out["haze"] * 0.4,
+        )
+    if weather in ("rain", "snow"):
+        out.update(
+            strength=out["strength"] * (0.7 if light == "night" else 0.25),
+            fog=1 / 240,
+            sky=out["sky"] * (0.95 if light in ("night", "dusk") else 1.5),
+        )
+    out["exposure"] = float(np.exp(r.normal(0.06, 0.16)))
     return out
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #d0790049
 @lru_cache(maxsize=16)
-def _clouds(i:int)->np.ndarray:
+def _clouds(i: int) -> np.ndarray:
     "A field of clouds, 0 to 1 [256, 640]."
-    r = rng_of(0, 'clouds', i)
-    f = sum(noise(r, 256, 640, c)*a for c, a in ((90, .5), (44, .26), (20, .15), (9, .09)))
+    r = rng_of(0, "clouds", i)
+    f = sum(noise(r, 256, 640, c) * a for c, a in ((90, 0.5), (44, 0.26), (20, 0.15), (9, 0.09)))
     return cv2.resize(f, (640, 256)).astype(np.float32)
 
-def sky_picture(r, w:int, h:int, horizon:float, light:str, weather:str)->np.ndarray: # float32 RGB, 0 to 255 [h, w, 3]
+
+def sky_picture(
+    r, w: int, h: int, horizon: float, light: str, weather: str
+) -> np.ndarray:  # float32 RGB, 0 to 255 [h, w, 3]
     "Gradient and clouds above the horizon (a row of the picture)."
-    top, low = dict(day=((64, 116, 188), (188, 210, 232)), overcast=((168, 174, 182), (216, 219, 222)), dusk=((70, 78, 130), (246, 160, 104)), night=((8, 10, 24), (34, 34, 56)), indoor=((90, 84, 78), (110, 104, 96)))[light]
-    t = np.clip((horizon-np.arange(h))/max(h*.9, 1), 0, 1)[:, None, None].astype(np.float32)**.7
-    sky = np.asarray(low, np.float32)*(1-t)+np.asarray(top, np.float32)*t*r.uniform(.88, 1.08)
-    cover = r.uniform(.1, .95) if light != 'overcast' else 1.
-    f = _clouds(int(r.integers(16))); y, x = int(r.integers(0, 96)), int(r.integers(0, 240))
-    f = cv2.resize(f[y:y+160, x:x+int(160*min(2.4, w/h))], (w, h))
-    a = np.clip((f-.62+.3*cover)*4, 0, 1)[..., None]*(.9 if light != 'night' else .3)
-    white = dict(day=(246, 247, 250), overcast=(150, 154, 160), dusk=(255, 176, 140), night=(52, 50, 60), indoor=(0, 0, 0))[light]
-    sky = sky+(np.asarray(white, np.float32)*(.72+.36*f[..., None])-sky)*a.astype(np.float32)
-    if weather == 'fog': sky = sky*.15+sky.mean((0, 1))*.85
-    if light == 'night' and weather == 'clear':
-        for px, py in r.random((40, 2))*[w, h]: cv2.circle(sky, (int(px), int(py)), 0, (190, 190, 200), -1)
+    top, low = dict(
+        day=((64, 116, 188), (188, 210, 232)),
+        overcast=((168, 174, 182), (216, 219, 222)),
+        dusk=((70, 78, 130), (246, 160, 104)),
+        night=((8, 10, 24), (34, 34, 56)),
+        indoor=((90, 84, 78), (110, 104, 96)),
+    )[light]
+    t = np.clip((horizon - np.arange(h)) / max(h * 0.9, 1), 0, 1)[:, None, None].astype(np.float32) ** 0.7
+    sky = np.asarray(low, np.float32) * (1 - t) + np.asarray(top, np.float32) * t * r.uniform(0.88, 1.08)
+    cover = r.uniform(0.1, 0.95) if light != "overcast" else 1.0
+    f = _clouds(int(r.integers(16)))
+    y, x = int(r.integers(0, 96)), int(r.integers(0, 240))
+    f = cv2.resize(f[y : y + 160, x : x + int(160 * min(2.4, w / h))], (w, h))
+    a = np.clip((f - 0.62 + 0.3 * cover) * 4, 0, 1)[..., None] * (0.9 if light != "night" else 0.3)
+    white = dict(
+        day=(246, 247, 250),
+        overcast=(150, 154, 160),
+        dusk=(255, 176, 140),
+        night=(52, 50, 60),
+        indoor=(0, 0, 0),
+    )[light]
+    sky = sky + (np.asarray(white, np.float32) * (0.72 + 0.36 * f[..., None]) - sky) * a.astype(np.float32)
+    if weather == "fog":
+        sky = sky * 0.15 + sky.mean((0, 1)) * 0.85
+    if light == "night" and weather == "clear":
+        for px, py in r.random((40, 2)) * [w, h]:
+            cv2.circle(sky, (int(px), int(py)), 0, (190, 190, 200), -1)
     return np.ascontiguousarray(sky, np.float32)
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #0f162837
-GROUNDS = ['slabs', 'cobbles', 'gravel', 'grass', 'asphalt', 'brick']
+GROUNDS = ["slabs", "cobbles", "gravel", "grass", "asphalt", "brick"]
+
 
 @lru_cache(maxsize=16)
-def _tile(kind:str)->tuple:
+def _tile(kind: str) -> tuple:
     "A repeating tile of ground, small, its coarse patches, its mean colour."
-    r = rng_of(0, 'ground', kind)
-    colour = dict(slabs=(170, 164, 154), cobbles=(130, 128, 124), gravel=(190, 176, 150), grass=(92, 128, 58), asphalt=(98, 98, 100), brick=(160, 108, 88))[kind]
-    stone = dict(slabs='panel', cobbles='tile', brick='brick').get(kind)
-    if stone: s = masonry(r, 512, 512, 28 if kind != 'slabs' else 20, stone, colour).rgb
-    else: s = (np.asarray(colour)*(.82+.36*noise(r, 512, 512, 5)[..., None]+r.normal(0, .09, (512, 512, 1)))).clip(0, 255).astype(np.uint8)
-    patches = .62*noise(r, 256, 256, 32)+.38*noise(r, 256, 256, 9)
-    return s, cv2.resize(s, (128, 128), interpolation=cv2.INTER_AREA), patches.astype(np.float32), s.mean((0, 1), dtype=np.float32)
+    r = rng_of(0, "ground", kind)
+    colour = dict(
+        slabs=(170, 164, 154),
+        cobbles=(130, 128, 124),
+        gravel=(190, 176, 150),
+        grass=(92, 128, 58),
+        asphalt=(98, 98, 100),
+        brick=(160, 108, 88),
+    )[kind]
+    stone = dict(slabs="panel", cobbles="tile", brick="brick").get(kind)
+    if stone:
+        s = masonry(r, 512, 512, 28 if kind != "slabs" else 20, stone, colour).rgb
+    else:
+        s = (
+            (
+                np.asarray(colour)
+                * (0.82 + 0.36 * noise(r, 512, 512, 5)[..., None] + r.normal(0, 0.09, (512, 512, 1)))
+            )
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
+    patches = 0.62 * noise(r, 256, 256, 32) + 0.38 * noise(r, 256, 256, 9)
+    return (
+        s,
+        cv2.resize(s, (128, 128), interpolation=cv2.INTER_AREA),
+        patches.astype(np.float32),
+        s.mean((0, 1), dtype=np.float32),
+    )
 
-def draw_ground(cv:Canvas, kind:str, bodies:list, shadows:bool):
+
+def draw_ground(cv: Canvas, kind: str, bodies: list, shadows: bool):
     "Paint the ground, at half the resolution of the picture, and the shadows on it."
     cam, (near, coarse, patches, mean) = cv.cam, _tile(kind)
-    gx, gy = np.meshgrid((np.arange(0, cam.w, 2, dtype=np.float32)+1-cam.w/2)/cam.f, (np.arange(0, cam.h, 2, dtype=np.float32)+1-cam.h/2)/cam.f)
-    R = cam.turn.astype(np.float32); dz = gx*R[0, 2]+gy*R[1, 2]+R[2, 2]
-    rows = np.flatnonzero((dz < -.004).any(1))
-    if not len(rows): return
-    s = np.s_[rows[0]:]; gx, gy, dz, below = gx[s], gy[s], np.minimum(dz[s], np.float32(-.004)), dz[s] < -.004
-    t = -float(cam.at[2])/dz
-    x, y = (gx*R[0, 0]+gy*R[1, 0]+R[2, 0])*t+float(cam.at[0]), (gx*R[0, 1]+gy*R[1, 1]+R[2, 1])*t+float(cam.at[1])
-    def sample(tile, scale): return cv2.remap(tile, x*scale % tile.shape[1], y*scale % tile.shape[0], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    a = np.clip((t-7)/14, 0, 1)[..., None]; b = np.clip((t-25)/40, 0, 1)[..., None]
-    rgb = sample(near, 40.)*(1-a)+a*((1-b)*sample(coarse, 10.)+b*mean)
-    rgb *= (.5+.5*sample(patches, 6.)+.5*sample(patches, 1.3))[..., None]
+    gx, gy = np.meshgrid(
+        (np.arange(0, cam.w, 2, dtype=np.float32) + 1 - cam.w / 2) / cam.f,
+        (np.arange(0, cam.h, 2, dtype=np.float32) + 1 - cam.h / 2) / cam.f,
+    )
+    R = cam.turn.astype(np.float32)
+    dz = gx * R[0, 2] + gy * R[1, 2] + R[2, 2]
+    rows = np.flatnonzero((dz < -0.004).any(1))
+    if not len(rows):
+        return
+    s = np.s_[rows[0] :]
+    gx, gy, dz, below = gx[s], gy[s], np.minimum(dz[s], np.float32(-0.004)), dz[s] < -0.004
+    t = -float(cam.at[2]) / dz
+    x, y = (
+        (gx * R[0, 0] + gy * R[1, 0] + R[2, 0]) * t + float(cam.at[0]),
+        (gx * R[0, 1] + gy * R[1, 1] + R[2, 1]) * t + float(cam.at[1]),
+    )
+
+    def sample(tile, scale):
+        return cv2.remap(
+            tile,
+            x * scale % tile.shape[1],
+            y * scale % tile.shape[0],
+            cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+
+    a = np.clip((t - 7) / 14, 0, 1)[..., None]
+    b = np.clip((t - 25) / 40, 0, 1)[..., None]
+    rgb = sample(near, 40.0) * (1 - a) + a * ((1 - b) * sample(coarse, 10.0) + b * mean)
+    rgb *= (0.5 + 0.5 * sample(patches, 6.0) + 0.5 * sample(patches, 1.3))[..., None]
     shade = np.full((cam.h, cam.w), 255, np.uint8)
     for q in bodies:
-        if shadows and q.hi[2]-q.lo[2] > .9: _shadow(shade, cv, q, 70)
-        if q.lo[2] < .2: _shadow(shade, cv, q, 150, 0.)
-    up = lambda im: cv2.resize(im, (cam.w, cam.h-2*int(rows[0])), interpolation=cv2.INTER_LINEAR)
-    sun, mask, far = max(.12, float(cv.sun[2])), up(below.astype(np.uint8)*255), up(t)
-    shade = cv2.blur(shade, (7, 7))[2*rows[0]:]
-    lit = cv2.merge([cv2.convertScaleAbs(shade, alpha=100*sun/255), cv2.convertScaleAbs(shade, alpha=40/255, beta=60), np.zeros_like(shade)])
-    cv.put(2*int(rows[0]), 0, mask, up(rgb.clip(0, 255).astype(np.uint8)), lit, far[mask > 0], 0)
+        if shadows and q.hi[2] - q.lo[2] > 0.9:
+            _shadow(shade, cv, q, 70)
+        if q.lo[2] < 0.2:
+            _shadow(shade, cv, q, 150, 0.0)
+    up = lambda im: cv2.resize(im, (cam.w, cam.h - 2 * int(rows[0])), interpolation=cv2.INTER_LINEAR)
+    sun, mask, far = max(0.12, float(cv.sun[2])), up(below.astype(np.uint8) * 255), up(t)
+    shade = cv2.blur(shade, (7, 7))[2 * rows[0] :]
+    lit = cv2.merge(
+        [
+            cv2.convertScaleAbs(shade, alpha=100 * sun / 255),
+            cv2.convertScaleAbs(shade, alpha=40 / 255, beta=60),
+            np.zeros_like(shade),
+        ]
+    )
+    cv.put(2 * int(rows[0]), 0, mask, up(rgb.clip(0, 255).astype(np.uint8)), lit, far[mask > 0], 0)
 
-def _shadow(shade:np.ndarray, cv:Canvas, b:Body, value:int, reach:float=1.):
+
+def _shadow(shade: np.ndarray, cv: Canvas, b: Body, value: int, reach: float = 1.0):
     "Darken where a body's bounding box throws its shadow; with reach 0, right at its foot."
-    z = np.array([b.lo[2], b.hi[2]]); m = .35 if reach == 0 else 0.
-    pts = np.array([(x, y, k) for x in (b.lo[0]-m, b.hi[0]+m) for y in (b.lo[1]-m, b.hi[1]+m) for k in z])
-    flat = pts[:, :2]-(reach*np.clip(pts[:, 2:]/max(cv.sun[2], .12), 0, 90))*cv.sun[None, :2]
+    z = np.array([b.lo[2], b.hi[2]])
+    m = 0.35 if reach == 0 else 0.0
+    pts = np.array(
+        [(x, y, k) for x in (b.lo[0] - m, b.hi[0] + m) for y in (b.lo[1] - m, b.hi[1] + m) for k in z]
+    )
+    flat = pts[:, :2] - (reach * np.clip(pts[:, 2:] / max(cv.sun[2], 0.12), 0, 90)) * cv.sun[None, :2]
     hull = cv2.convexHull(flat.astype(np.float32))[:, 0]
     p = clip_near(np.c_[hull, np.zeros(len(hull))].astype(float), cv.cam)
-    if len(p) > 2: cv2.fillConvexPoly(shade, np.round(cv.cam.project(p)[0].clip(-4000, 4000)*16).astype(np.int32), value, cv2.LINE_8, 4)
+    if len(p) > 2:
+        cv2.fillConvexPoly(
+            shade,
+            np.round(cv.cam.project(p)[0].clip(-4000, 4000) * 16).astype(np.int32),
+            value,
+            cv2.LINE_8,
+            4,
+        )
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #5cfc5c13
-def rgba(colour)->tuple:
+def rgba(colour) -> tuple:
     "A colour as OpenCV wants it."
-    return (*(float(c) for c in np.clip(colour, 0, 255)), 255.)
+    return (*(float(c) for c in np.clip(colour, 0, 255)), 255.0)
+
 
 @lru_cache(maxsize=64)
-def person(i:int)->np.ndarray: # RGBA [240, 96, 4]
+def person(i: int) -> np.ndarray:  # RGBA [240, 96, 4]
     "Somebody, from the front, the side or behind."
-    r, im = rng_of(0, 'person', i), np.zeros((240, 96, 4), np.uint8)
-    skin, hair = rgba(np.array((226, 182, 152))*r.uniform(.45, 1.05)), rgba(np.array((70, 48, 34))*r.uniform(.3, 2.4))
-    top, low = (rgba(c[r.integers(len(c))]*r.uniform(.4, 1.1)) for c in (BRIGHT, np.vstack([BRIGHT[[1, 6]], STONE[[4, 5, 11]]])))
-    def limb(a, b, w, c): cv2.line(im, tuple(int(v) for v in a), tuple(int(v) for v in b), c, int(w), cv2.LINE_AA)
-    stride = r.uniform(2, 15); skirt = r.random() < .25
+    r, im = rng_of(0, "person", i), np.zeros((240, 96, 4), np.uint8)
+    skin, hair = (
+        rgba(np.array((226, 182, 152)) * r.uniform(0.45, 1.05)),
+        rgba(np.array((70, 48, 34)) * r.uniform(0.3, 2.4)),
+    )
+    top, low = (
+        rgba(c[r.integers(len(c))] * r.uniform(0.4, 1.1))
+        for c in (BRIGHT, np.vstack([BRIGHT[[1, 6]], STONE[[4, 5, 11]]]))
+    )
+
+    def limb(a, b, w, c):
+        cv2.line(im, tuple(int(v) for v in a), tuple(int(v) for v in b), c, int(w), cv2.LINE_AA)
+
+    stride = r.uniform(2, 15)
+    skirt = r.random() < 0.25
     for s in (-1, 1):
-        limb((48+s*8, 128), (48+s*stride, 228), 15, skin if skirt else low); limb((48+s*stride, 230), (48+s*stride+r.choice([-6, 6]), 234), 9, (40, 34, 30, 255))
-    if skirt: cv2.fillPoly(im, [np.int32([(34, 118), (62, 118), (70, 178), (26, 178)])], low, cv2.LINE_AA)
-    cv2.fillPoly(im, [np.int32([(27, 62), (69, 62), (64, 134), (32, 134)])], top, cv2.LINE_AA); cv2.ellipse(im, (48, 62), (21, 9), 0, 0, 360, top, -1, cv2.LINE_AA)
-    up = r.random() < .2
+        limb((48 + s * 8, 128), (48 + s * stride, 228), 15, skin if skirt else low)
+        limb((48 + s * stride, 230), (48 + s * stride + r.choice([-6, 6]), 234), 9, (40, 34, 30, 255))
+    if skirt:
+        cv2.fillPoly(im, [np.int32([(34, 118), (62, 118), (70, 178), (26, 178)])], low, cv2.LINE_AA)
+    cv2.fillPoly(im, [np.int32([(27, 62), (69, 62), (64, 134), (32, 134)])], top, cv2.LINE_AA)
+    cv2.ellipse(im, (48, 62), (21, 9), 0, 0, 360, top, -1, cv2.LINE_AA)
+    up = r.random() < 0.2
     for s in (-1, 1):
-        elbow = (48+s*r.uniform(24, 31), 98); hand = (48+s*r.uniform(4, 14), 60) if up else (48+s*r.uniform(20, 30), 132)
-        limb((48+s*21, 66), elbow, 12, top); limb(elbow, hand, 10, top if r.random() < .5 else skin); cv2.circle(im, tuple(int(v) for v in hand), 6, skin, -1, cv2.LINE_AA)
-    if up: cv2.rectangle(im, (36, 50), (60, 64), (24, 24, 26, 255), -1)
-    cv2.rectangle(im, (43, 44), (53, 60), skin, -1); cv2.ellipse(im, (48, 34), (14, 18), 0, 0, 360, skin, -1, cv2.LINE_AA)
+        elbow = (48 + s * r.uniform(24, 31), 98)
+        hand = (48 + s * r.uniform(4, 14), 60) if up else (48 + s * r.uniform(20, 30), 132)
+        limb((48 + s * 21, 66), elbow, 12, top)
+        limb(elbow, hand, 10, top if r.random() < 0.5 else skin)
+        cv2.circle(im, tuple(int(v) for v in hand), 6, skin, -1, cv2.LINE_AA)
+    if up:
+        cv2.rectangle(im, (36, 50), (60, 64), (24, 24, 26, 255), -1)
+    cv2.rectangle(im, (43, 44), (53, 60), skin, -1)
+    cv2.ellipse(im, (48, 34), (14, 18), 0, 0, 360, skin, -1, cv2.LINE_AA)
     cv2.ellipse(im, (48, 28), (16, 16), 0, 180, 360, hair, -1, cv2.LINE_AA)
-    if r.random() < .4: cv2.ellipse(im, (48, 34), (16, 20), 0, 0, 360, hair, -1, cv2.LINE_AA)         # from behind
+    if r.random() < 0.4:
+        cv2.ellipse(im, (48, 34), (16, 20), 0, 0, 360, hair, -1, cv2.LINE_AA)  # from behind
     else:
-        dark, lips = rgba(np.array(skin[:3])*.3), rgba(np.array(skin[:3])*[.8, .5, .5])
-        for x in (42, 54): cv2.ellipse(im, (x, 33), (2, 1), 0, 0, 360, dark, -1, cv2.LINE_AA); cv2.line(im, (x-3, 29), (x+3, 29), hair, 1, cv2.LINE_AA)
-        cv2.line(im, (48, 34), (47, 40), rgba(np.array(skin[:3])*.78), 1, cv2.LINE_AA); cv2.ellipse(im, (48, 44), (4, 2), 0, 0, 180, lips, -1, cv2.LINE_AA)
-        if r.random() < .2: cv2.ellipse(im, (48, 44), (12, 9), 0, 0, 180, hair, 3, cv2.LINE_AA)        # a beard
-    if r.random() < .35: cv2.rectangle(im, (34, 66), (62, 106), rgba(BRIGHT[r.integers(len(BRIGHT))]*.7), -1)
-    shade = np.linspace(1.12, .7, 96)[None, :, None]; im[..., :3] = (im[..., :3]*shade*(.92+.16*r.random((240, 96, 1)))).clip(0, 255).astype(np.uint8)
+        dark, lips = rgba(np.array(skin[:3]) * 0.3), rgba(np.array(skin[:3]) * [0.8, 0.5, 0.5])
+        for x in (42, 54):
+            cv2.ellipse(im, (x, 33), (2, 1), 0, 0, 360, dark, -1, cv2.LINE_AA)
+            cv2.line(im, (x - 3, 29), (x + 3, 29), hair, 1, cv2.LINE_AA)
+        cv2.line(im, (48, 34), (47, 40), rgba(np.array(skin[:3]) * 0.78), 1, cv2.LINE_AA)
+        cv2.ellipse(im, (48, 44), (4, 2), 0, 0, 180, lips, -1, cv2.LINE_AA)
+        if r.random() < 0.2:
+            cv2.ellipse(im, (48, 44), (12, 9), 0, 0, 180, hair, 3, cv2.LINE_AA)  # a beard
+    if r.random() < 0.35:
+        cv2.rectangle(im, (34, 66), (62, 106), rgba(BRIGHT[r.integers(len(BRIGHT))] * 0.7), -1)
+    shade = np.linspace(1.12, 0.7, 96)[None, :, None]
+    im[..., :3] = (im[..., :3] * shade * (0.92 + 0.16 * r.random((240, 96, 1)))).clip(0, 255).astype(np.uint8)
     return im
 
+
 @lru_cache(maxsize=32)
-def tree(i:int)->np.ndarray: # RGBA [260, 220, 4]
+def tree(i: int) -> np.ndarray:  # RGBA [260, 220, 4]
     "A leafy tree, a conifer, a palm or a bare one."
-    r, im = rng_of(0, 'tree', i), np.zeros((260, 220, 4), np.uint8); bark = rgba(np.array((92, 72, 54))*r.uniform(.6, 1.2))
-    cv2.line(im, (110, 259), (110+int(r.normal(0, 5)), 110), bark, int(r.uniform(8, 15)), cv2.LINE_AA)
-    leaf = np.array([(74, 112, 48), (96, 130, 60), (56, 92, 52), (190, 120, 46), (70, 96, 40), (150, 150, 60)][int(r.integers(6))]); kind = r.random()
+    r, im = rng_of(0, "tree", i), np.zeros((260, 220, 4), np.uint8)
+    bark = rgba(np.array((92, 72, 54)) * r.uniform(0.6, 1.2))
+    cv2.line(im, (110, 259), (110 + int(r.normal(0, 5)), 110), bark, int(r.uniform(8, 15)), cv2.LINE_AA)
+    leaf = np.array(
+        [(74, 112, 48), (96, 130, 60), (56, 92, 52), (190, 120, 46), (70, 96, 40), (150, 150, 60)][
+            int(r.integers(6))
+        ]
+    )
+    kind = r.random()
     n = 240
-    if kind < .55: pts = np.c_[r.normal(110, 38, n), r.normal(92, 34, n)]
-    elif kind < .8: t = r.random(n)**.7; pts = np.c_[110+r.normal(0, 1, n)*t*38, 20+t*190]
-    elif kind < .9: a = r.uniform(0, 6.28, n); k = r.random(n); pts = np.c_[110+np.cos(a)*k*80, 74+np.sin(a)*k*26+k*k*34]
+    if kind < 0.55:
+        pts = np.c_[r.normal(110, 38, n), r.normal(92, 34, n)]
+    elif kind < 0.8:
+        t = r.random(n) ** 0.7
+        pts = np.c_[110 + r.normal(0, 1, n) * t * 38, 20 + t * 190]
+    elif kind < 0.9:
+        a = r.uniform(0, 6.28, n)
+        k = r.random(n)
+        pts = np.c_[110 + np.cos(a) * k * 80, 74 + np.sin(a) * k * 26 + k * k * 34]
     else:
         pts = []
-        for _ in range(26): a = r.uniform(-2.6, -.5); cv2.line(im, (110, int(r.uniform(110, 190))), (int(110+np.cos(a)*r.uniform(30, 95)), int(120+np.sin(a)*r.uniform(30, 95))), bark, 2, cv2.LINE_AA)
+        for _ in range(26):
+            a = r.uniform(-2.6, -0.5)
+            cv2.line(
+                im,
+                (110, int(r.uniform(110, 190))),
+                (int(110 + np.cos(a) * r.uniform(30, 95)), int(120 + np.sin(a) * r.uniform(30, 95))),
+                bark,
+                2,
+                cv2.LINE_AA,
+            )
     for x, y in sorted(pts, key=lambda p: -p[1]) if len(pts) else []:
-        c = leaf*(.55+.6*np.clip(1-(y-30)/170-(x-110)/400, 0, 1)+r.normal(0, .1))
-        cv2.ellipse(im, (int(x), int(y)), (int(r.uniform(6, 14)), int(r.uniform(4, 9))), r.uniform(0, 180), 0, 360, rgba(c), -1, cv2.LINE_AA)
+        c = leaf * (0.55 + 0.6 * np.clip(1 - (y - 30) / 170 - (x - 110) / 400, 0, 1) + r.normal(0, 0.1))
+        cv2.ellipse(
+            im,
+            (int(x), int(y)),
+            (int(r.uniform(6, 14)), int(r.uniform(4, 9))),
+            r.uniform(0, 180),
+            0,
+            360,
+            rgba(c),
+            -1,
+            cv2.LINE_AA,
+        )
     return im
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #a1c0def6
 @lru_cache(maxsize=8)
-def lamp(i:int)->np.ndarray: # RGBA [240, 60, 4]
+def lamp(i: int) -> np.ndarray:  # RGBA [240, 60, 4]
     "A street lamp."
-    im = np.zeros((240, 60, 4), np.uint8); iron = (38, 42, 44, 255)
-    cv2.line(im, (30, 239), (30, 40), iron, 5); cv2.rectangle(im, (22, 214), (38, 239), iron, -1); cv2.circle(im, (30, 28), 14, (250, 238, 205, 255), -1, cv2.LINE_AA); cv2.rectangle(im, (20, 8), (40, 15), iron, -1)
-    if i % 2: cv2.line(im, (8, 60), (52, 60), iron, 4); [cv2.circle(im, (x, 48), 9, (250, 238, 205, 255), -1, cv2.LINE_AA) for x in (9, 51)]
+    im = np.zeros((240, 60, 4), np.uint8)
+    iron = (38, 42, 44, 255)
+    cv2.line(im, (30, 239), (30, 40), iron, 5)
+    cv2.rectangle(im, (22, 214), (38, 239), iron, -1)
+    cv2.circle(im, (30, 28), 14, (250, 238, 205, 255), -1, cv2.LINE_AA)
+    cv2.rectangle(im, (20, 8), (40, 15), iron, -1)
+    if i % 2:
+        cv2.line(im, (8, 60), (52, 60), iron, 4)
+        [cv2.circle(im, (x, 48), 9, (250, 238, 205, 255), -1, cv2.LINE_AA) for x in (9, 51)]
     return im
 
+
 @lru_cache(maxsize=16)
-def car(i:int)->np.ndarray: # RGBA [100, 260, 4]
+def car(i: int) -> np.ndarray:  # RGBA [100, 260, 4]
     "A parked car."
-    r, im = rng_of(0, 'car', i), np.zeros((100, 260, 4), np.uint8); c = rgba(BRIGHT[r.integers(len(BRIGHT))]*r.uniform(.6, 1.1))
-    cv2.fillPoly(im, [np.int32([(6, 82), (10, 50), (62, 42), (96, 12), (186, 12), (214, 44), (252, 54), (254, 82)])], c, cv2.LINE_AA); cv2.fillPoly(im, [np.int32([(74, 42), (100, 18), (136, 18), (136, 42)])], (60, 76, 90, 255), cv2.LINE_AA); cv2.fillPoly(im, [np.int32([(144, 42), (144, 18), (182, 18), (202, 42)])], (60, 76, 90, 255), cv2.LINE_AA)
-    for x in (60, 206): cv2.circle(im, (x, 82), 18, (26, 26, 28, 255), -1, cv2.LINE_AA); cv2.circle(im, (x, 82), 9, (150, 150, 154, 255), -1, cv2.LINE_AA)
-    cv2.line(im, (8, 62), (252, 62), rgba(np.array(c[:3])*.7), 2); return im
+    r, im = rng_of(0, "car", i), np.zeros((100, 260, 4), np.uint8)
+    c = rgba(BRIGHT[r.integers(len(BRIGHT))] * r.uniform(0.6, 1.1))
+    cv2.fillPoly(
+        im,
+        [np.int32([(6, 82), (10, 50), (62, 42), (96, 12), (186, 12), (214, 44), (252, 54), (254, 82)])],
+        c,
+        cv2.LINE_AA,
+    )
+    cv2.fillPoly(im, [np.int32([(74, 42), (100, 18), (136, 18), (136, 42)])], (60, 76, 90, 255), cv2.LINE_AA)
+    cv2.fillPoly(im, [np.int32([(144, 42), (144, 18), (182, 18), (202, 42)])], (60, 76, 90, 255), cv2.LINE_AA)
+    for x in (60, 206):
+        cv2.circle(im, (x, 82), 18, (26, 26, 28, 255), -1, cv2.LINE_AA)
+        cv2.circle(im, (x, 82), 9, (150, 150, 154, 255), -1, cv2.LINE_AA)
+    cv2.line(im, (8, 62), (252, 62), rgba(np.array(c[:3]) * 0.7), 2)
+    return im
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #73d537f1
-def compose(cv:Canvas, sky:np.ndarray, L:dict, w:int, h:int)->np.ndarray: # float32 RGB [h, w, 3]
+def compose(cv: Canvas, sky: np.ndarray, L: dict, w: int, h: int) -> np.ndarray:  # float32 RGB [h, w, 3]
     "Buffers to colours, at the size of the photograph."
     small = lambda a: cv2.resize(a, (w, h), interpolation=cv2.INTER_LINEAR)
-    rgb, (light, ambient, glow) = small(cv.rgb).astype(np.float32), cv2.split(small(cv.lit).astype(np.float32)*np.float32(.01))
-    part = small((cv.far > 9000).astype(np.uint8)*255)[..., None].astype(np.float32)/255      # open sky
-    if L['night'] == 1: light = light*(.12+.88*small((cv.who == 2).astype(np.uint8)*255).astype(np.float32)/255)
-    warm, cool = ((L[k]*s).astype(np.float32) for k, s in (('warm', L['strength']), ('sky', 1.)))
+    rgb, (light, ambient, glow) = (
+        small(cv.rgb).astype(np.float32),
+        cv2.split(small(cv.lit).astype(np.float32) * np.float32(0.01)),
+    )
+    part = small((cv.far > 9000).astype(np.uint8) * 255)[..., None].astype(np.float32) / 255  # open sky
+    if L["night"] == 1:
+        light = light * (0.12 + 0.88 * small((cv.who == 2).astype(np.uint8) * 255).astype(np.float32) / 255)
+    warm, cool = ((L[k] * s).astype(np.float32) for k, s in (("warm", L["strength"]), ("sky", 1.0)))
     out = cv2.multiply(rgb, cv2.transform(cv2.merge([light, ambient]), np.stack([warm, cool], 1)))
-    if L['night']: out += (glow*np.float32(.39*L['night']))[..., None]*(np.array((250, 206, 128), np.float32)*np.float32(.45)+rgb*np.float32(.75))
-    if L['fog'] > .001: fog = 1-np.exp(-np.minimum(small(cv.far), 3000.)[..., None]*np.float32(L['fog'])); out = out*(1-fog)+L['haze'].astype(np.float32)*fog
-    return sky if part.min() == 1 else out if part.max() == 0 else out+(sky-out)*part
+    if L["night"]:
+        out += (glow * np.float32(0.39 * L["night"]))[..., None] * (
+            np.array((250, 206, 128), np.float32) * np.float32(0.45) + rgb * np.float32(0.75)
+        )
+    if L["fog"] > 0.001:
+        fog = 1 - np.exp(-np.minimum(small(cv.far), 3000.0)[..., None] * np.float32(L["fog"]))
+        out = out * (1 - fog) + L["haze"].astype(np.float32) * fog
+    return sky if part.min() == 1 else out if part.max() == 0 else out + (sky - out) * part
 
-def expose(r, im:np.ndarray, row:dict, L:dict)->np.ndarray: # uint8 RGB
+
+def expose(r, im: np.ndarray, row: dict, L: dict) -> np.ndarray:  # uint8 RGB
     "Exposure, colour cast, lens, motion, sensor noise."
     h, w = im.shape[:2]
-    colourful, gain = r.uniform(.72, 1.15), L['exposure']*(1+r.normal(0, .035, 3))/255
-    im = cv2.transform(im, (colourful*np.eye(3)+(1-colourful)/3)*gain[:, None])
-    im = np.maximum(im, 0); im = 2*im/(1+im); im *= 255*(.58+.42*im)                     # soft shoulder, deep shadows
+    colourful, gain = r.uniform(0.72, 1.15), L["exposure"] * (1 + r.normal(0, 0.035, 3)) / 255
+    im = cv2.transform(im, (colourful * np.eye(3) + (1 - colourful) / 3) * gain[:, None])
+    im = np.maximum(im, 0)
+    im = 2 * im / (1 + im)
+    im *= 255 * (0.58 + 0.42 * im)  # soft shoulder, deep shadows
     y, x = np.linspace(-1, 1, h, dtype=np.float32)[:, None], np.linspace(-1, 1, w, dtype=np.float32)[None]
-    im *= (1-r.uniform(.04, .22)*(x*x+y*y)/2)[..., None].astype(np.float32)
-    if row['weather'] == 'rain': im = _streaks(r, im, 90, 12, .35)
-    if row['weather'] == 'snow': im = _streaks(r, im, 220, 1, .85)
-    k = row['blur']
-    if k > .3:
-        if r.random() < .4 and k > .9: n = int(2*k)+2; kernel = cv2.warpAffine(np.eye(n, dtype=np.float32)/n, cv2.getRotationMatrix2D((n/2-.5, n/2-.5), r.uniform(0, 180), 1), (n, n)); im = cv2.filter2D(im, -1, kernel/max(kernel.sum(), .3))
-        else: im = cv2.GaussianBlur(im, (0, 0), k)
-    noise_level = r.uniform(1, 4)+(5 if row['light'] == 'night' else 2 if row['light'] in ('dusk', 'indoor') else 0)
-    grain = r.standard_normal((h, w, 1), dtype=np.float32)*np.float32(noise_level)
-    return np.clip(im+grain, 0, 255).astype(np.uint8)
+    im *= (1 - r.uniform(0.04, 0.22) * (x * x + y * y) / 2)[..., None].astype(np.float32)
+    if row["weather"] == "rain":
+        im = _streaks(r, im, 90, 12, 0.35)
+    if row["weather"] == "snow":
+        im = _streaks(r, im, 220, 1, 0.85)
+    k = row["blur"]
+    if k > 0.3:
+        if r.random() < 0.4 and k > 0.9:
+            n = int(2 * k) + 2
+            kernel = cv2.warpAffine(
+                np.eye(n, dtype=np.float32) / n,
+                cv2.getRotationMatrix2D((n / 2 - 0.5, n / 2 - 0.5), r.uniform(0, 180), 1),
+                (n, n),
+            )
+            im = cv2.filter2D(im, -1, kernel / max(kernel.sum(), 0.3))
+        else:
+            im = cv2.GaussianBlur(im, (0, 0), k)
+    noise_level = r.uniform(1, 4) + (
+        5 if row["light"] == "night" else 2 if row["light"] in ("dusk", "indoor") else 0
+    )
+    grain = r.standard_normal((h, w, 1), dtype=np.float32) * np.float32(noise_level)
+    return np.clip(im + grain, 0, 255).astype(np.uint8)
 
-def _streaks(r, im:np.ndarray, n:int, length:int, a:float)->np.ndarray:
+
+def _streaks(r, im: np.ndarray, n: int, length: int, a: float) -> np.ndarray:
     "Rain or snow before the lens."
-    over = np.zeros(im.shape[:2], np.float32); h, w = over.shape
-    for x, y in r.random((n, 2))*[w, h]: cv2.line(over, (int(x), int(y)), (int(x+length*.2), int(y+length)), 1., 1 if length > 1 else int(r.integers(1, 3)), cv2.LINE_AA)
-    return im+over[..., None]*a*(225-im)
+    over = np.zeros(im.shape[:2], np.float32)
+    h, w = over.shape
+    for x, y in r.random((n, 2)) * [w, h]:
+        cv2.line(
+            over,
+            (int(x), int(y)),
+            (int(x + length * 0.2), int(y + length)),
+            1.0,
+            1 if length > 1 else int(r.integers(1, 3)),
+            cv2.LINE_AA,
+        )
+    return im + over[..., None] * a * (225 - im)

@@ -17,120 +17,153 @@ from .scene import photograph
 from .styles import style_of
 
 # %% ../../../nbs/parts/minigld/world.ipynb #5fbc2170
-VERSION = 1    # of the drawer; a new number is a new world
+VERSION = 1  # of the drawer; a new number is a new world
 
 # %% ../../../nbs/parts/minigld/world.ipynb #a34002c4
-def tasks_of(rows:list, out_dir:Path, seed:int, side:int, batch:int=40)->list:
+def tasks_of(rows: list, out_dir: Path, seed: int, side: int, batch: int = 40) -> list:
     "Photographs grouped by building; (out_dir, seed, side, building, rows) each."
     groups = {}
     for i, row in enumerate(rows):
-        groups.setdefault(row['building'] or f'none/{i//(8*batch)}', []).append(row)
-    split = [(key, rs[i:i+batch]) for key, rs in groups.items() for i in range(0, len(rs), batch)]
-    order = rng_of(0, 'order', len(split)).permutation(len(split))
+        groups.setdefault(row["building"] or f"none/{i // (8 * batch)}", []).append(row)
+    split = [(key, rs[i : i + batch]) for key, rs in groups.items() for i in range(0, len(rs), batch)]
+    order = rng_of(0, "order", len(split)).permutation(len(split))
     return [(str(out_dir), seed, side, *split[i]) for i in order]
 
-def render_task(task:tuple)->list: # (image_id, coverage, hidden, x0, y0, x1, y1) per photograph
+
+def render_task(task: tuple) -> list:  # (image_id, coverage, hidden, x0, y0, x1, y1) per photograph
     "Render one building's photographs and write them as JPEG."
     out_dir, seed, side, building, rows = task
     found = []
     for row, (image, seen) in zip(rows, photograph(seed, building, rows, side)):
-        path = Path(out_dir)/row['path']
+        path = Path(out_dir) / row["path"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        ok, data = cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, row['quality']])
+        ok, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, row["quality"]])
         path.write_bytes(data.tobytes())
-        found.append(dict(image_id=row['image_id'], width=image.shape[1], height_px=image.shape[0], **seen))
+        found.append(dict(image_id=row["image_id"], width=image.shape[1], height_px=image.shape[0], **seen))
     return found
 
 # %% ../../../nbs/parts/minigld/world.ipynb #d0017743
-def relation(query:dict, image:dict)->str: # easy, hard, junk or '' for a negative
+def relation(query: dict, image: dict) -> str:  # easy, hard, junk or '' for a negative
     "How an image relates to a query of a benchmark."
-    if query['true_landmark'] != image['true_landmark']: return ''
-    if query['aspect'] != image['aspect'] or image['coverage'] < .03 or image['hidden'] > .65: return 'junk'
-    turn = abs(query['azimuth']-image['azimuth'])
-    zoom = abs(math.log(query['zoom']/query['distance']*image['distance']/image['zoom']))
-    if turn > 85: return 'junk'
-    clear = image['light'] in ('day', 'overcast', 'indoor') and image['weather'] == 'clear' and image['blur'] < 1.2
-    return 'easy' if clear and turn < 25 and zoom < math.log(1.7) and image['hidden'] < .3 else 'hard'
+    if query["true_landmark"] != image["true_landmark"]:
+        return ""
+    if query["aspect"] != image["aspect"] or image["coverage"] < 0.03 or image["hidden"] > 0.65:
+        return "junk"
+    turn = abs(query["azimuth"] - image["azimuth"])
+    zoom = abs(math.log(query["zoom"] / query["distance"] * image["distance"] / image["zoom"]))
+    if turn > 85:
+        return "junk"
+    clear = (
+        image["light"] in ("day", "overcast", "indoor")
+        and image["weather"] == "clear"
+        and image["blur"] < 1.2
+    )
+    return "easy" if clear and turn < 25 and zoom < math.log(1.7) and image["hidden"] < 0.3 else "hard"
 
 # %% ../../../nbs/parts/minigld/world.ipynb #378fdad2
-def ground_truth(rows:list, bench:str)->dict: # imlist, qimlist, gnd: one dict(bbx, easy, hard, junk) per query
+def ground_truth(
+    rows: list, bench: str
+) -> dict:  # imlist, qimlist, gnd: one dict(bbx, easy, hard, junk) per query
     "A benchmark's ground truth in the layout of ROxford and RParis."
-    queries = [r for r in rows if r['split'] == f'{bench}_query']
-    images = [r for r in rows if r['split'] == f'{bench}_index']
+    queries = [r for r in rows if r["split"] == f"{bench}_query"]
+    images = [r for r in rows if r["split"] == f"{bench}_index"]
     gnd = []
     for q in queries:
         what = [relation(q, im) for im in images]
-        gnd.append(dict(bbx=[float(q[k]) for k in ('x0', 'y0', 'x1', 'y1')],
-                        **{kind: [i for i, w in enumerate(what) if w == kind] for kind in ('easy', 'hard', 'junk')}))
-    return dict(imlist=[r['image_id'] for r in images], qimlist=[r['image_id'] for r in queries], gnd=gnd)
+        gnd.append(
+            dict(
+                bbx=[float(q[k]) for k in ("x0", "y0", "x1", "y1")],
+                **{kind: [i for i, w in enumerate(what) if w == kind] for kind in ("easy", "hard", "junk")},
+            )
+        )
+    return dict(imlist=[r["image_id"] for r in images], qimlist=[r["image_id"] for r in queries], gnd=gnd)
 
 # %% ../../../nbs/parts/minigld/world.ipynb #0786175e
-def solutions(rows:list, seed:int)->tuple: # retrieval, recognition
+def solutions(rows: list, seed: int) -> tuple:  # retrieval, recognition
     "The two solution tables of the test set."
     shown = {}
     for r in rows:
-        if r['split'] == 'index' and r['true_landmark'] >= 0: shown.setdefault(r['true_landmark'], []).append(r['image_id'])
+        if r["split"] == "index" and r["true_landmark"] >= 0:
+            shown.setdefault(r["true_landmark"], []).append(r["image_id"])
     retrieval, recognition = [], []
     for r in rows:
-        if r['split'] != 'test': continue
-        usage = 'Public' if rng_of(seed, 'usage', r['image_id']).random() < .36 else 'Private'
-        images = shown.get(r['true_landmark'], []) if r['true_landmark'] >= 0 else []
-        retrieval.append((r['image_id'], ' '.join(images) or 'None', usage if images else 'Ignored'))
-        recognition.append((r['image_id'], str(r['true_landmark']) if r['true_landmark'] >= 0 else '', usage))
-    return (pd.DataFrame(retrieval, columns=['id', 'images', 'Usage']), pd.DataFrame(recognition, columns=['id', 'landmarks', 'Usage']))
+        if r["split"] != "test":
+            continue
+        usage = "Public" if rng_of(seed, "usage", r["image_id"]).random() < 0.36 else "Private"
+        images = shown.get(r["true_landmark"], []) if r["true_landmark"] >= 0 else []
+        retrieval.append((r["image_id"], " ".join(images) or "None", usage if images else "Ignored"))
+        recognition.append((r["image_id"], str(r["true_landmark"]) if r["true_landmark"] >= 0 else "", usage))
+    return (
+        pd.DataFrame(retrieval, columns=["id", "images", "Usage"]),
+        pd.DataFrame(recognition, columns=["id", "landmarks", "Usage"]),
+    )
 
 # %% ../../../nbs/parts/minigld/world.ipynb #1d6bdc29
-def _write(table:pd.DataFrame, path:Path):
+def _write(table: pd.DataFrame, path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, lineterminator='\n')
+    table.to_csv(path, index=False, lineterminator="\n")
 
-def category_table(seed:int, buildings:dict)->pd.DataFrame:
+
+def category_table(seed: int, buildings: dict) -> pd.DataFrame:
     "Landmark ids and their invented names."
-    return pd.DataFrame(sorted((k, landmark_name(seed, b, style_of(seed, b))) for k, b in buildings.items()), columns=['landmark_id', 'category'])
+    return pd.DataFrame(
+        sorted((k, landmark_name(seed, b, style_of(seed, b))) for k, b in buildings.items()),
+        columns=["landmark_id", "category"],
+    )
 
-def write_tables(out_dir:Path, rows:list, seed:int, v1:dict, v2:dict):
+
+def write_tables(out_dir: Path, rows: list, seed: int, v1: dict, v2: dict):
     "Every CSV and pickle of the layout; the photographs lie there already."
     table = pd.DataFrame(rows)
-    table['id'], table['url'] = table.image_id, 'https://minigld.invalid/'+table.image_id
-    of = {split: t for split, t in table.groupby('split')}
-    for split, path in [('v1_train', 'v1/train.csv'), ('v2_train', 'v2/train.csv')]:
-        _write(of[split].sort_values('id')[['id', 'url', 'landmark_id']], out_dir/path)
-    _write(category_table(seed, v1), out_dir/'v1/train_label_to_category.csv')
-    _write(category_table(seed, v2), out_dir/'v2/train_label_to_category.csv')
-    for split in ('index', 'test'): _write(of[split].sort_values('id')[['id']], out_dir/f'v2/{split}.csv')
-    _write(of['index'].sort_values('id')[['id', 'landmark_id']], out_dir/'v2/index_image_to_landmark.csv')
+    table["id"], table["url"] = table.image_id, "https://minigld.invalid/" + table.image_id
+    of = {split: t for split, t in table.groupby("split")}
+    for split, path in [("v1_train", "v1/train.csv"), ("v2_train", "v2/train.csv")]:
+        _write(of[split].sort_values("id")[["id", "url", "landmark_id"]], out_dir / path)
+    _write(category_table(seed, v1), out_dir / "v1/train_label_to_category.csv")
+    _write(category_table(seed, v2), out_dir / "v2/train_label_to_category.csv")
+    for split in ("index", "test"):
+        _write(of[split].sort_values("id")[["id"]], out_dir / f"v2/{split}.csv")
+    _write(of["index"].sort_values("id")[["id", "landmark_id"]], out_dir / "v2/index_image_to_landmark.csv")
     retrieval, recognition = solutions(rows, seed)
-    _write(retrieval.sort_values('id'), out_dir/'v2/retrieval_solution.csv')
-    _write(recognition.sort_values('id'), out_dir/'v2/recognition_solution.csv')
+    _write(retrieval.sort_values("id"), out_dir / "v2/retrieval_solution.csv")
+    _write(recognition.sort_values("id"), out_dir / "v2/recognition_solution.csv")
     for bench in BENCHMARKS:
-        (out_dir/f'revisited/{bench}/gnd_{bench}.pkl').write_bytes(pickle.dumps(ground_truth(rows, bench), protocol=4))
-    _write(table.drop(columns=['id', 'url']), out_dir/'truth.csv')
+        (out_dir / f"revisited/{bench}/gnd_{bench}.pkl").write_bytes(
+            pickle.dumps(ground_truth(rows, bench), protocol=4)
+        )
+    _write(table.drop(columns=["id", "url"]), out_dir / "truth.csv")
 
 # %% ../../../nbs/parts/minigld/world.ipynb #37370d21
-def shuffle_labels(rows:list, seed:int)->list:
+def shuffle_labels(rows: list, seed: int) -> list:
     "The same photographs, the labels of each train set dealt out anew."
     out = [dict(r) for r in rows]
-    for split in ('v1_train', 'v2_train'):
-        which = [i for i, r in enumerate(rows) if r['split'] == split]
-        for i, j in zip(which, rng_of(seed, 'shuffle', split).permutation(which)): out[i]['landmark_id'] = rows[int(j)]['landmark_id']
+    for split in ("v1_train", "v2_train"):
+        which = [i for i, r in enumerate(rows) if r["split"] == split]
+        for i, j in zip(which, rng_of(seed, "shuffle", split).permutation(which)):
+            out[i]["landmark_id"] = rows[int(j)]["landmark_id"]
     return out
 
 # %% ../../../nbs/parts/minigld/world.ipynb #430b653b
 def draw_world(
-    out_dir:Path,     # the world's folder; must not exist
-    knobs:Knobs,      # sizes and difficulty
-    seed:int,         # another seed is another world
-    n_workers:int=0,  # processes; 0 is one per core
-    shuffled:bool=False, # deal the labels of the train sets out anew
-)->Path: # out_dir
+    out_dir: Path,  # the world's folder; must not exist
+    knobs: Knobs,  # sizes and difficulty
+    seed: int,  # another seed is another world
+    n_workers: int = 0,  # processes; 0 is one per core
+    shuffled: bool = False,  # deal the labels of the train sets out anew
+) -> Path:  # out_dir
     "Draw a world in the Google Landmarks layout; the same bytes on any number of processes."
     out_dir = Path(out_dir)
     rows, v1, v2 = plan_world(seed, knobs)
     with atomic_path(out_dir) as tmp:
         tmp.mkdir(parents=True)
-        done = parallel_map(render_task, tasks_of(rows, tmp, seed, knobs.side), n_workers, 'drawing')
-        seen = {s['image_id']: s for part in done for s in part}
-        rows = [{**r, **seen[r['image_id']]} for r in rows]
+        done = parallel_map(render_task, tasks_of(rows, tmp, seed, knobs.side), n_workers, "drawing")
+        seen = {s["image_id"]: s for part in done for s in part}
+        rows = [{**r, **seen[r["image_id"]]} for r in rows]
         write_tables(tmp, shuffle_labels(rows, seed) if shuffled else rows, seed, v1, v2)
-        (tmp/'world.json').write_text(json.dumps(dict(knobs=dataclasses.asdict(knobs), seed=seed, version=VERSION, made_by='MiniGLD'), indent=1)+'\n')
+        (tmp / "world.json").write_text(
+            json.dumps(
+                dict(knobs=dataclasses.asdict(knobs), seed=seed, version=VERSION, made_by="MiniGLD"), indent=1
+            )
+            + "\n"
+        )
     return out_dir

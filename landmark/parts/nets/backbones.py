@@ -16,153 +16,255 @@ from .pooling import make_pooling, stage_letters
 # %% ../../../nbs/parts/nets/backbones.ipynb #f8150068
 class Backbone(nn.Module):
     "A timm network without its classifier."
-    def __init__(self,
-        net:nn.Module,       # the network
-        channels,            # channels of the last map, or a list for every stage
-        mean:tuple,          # of pixel values in 0…1, per colour
-        std:tuple,           # the same
+
+    def __init__(
+        self,
+        net: nn.Module,  # the network
+        channels,  # channels of the last map, or a list for every stage
+        mean: tuple,  # of pixel values in 0…1, per colour
+        std: tuple,  # the same
     ):
         super().__init__()
-        self.net, self.channels, self.mean, self.std, self.tokens = net, channels, tuple(mean), tuple(std), False
+        self.net, self.channels, self.mean, self.std, self.tokens = (
+            net,
+            channels,
+            tuple(mean),
+            tuple(std),
+            False,
+        )
+
     def forward(self, x):
-        if not isinstance(self.channels, int): return self.net(x)
-        if self.tokens: return self.net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[-1]    # the image's own, as a map
+        if not isinstance(self.channels, int):
+            return self.net(x)
+        if self.tokens:
+            return self.net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[
+                -1
+            ]  # the image's own, as a map
         y = self.net.forward_features(x)
-        if y.ndim == 3: self.tokens = True; return self.forward(x)                # known from the first image on
+        if y.ndim == 3:
+            self.tokens = True
+            return self.forward(x)  # known from the first image on
         return y if y.shape[1] == self.channels else y.permute(0, 3, 1, 2)
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #b6526895
 def load_weights(
-    net:nn.Module,      # network to fill
-    path:Path,          # .safetensors, .pth or .pt
-    sha256:str='',      # expected hash of the file, or its beginning
-    drop:tuple=('fc.', 'head.', 'fc_norm.', 'classifier.', 'last_linear.'), # classifiers, which need not be there
-)->list: # names in the network that the file does not have; never one of a layer
+    net: nn.Module,  # network to fill
+    path: Path,  # .safetensors, .pth or .pt
+    sha256: str = "",  # expected hash of the file, or its beginning
+    drop: tuple = (
+        "fc.",
+        "head.",
+        "fc_norm.",
+        "classifier.",
+        "last_linear.",
+    ),  # classifiers, which need not be there
+) -> list:  # names in the network that the file does not have; never one of a layer
     "Fill a network from a local file."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"There are no weights at {path}; give a .safetensors or .pth file, or train from scratch with `pretrained: false`.")
-    if sha256 and not (found := sha256_of(path)).startswith(sha256.lower()): raise ValueError(f"{path} has sha256 {found}, the parameters pin {sha256}.")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There are no weights at {path}; give a .safetensors or .pth file, or train from scratch with `pretrained: false`."
+        )
+    if sha256 and not (found := sha256_of(path)).startswith(sha256.lower()):
+        raise ValueError(f"{path} has sha256 {found}, the parameters pin {sha256}.")
     try:
-        if path.suffix == '.safetensors':
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file
+
             state = load_file(path)
-        else: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path} holds no readable weights (truncated?): {str(e).splitlines()[0]}") from None
-    state = state.get('state_dict', state)
-    state = {k.removeprefix('module.'): v for k, v in state.items()}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path} holds no readable weights (truncated?): {str(e).splitlines()[0]}") from None
+    state = state.get("state_dict", state)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
     own, wrong = net.state_dict(), []
-    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items() if k in own and own[k].shape != v.shape and not k.startswith(drop)]
-    missing = [k for k in own if k not in state and not k.startswith(drop) and not k.endswith('num_batches_tracked')]
-    if wrong or missing: raise ValueError(f"{path} belongs to another architecture: {len(missing)} of {len(own)} entries are missing, {len(wrong)} have other shapes ({', '.join((wrong or missing)[:3])}).")
-    net.load_state_dict({k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False)
+    wrong = [
+        f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and own[k].shape != v.shape and not k.startswith(drop)
+    ]
+    missing = [
+        k for k in own if k not in state and not k.startswith(drop) and not k.endswith("num_batches_tracked")
+    ]
+    if wrong or missing:
+        raise ValueError(
+            f"{path} belongs to another architecture: {len(missing)} of {len(own)} entries are missing, {len(wrong)} have other shapes ({', '.join((wrong or missing)[:3])})."
+        )
+    net.load_state_dict(
+        {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False
+    )
     return missing
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #a6bb7f29
-def _offline(name, e): return ConnectionError(f"The pretrained weights of {name} could not be fetched ({type(e).__name__}); give a local file as `weights`, or train from scratch with `pretrained: false`.")
+def _offline(name, e):
+    return ConnectionError(
+        f"The pretrained weights of {name} could not be fetched ({type(e).__name__}); give a local file as `weights`, or train from scratch with `pretrained: false`."
+    )
+
 
 def hub_file(
-    name:str,   # timm name
-    sha256:str, # expected hash of its file, or the beginning
-)->Path: # the file, fetched or from the cache
+    name: str,  # timm name
+    sha256: str,  # expected hash of its file, or the beginning
+) -> Path:  # the file, fetched or from the cache
     "The weights that the hub has for a network, if they are the pinned ones."
     import huggingface_hub, timm
+
     cfg = timm.get_pretrained_cfg(name)
-    if not (cfg and cfg.hf_hub_id): raise ValueError(f"The hub has no file of {name} to pin; give a local file as `weights`.")
-    try: path = Path(huggingface_hub.hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or 'model.safetensors'))
-    except Exception as e: raise _offline(name, e) from None
-    if not (found := sha256_of(path)).startswith(sha256.lower()): raise ValueError(f"{path}, which the hub has for {name}, has sha256 {found}, the parameters pin {sha256}.")
+    if not (cfg and cfg.hf_hub_id):
+        raise ValueError(f"The hub has no file of {name} to pin; give a local file as `weights`.")
+    try:
+        path = Path(
+            huggingface_hub.hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+        )
+    except Exception as e:
+        raise _offline(name, e) from None
+    if not (found := sha256_of(path)).startswith(sha256.lower()):
+        raise ValueError(
+            f"{path}, which the hub has for {name}, has sha256 {found}, the parameters pin {sha256}."
+        )
     return path
+
 
 def _timm(name, **how):
     "A network of timm, or a sentence."
     import timm
-    try: return timm.create_model(name, **how, **_image_size(name))
+
+    try:
+        return timm.create_model(name, **how, **_image_size(name))
     except RuntimeError as e:
-        if 'Unknown model' not in str(e): raise
-        raise ValueError(f"`backbone` is {name!r}, which is neither fishnet150 nor a model of timm; near are {', '.join(timm.list_models(f'*{name[:6]}*')[:5]) or 'none'}.") from None
+        if "Unknown model" not in str(e):
+            raise
+        raise ValueError(
+            f"`backbone` is {name!r}, which is neither fishnet150 nor a model of timm; near are {', '.join(timm.list_models(f'*{name[:6]}*')[:5]) or 'none'}."
+        ) from None
     except Exception as e:
-        if not how.get('pretrained'): raise
+        if not how.get("pretrained"):
+            raise
         raise _offline(name, e) from None
 
+
 def make_backbone(
-    name:str,                # timm name, or fishnet150
-    pretrained:bool=False,   # take weights of the hub
-    weights:str='',          # a local file of weights instead
-    sha256:str='',           # expected hash of the file, local or of the hub, or its beginning
-    stages:bool=False,       # give the maps of all stages
-    **changes,               # of a timm network, such as depth=2
-)->Backbone: # the network, ready to be pooled
+    name: str,  # timm name, or fishnet150
+    pretrained: bool = False,  # take weights of the hub
+    weights: str = "",  # a local file of weights instead
+    sha256: str = "",  # expected hash of the file, local or of the hub, or its beginning
+    stages: bool = False,  # give the maps of all stages
+    **changes,  # of a timm network, such as depth=2
+) -> Backbone:  # the network, ready to be pooled
     "A backbone by name."
-    if sha256 and not (weights or pretrained): raise ValueError("`sha256` pins a file of weights, but there is none: give `weights`, or set `pretrained: true`, or leave `sha256` out.")
-    if name == 'fishnet150':
+    if sha256 and not (weights or pretrained):
+        raise ValueError(
+            "`sha256` pins a file of weights, but there is none: give `weights`, or set `pretrained: true`, or leave `sha256` out."
+        )
+    if name == "fishnet150":
         from landmark.parts.nets.fishnet import fishnet150
-        net = fishnet150(); channels, cfg = net.channels if stages else net.channels[-1], dict(mean=(.485, .456, .406), std=(.229, .224, .225))
-        if pretrained and not weights: raise ValueError("FishNet-150 has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`.")
-        if weights: load_weights(net, weights, sha256)
+
+        net = fishnet150()
+        channels, cfg = (
+            net.channels if stages else net.channels[-1],
+            dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        )
+        if pretrained and not weights:
+            raise ValueError(
+                "FishNet-150 has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`."
+            )
+        if weights:
+            load_weights(net, weights, sha256)
     else:
         import timm
-        given = dict(pretrained=pretrained and not weights)
-        if given['pretrained'] and sha256: given['pretrained_cfg_overlay'] = dict(file=str(hub_file(name, sha256)))
-        if weights and stages:                       # a file knows nothing of stages: it fills the whole network, which fills them
-            whole = _timm(name, num_classes=0, **changes); load_weights(whole, weights, sha256)
-            given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=whole.state_dict(), num_classes=0))
-        net = _timm(name, **given, **(dict(features_only=True) if stages else dict(num_classes=0)), **changes)
-        channels, cfg = net.feature_info.channels() if stages else net.num_features, timm.data.resolve_data_config({}, model=net)
-        if weights and not stages: load_weights(net, weights, sha256)
-    return Backbone(net, channels, cfg['mean'], cfg['std'])
 
-def _image_size(name)->dict:
+        given = dict(pretrained=pretrained and not weights)
+        if given["pretrained"] and sha256:
+            given["pretrained_cfg_overlay"] = dict(file=str(hub_file(name, sha256)))
+        if weights and stages:  # a file knows nothing of stages: it fills the whole network, which fills them
+            whole = _timm(name, num_classes=0, **changes)
+            load_weights(whole, weights, sha256)
+            given = dict(
+                pretrained=True, pretrained_cfg_overlay=dict(state_dict=whole.state_dict(), num_classes=0)
+            )
+        net = _timm(name, **given, **(dict(features_only=True) if stages else dict(num_classes=0)), **changes)
+        channels, cfg = (
+            net.feature_info.channels() if stages else net.num_features,
+            timm.data.resolve_data_config({}, model=net),
+        )
+        if weights and not stages:
+            load_weights(net, weights, sha256)
+    return Backbone(net, channels, cfg["mean"], cfg["std"])
+
+
+def _image_size(name) -> dict:
     "Transformers are told that image sizes vary, and need not be multiples of their patch (DINOv2: 14, while S2 is in steps of 32)."
     import timm
-    entry = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else ''
-    return dict(dynamic_img_size=True, dynamic_img_pad=True) if entry.endswith(('vision_transformer', 'eva', 'deit')) else dict(strict_img_size=False) if entry.endswith(('swin_transformer', 'swin_transformer_v2')) else {}
+
+    entry = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else ""
+    return (
+        dict(dynamic_img_size=True, dynamic_img_pad=True)
+        if entry.endswith(("vision_transformer", "eva", "deit"))
+        else dict(strict_img_size=False)
+        if entry.endswith(("swin_transformer", "swin_transformer_v2"))
+        else {}
+    )
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #aeb02c65
 class RetrievalModel(nn.Module):
     "Images to descriptors: backbone, pooling, linear layer, batch norm."
-    def __init__(self,
-        backbone:Backbone,      # gives feature maps
-        pooling:str='gem',      # a name, or letters per stage
-        d:int=512,              # length of the descriptor
+
+    def __init__(
+        self,
+        backbone: Backbone,  # gives feature maps
+        pooling: str = "gem",  # a name, or letters per stage
+        d: int = 512,  # length of the descriptor
     ):
         super().__init__()
         self.backbone = backbone
         self.pool, c = make_pooling(pooling, backbone.channels)
         self.fc, self.bn, self.d = nn.Linear(c, d), nn.BatchNorm1d(d), d
-        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(backbone, k)).view(3, 1, 1)*255, persistent=False)
+        for k in ("mean", "std"):
+            self.register_buffer(k, torch.tensor(getattr(backbone, k)).view(3, 1, 1) * 255, persistent=False)
+
     def forward(self, images):
         "Descriptors, not normalised, of uint8 RGB images [b, 3, h, w]."
-        x = ((images.float() - self.mean)/self.std).contiguous(memory_format=torch.channels_last)      # twice as fast on CPUs too
+        x = ((images.float() - self.mean) / self.std).contiguous(
+            memory_format=torch.channels_last
+        )  # twice as fast on CPUs too
         return self.bn(self.fc(self.pool(self.backbone(x))))
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #2888290a
 def make_model(
-    backbone:str,            # timm name, or fishnet150
-    pooling:str='gem',       # a name, or letters per stage
-    d:int=512,               # length of the descriptor
-    pretrained:bool=False,   # take weights of the hub
-    weights:str='',          # a local file of weights instead
-    sha256:str='',           # expected hash of the file, local or of the hub
-)->RetrievalModel: # on the CPU
+    backbone: str,  # timm name, or fishnet150
+    pooling: str = "gem",  # a name, or letters per stage
+    d: int = 512,  # length of the descriptor
+    pretrained: bool = False,  # take weights of the hub
+    weights: str = "",  # a local file of weights instead
+    sha256: str = "",  # expected hash of the file, local or of the hub
+) -> RetrievalModel:  # on the CPU
     "A model by the names of its parts."
-    return RetrievalModel(make_backbone(backbone, pretrained, weights, sha256, stages=bool(stage_letters(pooling))), pooling, d)
+    return RetrievalModel(
+        make_backbone(backbone, pretrained, weights, sha256, stages=bool(stage_letters(pooling))), pooling, d
+    )
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #3bfceb60
-def _batch_norms(net): return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def _batch_norms(net):
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
 
 def train_mode(
-    net:nn.Module,        # any network
-    frozen_bn:bool=False, # leave batch norms in evaluation mode
-)->nn.Module: # the same
+    net: nn.Module,  # any network
+    frozen_bn: bool = False,  # leave batch norms in evaluation mode
+) -> nn.Module:  # the same
     "Training mode, with or without its batch norms."
     net.train()
     if frozen_bn:
-        for m in _batch_norms(net): m.eval()
+        for m in _batch_norms(net):
+            m.eval()
     return net
 
+
 def freeze_batch_norm(
-    net:nn.Module, # any network
-)->int: # number of batch norms
+    net: nn.Module,  # any network
+) -> int:  # number of batch norms
     "Freeze statistics and weights of every batch norm; `train_mode(net, frozen_bn=True)` keeps them so."
-    for m in _batch_norms(net): m.eval().requires_grad_(False)
+    for m in _batch_norms(net):
+        m.eval().requires_grad_(False)
     return len(_batch_norms(net))

@@ -16,53 +16,84 @@ from ..core import atomic_path, read_json, write_json
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #73f1870d
 CHECKPOINT_VERSION = 1
 
-def save_checkpoint(path:Path, state:dict):
+
+def save_checkpoint(path: Path, state: dict):
     "Write a checkpoint atomically."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp: torch.save(dict(state, version=CHECKPOINT_VERSION), tmp)
+    with atomic_path(path) as tmp:
+        torch.save(dict(state, version=CHECKPOINT_VERSION), tmp)
+
 
 def load_checkpoint(
-    path:Path,           # a file written by `save_checkpoint`
-    net:nn.Module,       # the network it should fit
-    recipe=None,         # the recipe (a dataclass) it should have been made with
-)->dict: # its state, or an empty dict if there is none
+    path: Path,  # a file written by `save_checkpoint`
+    net: nn.Module,  # the network it should fit
+    recipe=None,  # the recipe (a dataclass) it should have been made with
+) -> dict:  # its state, or an empty dict if there is none
     "Read a checkpoint and see that it fits."
-    if not Path(path).exists(): return {}
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path} is no readable checkpoint (truncated?): {str(e).splitlines()[0][:100]}. Remove it to start this model again.") from None
-    if state.get('version') != CHECKPOINT_VERSION: raise ValueError(f"{path} has version {state.get('version')}, this program reads version {CHECKPOINT_VERSION}.")
-    own, theirs = ({k: tuple(v.shape) for k, v in s.items()} for s in (net.state_dict(), state['net']))
+    if not Path(path).exists():
+        return {}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f"{path} is no readable checkpoint (truncated?): {str(e).splitlines()[0][:100]}. Remove it to start this model again."
+        ) from None
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(
+            f"{path} has version {state.get('version')}, this program reads version {CHECKPOINT_VERSION}."
+        )
+    own, theirs = ({k: tuple(v.shape) for k, v in s.items()} for s in (net.state_dict(), state["net"]))
     if own != theirs:
         other = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))
-        classes = [s.get('head.weight', s.get('head.fc.weight', (0,)))[0] for s in (theirs, own)]
-        why = f"{classes[0]} classes instead of {classes[1]}" if all(k.startswith('head.') for k in other) else f"another architecture: {len(other)} entries differ, such as {other[0]}"
+        classes = [s.get("head.weight", s.get("head.fc.weight", (0,)))[0] for s in (theirs, own)]
+        why = (
+            f"{classes[0]} classes instead of {classes[1]}"
+            if all(k.startswith("head.") for k in other)
+            else f"another architecture: {len(other)} entries differ, such as {other[0]}"
+        )
         raise ValueError(f"{path} belongs to {why}.")
-    if recipe is not None and (diff := [k for k, v in asdict(recipe).items() if state['recipe'].get(k) != v and k not in ('n_loaders', 'checkpoint_every', 'max_bad', 'log_every')]):
+    if recipe is not None and (
+        diff := [
+            k
+            for k, v in asdict(recipe).items()
+            if state["recipe"].get(k) != v
+            and k not in ("n_loaders", "checkpoint_every", "max_bad", "log_every")
+        ]
+    ):
         raise ValueError(f"{path} was made with another recipe: {', '.join(diff)} differ.")
     return state
 
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #b07e53be
 def save_model(
-    out:Path,          # folder of the model
-    model:nn.Module,   # a RetrievalModel
-    card:dict,         # backbone, pooling, dim and whatever should be remembered
+    out: Path,  # folder of the model
+    model: nn.Module,  # a RetrievalModel
+    card: dict,  # backbone, pooling, dim and whatever should be remembered
 ):
     "Write weights.safetensors and card.json."
     from safetensors.torch import save_file
+
     Path(out).mkdir(parents=True, exist_ok=True)
-    with atomic_path(Path(out)/'weights.safetensors') as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
-    write_json(Path(out)/'card.json', card)
+    with atomic_path(Path(out) / "weights.safetensors") as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
+    write_json(Path(out) / "card.json", card)
+
 
 def load_model(
-    path:Path,         # folder of the model
-    device='cpu',      # where it should be
-)->nn.Module: # a RetrievalModel in evaluation mode
+    path: Path,  # folder of the model
+    device="cpu",  # where it should be
+) -> nn.Module:  # a RetrievalModel in evaluation mode
     "Read a model; nothing in its files is run."
     from safetensors.torch import load_file
+
     path = Path(path)
-    if not (path/'card.json').exists(): raise FileNotFoundError(f"There is no model in {path}: card.json is missing.")
-    card = read_json(path/'card.json')
-    model = make_model(card['backbone'], card['pooling'], card['dim'])
-    try: model.load_state_dict(load_file(path/'weights.safetensors'))
-    except Exception as e: raise ValueError(f"{path}/weights.safetensors does not fit its card ({card['backbone']}, {card['pooling']}, {card['dim']}): {str(e).splitlines()[0]}") from None
+    if not (path / "card.json").exists():
+        raise FileNotFoundError(f"There is no model in {path}: card.json is missing.")
+    card = read_json(path / "card.json")
+    model = make_model(card["backbone"], card["pooling"], card["dim"])
+    try:
+        model.load_state_dict(load_file(path / "weights.safetensors"))
+    except Exception as e:
+        raise ValueError(
+            f"{path}/weights.safetensors does not fit its card ({card['backbone']}, {card['pooling']}, {card['dim']}): {str(e).splitlines()[0]}"
+        ) from None
     return model.to(device).to(memory_format=torch.channels_last).eval()

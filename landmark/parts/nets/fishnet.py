@@ -12,62 +12,123 @@ from torch import nn
 # %% ../../../nbs/parts/nets/fishnet.ipynb #f31bd3ce
 class Bottleneck(nn.Module):
     "Pre-activation bottleneck; on the way up the shortcut adds groups of k channels."
-    def __init__(self,
-        c_in:int,        # channels of the input
-        c_out:int,       # channels of the output
-        k:int=0,         # on the way up: channels that are added to one; 0: not on the way up
-        dilation:int=1,  # of the 3×3 convolution
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the input
+        c_out: int,  # channels of the output
+        k: int = 0,  # on the way up: channels that are added to one; 0: not on the way up
+        dilation: int = 1,  # of the 3×3 convolution
     ):
         super().__init__()
-        c, self.k = c_out//4, k
+        c, self.k = c_out // 4, k
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(c), nn.Conv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2, self.conv2 = (
+            nn.BatchNorm2d(c),
+            nn.Conv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False),
+        )
         self.bn3, self.conv3 = nn.BatchNorm2d(c), nn.Conv2d(c, c_out, 1, bias=False)
-        self.shortcut = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False)) if not k and c_in != c_out else None
+        self.shortcut = (
+            nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False))
+            if not k and c_in != c_out
+            else None
+        )
+
     def forward(self, x):
         y = x
-        for bn, conv in ((self.bn1, self.conv1), (self.bn2, self.conv2), (self.bn3, self.conv3)): y = conv(bn(y).relu())
-        if self.k: return y + x.unflatten(1, (-1, self.k)).sum(2)
+        for bn, conv in ((self.bn1, self.conv1), (self.bn2, self.conv2), (self.bn3, self.conv3)):
+            y = conv(bn(y).relu())
+        if self.k:
+            return y + x.unflatten(1, (-1, self.k)).sum(2)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
-def _blocks(n, c_in, c_out, k=0, dilation=1): return nn.Sequential(Bottleneck(c_in, c_out, k, dilation), *(Bottleneck(c_out, c_out, 0, dilation) for _ in range(n-1)))
 
-def _halve(c): return nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c//2, 1, bias=False), nn.BatchNorm2d(c//2), nn.ReLU())
+def _blocks(n, c_in, c_out, k=0, dilation=1):
+    return nn.Sequential(
+        Bottleneck(c_in, c_out, k, dilation), *(Bottleneck(c_out, c_out, 0, dilation) for _ in range(n - 1))
+    )
+
+
+def _halve(c):
+    return nn.Sequential(
+        nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 1, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU()
+    )
 
 # %% ../../../nbs/parts/nets/fishnet.ipynb #eddde088
-PLANES = (128, 256, 512, 512, 512, 384, 256, 320, 832, 1600)     # new channels of each stage
-JOINED = {4: 2, 5: 1, 6: 0, 7: 6, 8: 5, 9: 4}                    # the map refined beside a stage; 0 is the stem's
+PLANES = (128, 256, 512, 512, 512, 384, 256, 320, 832, 1600)  # new channels of each stage
+JOINED = {4: 2, 5: 1, 6: 0, 7: 6, 8: 5, 9: 4}  # the map refined beside a stage; 0 is the stem's
+
 
 class Fish(nn.Module):
     "The ten stages behind the stem."
-    def __init__(self,
-        n_blocks:tuple,   # blocks of each stage
-        n_refine:tuple,   # blocks that refine the joined map of stages 4 to 9
+
+    def __init__(
+        self,
+        n_blocks: tuple,  # blocks of each stage
+        n_refine: tuple,  # blocks that refine the joined map of stages 4 to 9
     ):
         super().__init__()
-        c, stages = [64], []                                      # channels of every map, the stem's first
+        c, stages = [64], []  # channels of every map, the stem's first
         for i, (planes, n) in enumerate(zip(PLANES, n_blocks)):
             if i == 3:
-                attention = nn.Sequential(nn.BatchNorm2d(2*planes), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(2*planes, planes//16, 1), nn.ReLU(), nn.Conv2d(planes//16, planes, 1), nn.Sigmoid())
-                stages.append([_halve(c[-1]), nn.Conv2d(c[-1]//2, 2*planes, 1), _blocks(n, 2*planes, planes), nn.Sequential(attention)])
-            elif i < 3: stages.append([_blocks(n, c[-1], planes), nn.MaxPool2d(2)])
+                attention = nn.Sequential(
+                    nn.BatchNorm2d(2 * planes),
+                    nn.ReLU(),
+                    nn.AdaptiveAvgPool2d(1),
+                    nn.Conv2d(2 * planes, planes // 16, 1),
+                    nn.ReLU(),
+                    nn.Conv2d(planes // 16, planes, 1),
+                    nn.Sigmoid(),
+                )
+                stages.append(
+                    [
+                        _halve(c[-1]),
+                        nn.Conv2d(c[-1] // 2, 2 * planes, 1),
+                        _blocks(n, 2 * planes, planes),
+                        nn.Sequential(attention),
+                    ]
+                )
+            elif i < 3:
+                stages.append([_blocks(n, c[-1], planes), nn.MaxPool2d(2)])
             else:
                 joined, rises = c[JOINED[i]], i < 7
-                trunk = _blocks(n, c[-1], planes, k=c[-1]//planes, dilation=2**(i-4)) if rises else _blocks(n, c[-1], planes)
-                stages.append([trunk, _blocks(n_refine[i-4], joined, joined), nn.Upsample(scale_factor=2) if rises else nn.MaxPool2d(2)])
+                trunk = (
+                    _blocks(n, c[-1], planes, k=c[-1] // planes, dilation=2 ** (i - 4))
+                    if rises
+                    else _blocks(n, c[-1], planes)
+                )
+                stages.append(
+                    [
+                        trunk,
+                        _blocks(n_refine[i - 4], joined, joined),
+                        nn.Upsample(scale_factor=2) if rises else nn.MaxPool2d(2),
+                    ]
+                )
             c.append(planes + (c[JOINED[i]] if i > 3 else 0))
         stages[9].append(_halve(c[-1]))
-        self.fish, self.channels = nn.ModuleList(nn.ModuleList(s) for s in stages), [c[7], c[8], c[9], c[10]//2]
+        self.fish, self.channels = (
+            nn.ModuleList(nn.ModuleList(s) for s in stages),
+            [c[7], c[8], c[9], c[10] // 2],
+        )
 
     def forward(self, x):
         "Maps of the head at strides 4, 8, 16 and 32; the last one after the layer in front of the classifier."
         maps = [x]
         for i, s in enumerate(self.fish):
-            if i < 3: y = s[1](s[0](maps[-1]))
-            elif i == 3: z = s[1](s[0](maps[-1])); a = s[3](z); y = s[2](z)*a + a
+            if i < 3:
+                y = s[1](s[0](maps[-1]))
+            elif i == 3:
+                z = s[1](s[0](maps[-1]))
+                a = s[3](z)
+                y = s[2](z) * a + a
             else:
                 trunk, side = s[2](s[0](maps[-1])), s[1](maps[JOINED[i]])
-                if i < 7: trunk = trunk[..., :side.shape[2], :side.shape[3]] if trunk.shape[2] >= side.shape[2] and trunk.shape[3] >= side.shape[3] else nn.functional.interpolate(trunk, side.shape[2:])
+                if i < 7:
+                    trunk = (
+                        trunk[..., : side.shape[2], : side.shape[3]]
+                        if trunk.shape[2] >= side.shape[2] and trunk.shape[3] >= side.shape[3]
+                        else nn.functional.interpolate(trunk, side.shape[2:])
+                    )
                 y = torch.cat([trunk, side], 1)
             maps.append(y)
         return [*maps[7:10], self.fish[9][3](maps[10])]
@@ -75,15 +136,34 @@ class Fish(nn.Module):
 # %% ../../../nbs/parts/nets/fishnet.ipynb #0c88e7b8
 class FishNet(nn.Module):
     "Stem and fish."
-    def __init__(self, n_blocks:tuple, n_refine:tuple):
-        super().__init__()
-        conv = lambda a, b, stride=1: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-        self.conv1, self.conv2, self.conv3, self.pool1 = conv(3, 32, 2), conv(32, 32), conv(32, 64), nn.MaxPool2d(3, 2, 1)
-        self.fish = Fish(n_blocks, n_refine); self.channels = self.fish.channels
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
-    def forward(self, x): return self.fish(self.pool1(self.conv3(self.conv2(self.conv1(x)))))
-    def forward_features(self, x): return self(x)[-1]
 
-def fishnet150(): return FishNet((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4))
-def fishnet99(): return FishNet((2, 2, 6, 2, 1, 1, 1, 1, 2, 2), (1, 1, 1, 1, 1, 4))
+    def __init__(self, n_blocks: tuple, n_refine: tuple):
+        super().__init__()
+        conv = lambda a, b, stride=1: nn.Sequential(
+            nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
+        )
+        self.conv1, self.conv2, self.conv3, self.pool1 = (
+            conv(3, 32, 2),
+            conv(32, 32),
+            conv(32, 64),
+            nn.MaxPool2d(3, 2, 1),
+        )
+        self.fish = Fish(n_blocks, n_refine)
+        self.channels = self.fish.channels
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+
+    def forward(self, x):
+        return self.fish(self.pool1(self.conv3(self.conv2(self.conv1(x)))))
+
+    def forward_features(self, x):
+        return self(x)[-1]
+
+
+def fishnet150():
+    return FishNet((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4))
+
+
+def fishnet99():
+    return FishNet((2, 2, 6, 2, 1, 1, 1, 1, 2, 2), (1, 1, 1, 1, 1, 4))

@@ -16,93 +16,115 @@ from torch import nn
 # %% ../../../nbs/parts/nets/losses.ipynb #7bb42453
 class _Cosine(torch.autograd.Function):
     "Cosines of rows of x with rows of w; the backward pass keeps no normalised copy of w."
+
     @staticmethod
     def forward(ctx, x, w):
-        x_inv = 1/torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
-        w_inv = 1/torch.linalg.vector_norm(w, dim=1).clamp_min(1e-12)
+        x_inv = 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
+        w_inv = 1 / torch.linalg.vector_norm(w, dim=1).clamp_min(1e-12)
         ctx.save_for_backward(x, w, x_inv, w_inv)
-        return ((x*x_inv[:, None]) @ w.T).mul_(w_inv)
+        return ((x * x_inv[:, None]) @ w.T).mul_(w_inv)
+
     @staticmethod
-    def backward(ctx, g):                                    # g [b, c]
+    def backward(ctx, g):  # g [b, c]
         x, w, x_inv, w_inv = ctx.saved_tensors
-        x_hat = x*x_inv[:, None]
-        g_w = g.T @ x_hat                                    # [c, d], becomes the gradient in place
-        along = torch.bmm(g_w[:, None], w[..., None]).view(-1)*w_inv**2
+        x_hat = x * x_inv[:, None]
+        g_w = g.T @ x_hat  # [c, d], becomes the gradient in place
+        along = torch.bmm(g_w[:, None], w[..., None]).view(-1) * w_inv**2
         g_w.addcmul_(w, -along[:, None]).mul_(w_inv[:, None])
-        g_x = (g*w_inv) @ w                                  # [b, d]
-        g_x -= x_hat*(g_x*x_hat).sum(1, keepdim=True)
-        return g_x*x_inv[:, None], g_w
+        g_x = (g * w_inv) @ w  # [b, d]
+        g_x -= x_hat * (g_x * x_hat).sum(1, keepdim=True)
+        return g_x * x_inv[:, None], g_w
 
 # %% ../../../nbs/parts/nets/losses.ipynb #507e9ea9
 def cosine_logits(
-    x:torch.Tensor, # descriptors, any length and precision [b, d]
-    w:torch.Tensor, # one row per class [c, d]
-)->torch.Tensor: # cosines in float32 (float64 for float64) [b, c]
+    x: torch.Tensor,  # descriptors, any length and precision [b, d]
+    w: torch.Tensor,  # one row per class [c, d]
+) -> torch.Tensor:  # cosines in float32 (float64 for float64) [b, c]
     "Cosine of every descriptor with every class weight."
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False): return _Cosine.apply(x.to(dtype), w.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return _Cosine.apply(x.to(dtype), w.to(dtype))
 
 # %% ../../../nbs/parts/nets/losses.ipynb #0c762a02
 def cosface_margin(
-    cos:torch.Tensor, # target cosines, any shape
-    m:float=0.35,     # margin in cosine; a tensor gives every entry its own
-    easy:bool=False,  # unused here, so that all margins are called alike
-)->torch.Tensor: # the cosine that enters the softmax
+    cos: torch.Tensor,  # target cosines, any shape
+    m: float = 0.35,  # margin in cosine; a tensor gives every entry its own
+    easy: bool = False,  # unused here, so that all margins are called alike
+) -> torch.Tensor:  # the cosine that enters the softmax
     "CosFace: the target looks farther by m in cosine."
     return cos - m
 
 # %% ../../../nbs/parts/nets/losses.ipynb #beec066e
 def arcface_margin(
-    cos:torch.Tensor, # target cosines, any shape
-    m:float=0.3,      # margin in radians; a tensor gives every entry its own
-    easy:bool=False,  # apply the margin only where cos > 0 instead of the straight line
-)->torch.Tensor: # the cosine that enters the softmax
+    cos: torch.Tensor,  # target cosines, any shape
+    m: float = 0.3,  # margin in radians; a tensor gives every entry its own
+    easy: bool = False,  # apply the margin only where cos > 0 instead of the straight line
+) -> torch.Tensor:  # the cosine that enters the softmax
     "ArcFace: the target looks farther by m in angle."
     m = torch.as_tensor(m, dtype=cos.dtype, device=cos.device)
-    sin = (1 - cos*cos).clamp_min(1e-7).sqrt()               # rounding makes |cos| > 1: unclamped this is NaN
-    phi = cos*m.cos() - sin*m.sin()
-    return torch.where(cos > 0, phi, cos) if easy else torch.where(cos > -m.cos(), phi, cos - m*m.sin())
+    sin = (1 - cos * cos).clamp_min(1e-7).sqrt()  # rounding makes |cos| > 1: unclamped this is NaN
+    phi = cos * m.cos() - sin * m.sin()
+    return torch.where(cos > 0, phi, cos) if easy else torch.where(cos > -m.cos(), phi, cos - m * m.sin())
 
 # %% ../../../nbs/parts/nets/losses.ipynb #9ae75c5e
 def frequency_margins(
-    counts:torch.Tensor, # training images of each class [c]
-    m_min:float=0.05,    # margin of the largest class
-    m_max:float=0.5,     # margin of the smallest class
-)->torch.Tensor: # one margin per class [c]
+    counts: torch.Tensor,  # training images of each class [c]
+    m_min: float = 0.05,  # margin of the largest class
+    m_max: float = 0.5,  # margin of the smallest class
+) -> torch.Tensor:  # one margin per class [c]
     "Margins that fall with class size as n^(-1/4)."
-    r = torch.as_tensor(counts, dtype=torch.float32).clamp_min(1)**-0.25
-    return torch.full_like(r, (m_min+m_max)/2) if r.max() == r.min() else m_min + (m_max-m_min)*(r-r.min())/(r.max()-r.min())
+    r = torch.as_tensor(counts, dtype=torch.float32).clamp_min(1) ** -0.25
+    return (
+        torch.full_like(r, (m_min + m_max) / 2)
+        if r.max() == r.min()
+        else m_min + (m_max - m_min) * (r - r.min()) / (r.max() - r.min())
+    )
 
 # %% ../../../nbs/parts/nets/losses.ipynb #56c49c90
 def _check_classes(labels, n):
     "Labels that are classes of the head; only looked at on the CPU, where looking costs no waiting."
-    if labels.device.type == 'cpu' and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n:
-        raise ValueError(f"Labels run from {int(labels.min())} to {int(labels.max())}; the head has the classes 0 to {n-1}.")
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n:
+        raise ValueError(
+            f"Labels run from {int(labels.min())} to {int(labels.max())}; the head has the classes 0 to {n - 1}."
+        )
+
 
 class MarginHead(nn.Module):
     "Cosine classifier with a margin on the target."
+
     margin_fns = dict(arcface=arcface_margin, cosface=cosface_margin)
-    def __init__(self,
-        d:int,                 # length of a descriptor
-        n_classes:int,         # classes
-        kind:str='arcface',    # arcface or cosface
-        s:float=30.,           # scale of the logits
-        m:float=0.3,           # margin
-        easy:bool=False,       # ArcFace: margin only where cos > 0
-        n_centers:int=1,       # weights per class; the nearest counts
-        margins:torch.Tensor=None, # one margin per class [n_classes], replaces m
-        label_smoothing:float=0., # share of the target spread over all classes
+
+    def __init__(
+        self,
+        d: int,  # length of a descriptor
+        n_classes: int,  # classes
+        kind: str = "arcface",  # arcface or cosface
+        s: float = 30.0,  # scale of the logits
+        m: float = 0.3,  # margin
+        easy: bool = False,  # ArcFace: margin only where cos > 0
+        n_centers: int = 1,  # weights per class; the nearest counts
+        margins: torch.Tensor = None,  # one margin per class [n_classes], replaces m
+        label_smoothing: float = 0.0,  # share of the target spread over all classes
     ):
         super().__init__()
-        if kind not in self.margin_fns: raise ValueError(f"`kind` is {kind!r}; a margin head is one of {sorted(self.margin_fns)}.")
-        self.s, self.m, self.easy, self.kind, self.n_centers, self.label_smoothing = s, m, easy, kind, n_centers, label_smoothing
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_classes*n_centers, d)))
-        self.register_buffer('margins', margins)
+        if kind not in self.margin_fns:
+            raise ValueError(f"`kind` is {kind!r}; a margin head is one of {sorted(self.margin_fns)}.")
+        self.s, self.m, self.easy, self.kind, self.n_centers, self.label_smoothing = (
+            s,
+            m,
+            easy,
+            kind,
+            n_centers,
+            label_smoothing,
+        )
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_classes * n_centers, d)))
+        self.register_buffer("margins", margins)
 
     def cosines(self, x):
         "Cosine with each class, the best of its sub-centres [b, n_classes]."
         cos = cosine_logits(x, self.weight)
-        if self.n_centers == 1: return cos
+        if self.n_centers == 1:
+            return cos
         cos = cos.view(len(x), -1, self.n_centers)
         return cos.gather(2, cos.detach().argmax(2, keepdim=True))[..., 0]
 
@@ -113,79 +135,95 @@ class MarginHead(nn.Module):
         target = self.margin_fns[self.kind](cos[rows, labels], m, self.easy)
         return cos.scatter_(1, labels[:, None], target[:, None]).mul_(self.s)
 
-    def forward(self, x, labels): return self.add_margin(self.cosines(x), labels)
+    def forward(self, x, labels):
+        return self.add_margin(self.cosines(x), labels)
 
     def loss(self, x, labels):
         "Mean cross-entropy, and how many rows are classified rightly without the margin."
-        _check_classes(labels, len(self.weight)//self.n_centers)
+        _check_classes(labels, len(self.weight) // self.n_centers)
         cos = self.cosines(x)
         n_right = (cos.detach().argmax(1) == labels).sum()
-        return F.cross_entropy(self.add_margin(cos, labels), labels, label_smoothing=self.label_smoothing), n_right
+        return F.cross_entropy(
+            self.add_margin(cos, labels), labels, label_smoothing=self.label_smoothing
+        ), n_right
 
 # %% ../../../nbs/parts/nets/losses.ipynb #9291eaec
 class SoftmaxHead(nn.Module):
     "The ordinary linear classifier with a bias."
-    def __init__(self,
-        d:int,                     # length of a descriptor
-        n_classes:int,             # classes
-        label_smoothing:float=0.,  # share of the target spread over all classes
+
+    def __init__(
+        self,
+        d: int,  # length of a descriptor
+        n_classes: int,  # classes
+        label_smoothing: float = 0.0,  # share of the target spread over all classes
     ):
         super().__init__()
         self.fc, self.label_smoothing = nn.Linear(d, n_classes), label_smoothing
+
     def forward(self, x, labels=None):
-        with torch.autocast(x.device.type, enabled=False): return self.fc(x.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc(x.float())
+
     def loss(self, x, labels):
         "Mean cross-entropy, and how many rows are classified rightly."
         _check_classes(labels, self.fc.out_features)
         logits = self(x)
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), (logits.detach().argmax(1) == labels).sum()
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), (
+            logits.detach().argmax(1) == labels
+        ).sum()
 
 # %% ../../../nbs/parts/nets/losses.ipynb #6a404cc1
 class AdaCos(MarginHead):
     "Cosine classifier whose scale follows the angles to the targets."
-    def __init__(self,
-        d:int,                      # length of a descriptor
-        n_classes:int,              # classes
-        m:float=0.,                 # ArcFace margin on top
-        theta_zero:float=math.pi/4, # largest angle the scale reacts to
-        median_over:str='target',   # target (as published) or all (as in the original's code)
-        label_smoothing:float=0.,   # share of the target spread over all classes
+
+    def __init__(
+        self,
+        d: int,  # length of a descriptor
+        n_classes: int,  # classes
+        m: float = 0.0,  # ArcFace margin on top
+        theta_zero: float = math.pi / 4,  # largest angle the scale reacts to
+        median_over: str = "target",  # target (as published) or all (as in the original's code)
+        label_smoothing: float = 0.0,  # share of the target spread over all classes
     ):
-        if n_classes < 3: raise ValueError(f"AdaCos takes its scale from the number of classes and needs at least 3, not {n_classes}.")
+        if n_classes < 3:
+            raise ValueError(
+                f"AdaCos takes its scale from the number of classes and needs at least 3, not {n_classes}."
+            )
         super().__init__(d, n_classes, m=m, label_smoothing=label_smoothing)
         self.theta_zero, self.median_over = theta_zero, median_over
-        self.register_buffer('scale', torch.tensor(math.log(n_classes-1)/math.cos(theta_zero)))
+        self.register_buffer("scale", torch.tensor(math.log(n_classes - 1) / math.cos(theta_zero)))
 
     def add_margin(self, cos, labels):
         "As a margin head; in training the scale is updated first."
-        if self.training: self._update(cos.detach(), labels[:, None])
+        if self.training:
+            self._update(cos.detach(), labels[:, None])
         at, self.s = labels[:, None], self.scale
-        target = cos.gather(1, at).clamp(-1+1e-7, 1-1e-7)
-        return cos.scatter(1, at, (target.arccos() + self.m).cos())*self.s
+        target = cos.gather(1, at).clamp(-1 + 1e-7, 1 - 1e-7)
+        return cos.scatter(1, at, (target.arccos() + self.m).cos()) * self.s
 
     @torch.no_grad()
     def _update(self, cos, at):
-        rest = (self.scale*cos).exp().scatter_(1, at, 0).sum(1).mean()          # B
-        angles = (cos if self.median_over == 'all' else cos.gather(1, at)).clamp(-1+1e-7, 1-1e-7).arccos()
-        self.scale.copy_(rest.log()/angles.median().clamp(max=self.theta_zero).cos())
+        rest = (self.scale * cos).exp().scatter_(1, at, 0).sum(1).mean()  # B
+        angles = (cos if self.median_over == "all" else cos.gather(1, at)).clamp(-1 + 1e-7, 1 - 1e-7).arccos()
+        self.scale.copy_(rest.log() / angles.median().clamp(max=self.theta_zero).cos())
 
 # %% ../../../nbs/parts/nets/losses.ipynb #10c38067
 def pairwise_dists(
-    x:torch.Tensor,     # descriptors [b, d]
-    squared:bool=False, # squared Euclidean distances
-)->torch.Tensor: # dists [b, b]
+    x: torch.Tensor,  # descriptors [b, d]
+    squared: bool = False,  # squared Euclidean distances
+) -> torch.Tensor:  # dists [b, b]
     "Euclidean distances within a batch, with gradients that are finite on the diagonal."
     sq = x.square().sum(1)
-    d2 = (sq[:, None] - 2*x@x.T + sq).clamp_min(0)
-    return d2 if squared else torch.where(d2 > 0, d2.clamp_min(1e-16).sqrt(), 0.)
+    d2 = (sq[:, None] - 2 * x @ x.T + sq).clamp_min(0)
+    return d2 if squared else torch.where(d2 > 0, d2.clamp_min(1e-16).sqrt(), 0.0)
 
 # %% ../../../nbs/parts/nets/losses.ipynb #7e221553
 def batch_hard_triplet(
-    x:torch.Tensor,      # unit descriptors [b, d]
-    labels:torch.Tensor, # class ids [b]
-    margin:float=0.1,    # wanted gap between farthest positive and nearest negative
-    squared:bool=False,  # squared distances
-)->torch.Tensor: # scalar
+    x: torch.Tensor,  # unit descriptors [b, d]
+    labels: torch.Tensor,  # class ids [b]
+    margin: float = 0.1,  # wanted gap between farthest positive and nearest negative
+    squared: bool = False,  # squared distances
+) -> torch.Tensor:  # scalar
     "Mean over anchors of max(0, farthest positive − nearest negative + margin)."
     dists, same = pairwise_dists(x, squared), labels[:, None] == labels
     farthest = dists.masked_fill(~same | torch.eye(len(x), dtype=torch.bool, device=x.device), 0).amax(1)
@@ -194,32 +232,32 @@ def batch_hard_triplet(
 
 # %% ../../../nbs/parts/nets/losses.ipynb #d3d1cea7
 def batch_all_triplet(
-    x:torch.Tensor,      # unit descriptors [b, d]
-    labels:torch.Tensor, # class ids [b]
-    margin:float=0.1,    # wanted gap
-    squared:bool=False,  # squared distances
-)->torch.Tensor: # scalar
+    x: torch.Tensor,  # unit descriptors [b, d]
+    labels: torch.Tensor,  # class ids [b]
+    margin: float = 0.1,  # wanted gap
+    squared: bool = False,  # squared distances
+) -> torch.Tensor:  # scalar
     "Mean over the violating triplets of d(a,p) − d(a,n) + margin."
     dists, same = pairwise_dists(x, squared), labels[:, None] == labels
     a, p = (same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)).nonzero(as_tuple=True)
-    terms = F.relu(dists[a, p][:, None] - dists[a] + margin).masked_fill(same[a], 0)       # [pairs, b]
-    return terms.sum()/((terms > 1e-16).sum() + 1e-16)
+    terms = F.relu(dists[a, p][:, None] - dists[a] + margin).masked_fill(same[a], 0)  # [pairs, b]
+    return terms.sum() / ((terms > 1e-16).sum() + 1e-16)
 
 # %% ../../../nbs/parts/nets/losses.ipynb #3b218ffb
 def contrastive_loss(
-    x:torch.Tensor,    # unit descriptors of t tuples: query, positive, n negatives [t, 2+n, d]
-    margin:float=0.7,  # distance beyond which a negative no longer matters
-    eps:float=1e-6,    # added to every difference
-)->torch.Tensor: # scalar, a sum
+    x: torch.Tensor,  # unit descriptors of t tuples: query, positive, n negatives [t, 2+n, d]
+    margin: float = 0.7,  # distance beyond which a negative no longer matters
+    eps: float = 1e-6,  # added to every difference
+) -> torch.Tensor:  # scalar, a sum
     "Contrastive loss over mined tuples, eq. 3 of Radenović et al."
-    dists = (x[:, :1] - x[:, 1:] + eps).norm(dim=2)                      # [t, 1+n]
-    return 0.5*dists[:, 0].square().sum() + 0.5*F.relu(margin - dists[:, 1:]).square().sum()
+    dists = (x[:, :1] - x[:, 1:] + eps).norm(dim=2)  # [t, 1+n]
+    return 0.5 * dists[:, 0].square().sum() + 0.5 * F.relu(margin - dists[:, 1:]).square().sum()
 
 # %% ../../../nbs/parts/nets/losses.ipynb #a99ce5a8
 def tuple_triplet_loss(
-    x:torch.Tensor,    # unit descriptors of t tuples: query, positive, n negatives [t, 2+n, d]
-    margin:float=0.1,  # wanted gap of the squared distances
-)->torch.Tensor: # scalar, a sum
+    x: torch.Tensor,  # unit descriptors of t tuples: query, positive, n negatives [t, 2+n, d]
+    margin: float = 0.1,  # wanted gap of the squared distances
+) -> torch.Tensor:  # scalar, a sum
     "Triplet loss over mined tuples, on squared distances."
     d2 = (x[:, :1] - x[:, 1:]).square().sum(2)
     return F.relu(d2[:, :1] - d2[:, 1:] + margin).sum()
@@ -227,70 +265,114 @@ def tuple_triplet_loss(
 # %% ../../../nbs/parts/nets/losses.ipynb #07dcd0e3
 class MetricHead(nn.Module):
     "A loss on distances, dressed as a head: no classes, nothing to learn."
-    def __init__(self,
-        kind:str,          # contrastive, tuple_triplet (both on mined tuples), batch_hard or batch_all
-        margin:float=0.7,  # its margin
+
+    def __init__(
+        self,
+        kind: str,  # contrastive, tuple_triplet (both on mined tuples), batch_hard or batch_all
+        margin: float = 0.7,  # its margin
     ):
         super().__init__()
         self.kind, self.margin = kind, margin
+
     def loss(self, x, labels):
         "Loss per tuple or batch (tuples: labels are −1, 1, 0… of each, in rows or one after another), and how many queries have their positive nearest."
         x = F.normalize(x.float())
-        if self.kind in ('batch_hard', 'batch_all'):
+        if self.kind in ("batch_hard", "batch_all"):
             dists = pairwise_dists(x.detach()).fill_diagonal_(math.inf)
-            fn = batch_hard_triplet if self.kind == 'batch_hard' else batch_all_triplet
+            fn = batch_hard_triplet if self.kind == "batch_hard" else batch_all_triplet
             return fn(x, labels, self.margin), (labels[dists.argmin(1)] == labels).sum()
-        n = len(labels) if labels.ndim == 2 else int((labels == -1).sum())               # rows are counted without waiting for a GPU
-        if not n or len(x) % n: raise ValueError(f"{len(x)} rows and {n} queries (label −1) are no tuples of one length; a tuple is a query, its positive and its negatives.")
+        n = (
+            len(labels) if labels.ndim == 2 else int((labels == -1).sum())
+        )  # rows are counted without waiting for a GPU
+        if not n or len(x) % n:
+            raise ValueError(
+                f"{len(x)} rows and {n} queries (label −1) are no tuples of one length; a tuple is a query, its positive and its negatives."
+            )
         x = x.view(n, -1, x.shape[1])
-        fn = contrastive_loss if self.kind == 'contrastive' else tuple_triplet_loss
-        nearest = (x.detach()[:, :1]*x.detach()[:, 1:]).sum(2).argmax(1)
-        return fn(x, self.margin)/n, (nearest == 0).sum()
+        fn = contrastive_loss if self.kind == "contrastive" else tuple_triplet_loss
+        nearest = (x.detach()[:, :1] * x.detach()[:, 1:]).sum(2).argmax(1)
+        return fn(x, self.margin) / n, (nearest == 0).sum()
 
 # %% ../../../nbs/parts/nets/losses.ipynb #3c7c4d63
-LOSSES = ('softmax', 'contrastive', 'cosface', 'arcface', 'adacos', 'triplet', 'tuple_triplet', 'subcenter_arcface')
+LOSSES = (
+    "softmax",
+    "contrastive",
+    "cosface",
+    "arcface",
+    "adacos",
+    "triplet",
+    "tuple_triplet",
+    "subcenter_arcface",
+)
+
 
 def check_head(
-    loss:str,          # one of LOSSES
-    m:float|None=None, # margin
-    n_centers:int=0,   # weights per class
+    loss: str,  # one of LOSSES
+    m: float | None = None,  # margin
+    n_centers: int = 0,  # weights per class
     class_margins=(),  # margins of the largest and of the smallest class
 ):
     "Refuse what a loss does not have."
-    if loss not in LOSSES: raise ValueError(f"`loss` is {loss!r}; allowed are {', '.join(LOSSES)}.")
-    if n_centers < 0: raise ValueError(f"`n_centers` is {n_centers}; it counts the weights of a class, 0 stands for the usual number.")
-    if (n_centers or class_margins) and loss not in ('arcface', 'cosface', 'subcenter_arcface'): raise ValueError(f"`{'n_centers' if n_centers else 'class_margins'}` is set, but {loss} has none; arcface, cosface and subcenter_arcface have.")
-    if class_margins and not (len(class_margins) == 2 and 0 <= class_margins[0] <= class_margins[1]): raise ValueError(f"`class_margins` is {list(class_margins)}; it holds two numbers, the margin of the largest class and that of the smallest, such as 0.05 and 0.5.")
-    if class_margins and m is not None: raise ValueError(f"`margin` is {m:g}, one for all classes, and `class_margins` gives each its own; set one of them.")
+    if loss not in LOSSES:
+        raise ValueError(f"`loss` is {loss!r}; allowed are {', '.join(LOSSES)}.")
+    if n_centers < 0:
+        raise ValueError(
+            f"`n_centers` is {n_centers}; it counts the weights of a class, 0 stands for the usual number."
+        )
+    if (n_centers or class_margins) and loss not in ("arcface", "cosface", "subcenter_arcface"):
+        raise ValueError(
+            f"`{'n_centers' if n_centers else 'class_margins'}` is set, but {loss} has none; arcface, cosface and subcenter_arcface have."
+        )
+    if class_margins and not (len(class_margins) == 2 and 0 <= class_margins[0] <= class_margins[1]):
+        raise ValueError(
+            f"`class_margins` is {list(class_margins)}; it holds two numbers, the margin of the largest class and that of the smallest, such as 0.05 and 0.5."
+        )
+    if class_margins and m is not None:
+        raise ValueError(
+            f"`margin` is {m:g}, one for all classes, and `class_margins` gives each its own; set one of them."
+        )
+
 
 def make_head(
-    loss:str,                  # one of LOSSES
-    d:int,                     # length of a descriptor
-    counts:torch.Tensor,       # training images of each class [c]
-    m:float|None=None,         # margin; None: the usual one of the loss (for sub-centres, by class frequency)
-    s:float=30.,               # scale of the logits
-    label_smoothing:float=0.,  # share of the target spread over all classes
-    n_centers:int=0,           # weights per class of a margin loss; 0: 3 for sub-centres, else 1
-    class_margins=(),          # margins of the largest and of the smallest class; empty: `m`
-)->nn.Module: # has .loss(x, labels) -> (loss, number right)
+    loss: str,  # one of LOSSES
+    d: int,  # length of a descriptor
+    counts: torch.Tensor,  # training images of each class [c]
+    m: float | None = None,  # margin; None: the usual one of the loss (for sub-centres, by class frequency)
+    s: float = 30.0,  # scale of the logits
+    label_smoothing: float = 0.0,  # share of the target spread over all classes
+    n_centers: int = 0,  # weights per class of a margin loss; 0: 3 for sub-centres, else 1
+    class_margins=(),  # margins of the largest and of the smallest class; empty: `m`
+) -> nn.Module:  # has .loss(x, labels) -> (loss, number right)
     "The head of a loss, ready to train."
     check_head(loss, m, n_centers, class_margins)
-    n, pick, sub = len(counts), lambda usual: usual if m is None else m, loss == 'subcenter_arcface'
-    if loss == 'softmax': return SoftmaxHead(d, n, label_smoothing)
-    if loss in ('arcface', 'cosface', 'subcenter_arcface'):
+    n, pick, sub = len(counts), lambda usual: usual if m is None else m, loss == "subcenter_arcface"
+    if loss == "softmax":
+        return SoftmaxHead(d, n, label_smoothing)
+    if loss in ("arcface", "cosface", "subcenter_arcface"):
         bounds = class_margins or ((0.05, 0.5) if sub and m is None else ())
-        return MarginHead(d, n, 'arcface' if sub else loss, s, pick(0.3), n_centers=n_centers or (3 if sub else 1), margins=frequency_margins(counts, *bounds) if bounds else None, label_smoothing=label_smoothing)
-    if loss == 'adacos': return AdaCos(d, n, pick(0.), label_smoothing=label_smoothing)
-    if loss in ('contrastive', 'tuple_triplet'): return MetricHead(loss, pick(0.7 if loss == 'contrastive' else 0.1))
-    return MetricHead('batch_hard', pick(0.3))
+        return MarginHead(
+            d,
+            n,
+            "arcface" if sub else loss,
+            s,
+            pick(0.3),
+            n_centers=n_centers or (3 if sub else 1),
+            margins=frequency_margins(counts, *bounds) if bounds else None,
+            label_smoothing=label_smoothing,
+        )
+    if loss == "adacos":
+        return AdaCos(d, n, pick(0.0), label_smoothing=label_smoothing)
+    if loss in ("contrastive", "tuple_triplet"):
+        return MetricHead(loss, pick(0.7 if loss == "contrastive" else 0.1))
+    return MetricHead("batch_hard", pick(0.3))
 
 # %% ../../../nbs/parts/nets/losses.ipynb #7317b09b
 def smoothed_mask_logits(
-    cos:torch.Tensor,    # cosines [b, c]
-    labels:torch.Tensor, # class ids [b]
-    phi:torch.Tensor,    # the same with the margin on every entry [b, c]
-    eps:float=0.1,       # the original's ls_eps
-)->torch.Tensor: # cosines that enter its softmax, before the scale [b, c]
+    cos: torch.Tensor,  # cosines [b, c]
+    labels: torch.Tensor,  # class ids [b]
+    phi: torch.Tensor,  # the same with the margin on every entry [b, c]
+    eps: float = 0.1,  # the original's ls_eps
+) -> torch.Tensor:  # cosines that enter its softmax, before the scale [b, c]
     "The original's blend of margin and plain cosine by a smoothed one-hot mask."
-    mask = torch.full_like(cos, eps/cos.shape[1]).scatter_(1, labels[:, None], 1 - eps + eps/cos.shape[1])
-    return mask*phi + (1-mask)*cos
+    mask = torch.full_like(cos, eps / cos.shape[1]).scatter_(1, labels[:, None], 1 - eps + eps / cos.shape[1])
+    return mask * phi + (1 - mask) * cos

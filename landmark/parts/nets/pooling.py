@@ -14,162 +14,218 @@ from torch import nn
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #88e623d8
 def mac(
-    x:torch.Tensor, # feature map [b, c, h, w]
-)->torch.Tensor: # [b, c]
+    x: torch.Tensor,  # feature map [b, c, h, w]
+) -> torch.Tensor:  # [b, c]
     "Maximum over positions."
     return x.amax((2, 3))
 
+
 def spoc(
-    x:torch.Tensor, # feature map [b, c, h, w]
-)->torch.Tensor: # [b, c]
+    x: torch.Tensor,  # feature map [b, c, h, w]
+) -> torch.Tensor:  # [b, c]
     "Mean over positions."
     return x.mean((2, 3))
 
+
 def gem(
-    x:torch.Tensor,   # feature map [b, c, h, w]
-    p=3.,             # power; a tensor [c] gives every channel its own
-    eps:float=1e-6,   # smallest value that enters
-)->torch.Tensor: # [b, c]
+    x: torch.Tensor,  # feature map [b, c, h, w]
+    p=3.0,  # power; a tensor [c] gives every channel its own
+    eps: float = 1e-6,  # smallest value that enters
+) -> torch.Tensor:  # [b, c]
     "Generalised mean over positions, in float32."
-    x = x if x.dtype == torch.float64 else x.float()                  # cubes leave the range of float16
+    x = x if x.dtype == torch.float64 else x.float()  # cubes leave the range of float16
     p = torch.as_tensor(p, dtype=x.dtype, device=x.device)
-    return x.clamp_min(eps).pow(p.view(-1, 1, 1)).mean((2, 3)).pow(1/p)
+    return x.clamp_min(eps).pow(p.view(-1, 1, 1)).mean((2, 3)).pow(1 / p)
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #d4528de0
 def l2n(
-    x:torch.Tensor,  # vectors in the last dimension
-    eps:float=1e-6,  # added to the length: a zero vector stays zero
-)->torch.Tensor: # same shape
+    x: torch.Tensor,  # vectors in the last dimension
+    eps: float = 1e-6,  # added to the length: a zero vector stays zero
+) -> torch.Tensor:  # same shape
     "L2-normalise, as cirtorch does."
-    return x/(x.norm(dim=-1, keepdim=True) + eps)
+    return x / (x.norm(dim=-1, keepdim=True) + eps)
+
 
 def power_law(
-    x:torch.Tensor,  # values
-    eps:float=1e-6,  # added first, so that the root has a gradient at 0
-)->torch.Tensor: # same shape
+    x: torch.Tensor,  # values
+    eps: float = 1e-6,  # added first, so that the root has a gradient at 0
+) -> torch.Tensor:  # same shape
     "Signed square root, which damps bursts (cirtorch's stops with a name error)."
     x = x + eps
-    return x.sign()*x.abs().sqrt()
+    return x.sign() * x.abs().sqrt()
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #ab4690eb
 def rmac_regions(
-    h:int,            # height of the feature map
-    w:int,            # width
-    levels:int=3,     # levels of the grid
-    overlap:float=0.4, # wanted overlap of neighbours along the longer side
-)->list: # (top, left, side) of each region
+    h: int,  # height of the feature map
+    w: int,  # width
+    levels: int = 3,  # levels of the grid
+    overlap: float = 0.4,  # wanted overlap of neighbours along the longer side
+) -> list:  # (top, left, side) of each region
     "The grid of square regions of RMAC."
-    short = min(h, w); steps = torch.arange(2, 8).float()
-    between = (max(h, w) - short)/(steps - 1)
-    extra = int(((short**2 - short*between)/short**2 - overlap).abs().argmin()) + 1
-    extra_h, extra_w = extra*(h > w), extra*(w > h)
-    def starts(length, side, n):                               # n squares spread evenly over a length
-        half = math.floor(side/2 - 1); gap = (length - side)/(n - 1) if n > 1 else 0
-        return (torch.floor(half + torch.arange(n).float()*gap) - half).int().tolist()
+    short = min(h, w)
+    steps = torch.arange(2, 8).float()
+    between = (max(h, w) - short) / (steps - 1)
+    extra = int(((short**2 - short * between) / short**2 - overlap).abs().argmin()) + 1
+    extra_h, extra_w = extra * (h > w), extra * (w > h)
+
+    def starts(length, side, n):  # n squares spread evenly over a length
+        half = math.floor(side / 2 - 1)
+        gap = (length - side) / (n - 1) if n > 1 else 0
+        return (torch.floor(half + torch.arange(n).float() * gap) - half).int().tolist()
+
     out = []
-    for l in range(1, levels+1):
-        side = math.floor(2*short/(l+1))
-        if side == 0: continue                                 # a map too small for this level
-        out += [(t, s, side) for t in starts(h, side, l+extra_h) for s in starts(w, side, l+extra_w)]
+    for l in range(1, levels + 1):
+        side = math.floor(2 * short / (l + 1))
+        if side == 0:
+            continue  # a map too small for this level
+        out += [(t, s, side) for t in starts(h, side, l + extra_h) for s in starts(w, side, l + extra_w)]
     return out
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #6b94fac8
 def region_pool(
-    x:torch.Tensor,  # feature map [b, c, h, w]
-    pool=mac,        # pooling of one region
-    levels:int=3,    # levels of the grid
-)->torch.Tensor: # one vector per region, the whole map first [b, regions, c]
+    x: torch.Tensor,  # feature map [b, c, h, w]
+    pool=mac,  # pooling of one region
+    levels: int = 3,  # levels of the grid
+) -> torch.Tensor:  # one vector per region, the whole map first [b, regions, c]
     "Pool the whole map and each region."
     h, w = x.shape[2:]
-    return torch.stack([pool(x)] + [pool(x[:, :, t:t+s, l:l+s]) for t, l, s in rmac_regions(h, w, levels)], 1)
+    return torch.stack(
+        [pool(x)] + [pool(x[:, :, t : t + s, l : l + s]) for t, l, s in rmac_regions(h, w, levels)], 1
+    )
+
 
 def rmac(
-    x:torch.Tensor,  # feature map [b, c, h, w]
-    levels:int=3,    # levels of the grid
-)->torch.Tensor: # a sum of unit vectors, not normalised again [b, c]
+    x: torch.Tensor,  # feature map [b, c, h, w]
+    levels: int = 3,  # levels of the grid
+) -> torch.Tensor:  # a sum of unit vectors, not normalised again [b, c]
     "Regional maximum activations."
     return l2n(region_pool(x, mac, levels)).sum(1)
 
+
 def rpool(
-    x:torch.Tensor,  # feature map [b, c, h, w]
-    pool=mac,        # pooling of one region
-    whiten=None,     # optional linear map applied to every region's vector
-    levels:int=3,    # levels of the grid
-)->torch.Tensor: # unit vectors [b, c]
+    x: torch.Tensor,  # feature map [b, c, h, w]
+    pool=mac,  # pooling of one region
+    whiten=None,  # optional linear map applied to every region's vector
+    levels: int = 3,  # levels of the grid
+) -> torch.Tensor:  # unit vectors [b, c]
     "Regions pooled by any function, whitened, added, normalised."
     v = l2n(region_pool(x, pool, levels))
-    if whiten is not None: v = l2n(whiten(v))
+    if whiten is not None:
+        v = l2n(whiten(v))
     return l2n(v.sum(1))
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #6dfc3b5c
 class CompactBilinear(nn.Module):
     "Second-order pooling, sketched to d numbers."
-    def __init__(self,
-        c:int,         # channels
-        d:int=4096,    # length of the sketch
-        seed:int=0,    # seed of the two hash functions, which belong to the model
+
+    def __init__(
+        self,
+        c: int,  # channels
+        d: int = 4096,  # length of the sketch
+        seed: int = 0,  # seed of the two hash functions, which belong to the model
     ):
         super().__init__()
-        gen = torch.Generator().manual_seed(seed); self.d = d
-        for k in '12':
-            self.register_buffer(f'bucket{k}', torch.randint(d, (c,), generator=gen))
-            self.register_buffer(f'sign{k}', torch.randint(2, (c,), generator=gen)*2.-1)
+        gen = torch.Generator().manual_seed(seed)
+        self.d = d
+        for k in "12":
+            self.register_buffer(f"bucket{k}", torch.randint(d, (c,), generator=gen))
+            self.register_buffer(f"sign{k}", torch.randint(2, (c,), generator=gen) * 2.0 - 1)
+
     def forward(self, x):
-        x = x.float().flatten(2).transpose(1, 2)                                       # [b, hw, c]
+        x = x.float().flatten(2).transpose(1, 2)  # [b, hw, c]
         with torch.autocast(x.device.type, enabled=False):
-            f1, f2 = (torch.fft.rfft(x.new_zeros(*x.shape[:2], self.d).index_add(2, b, x*s)) for b, s in ((self.bucket1, self.sign1), (self.bucket2, self.sign2)))
-            return l2n(power_law(torch.fft.irfft((f1*f2).sum(1), n=self.d), 1e-12))
+            f1, f2 = (
+                torch.fft.rfft(x.new_zeros(*x.shape[:2], self.d).index_add(2, b, x * s))
+                for b, s in ((self.bucket1, self.sign1), (self.bucket2, self.sign2))
+            )
+            return l2n(power_law(torch.fft.irfft((f1 * f2).sum(1), n=self.d), 1e-12))
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #567b09c2
 class GeM(nn.Module):
     "Generalised mean with a learned power."
-    def __init__(self,
-        p:float=3.,         # power to start from
-        n_powers:int=1,     # 1, or one per channel ("GeMmp")
-        learned:bool=True,  # learn the power
+
+    def __init__(
+        self,
+        p: float = 3.0,  # power to start from
+        n_powers: int = 1,  # 1, or one per channel ("GeMmp")
+        learned: bool = True,  # learn the power
     ):
         super().__init__()
         self.p = nn.Parameter(torch.full((n_powers,), float(p)), requires_grad=learned)
-    def forward(self, x): return gem(x, self.p)
+
+    def forward(self, x):
+        return gem(x, self.p)
+
 
 class Pool(nn.Module):
     "A pooling without parameters."
-    def __init__(self, fn): super().__init__(); self.fn = fn
-    def forward(self, x): return self.fn(x)
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
 
 class StagePool(nn.Module):
     "Several poolings on several stages, concatenated."
-    def __init__(self,
-        letters:list,       # poolings of each stage, such as ['SMG', 'MG', 'G', 'G']
-        learned:bool=False, # learn the powers of GeM
+
+    def __init__(
+        self,
+        letters: list,  # poolings of each stage, such as ['SMG', 'MG', 'G', 'G']
+        learned: bool = False,  # learn the powers of GeM
     ):
         super().__init__()
         make = dict(S=lambda: Pool(spoc), M=lambda: Pool(mac), G=lambda: GeM(learned=learned))
         self.stages = nn.ModuleList(nn.ModuleList(make[k]() for k in s) for s in letters)
-    def forward(self, maps): return torch.cat([pool(x).float() for pools, x in zip(self.stages, maps) for pool in pools], 1)
+
+    def forward(self, maps):
+        return torch.cat([pool(x).float() for pools, x in zip(self.stages, maps) for pool in pools], 1)
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #e157337c
-POOLINGS = ('gem', 'gem-fixed', 'gemmp', 'mac', 'spoc', 'rmac', 'rpool-mac', 'rpool-gem', 'cbp')
+POOLINGS = ("gem", "gem-fixed", "gemmp", "mac", "spoc", "rmac", "rpool-mac", "rpool-gem", "cbp")
+
 
 def stage_letters(
-    pooling:str, # name, or letters per stage such as SMG,MG,G,G
-)->list: # letters of each stage; empty for a pooling of the last map
+    pooling: str,  # name, or letters per stage such as SMG,MG,G,G
+) -> list:  # letters of each stage; empty for a pooling of the last map
     "Which poolings a per-stage string asks for."
-    if ',' not in pooling: return []
-    letters = [s.strip().upper() for s in pooling.split(',')]
-    if not all(s and set(s) <= set('SMG') for s in letters): raise ValueError(f"`pooling` is {pooling!r}; a stage is a string of S (mean), M (maximum) and G (GeM), stages are separated by commas.")
+    if "," not in pooling:
+        return []
+    letters = [s.strip().upper() for s in pooling.split(",")]
+    if not all(s and set(s) <= set("SMG") for s in letters):
+        raise ValueError(
+            f"`pooling` is {pooling!r}; a stage is a string of S (mean), M (maximum) and G (GeM), stages are separated by commas."
+        )
     return letters
 
+
 def make_pooling(
-    pooling:str,    # one of POOLINGS, or letters per stage such as SMG,MG,G,G
-    channels,       # channels of the map, or of each stage's map
-)->tuple: # module, length of its vector
+    pooling: str,  # one of POOLINGS, or letters per stage such as SMG,MG,G,G
+    channels,  # channels of the map, or of each stage's map
+) -> tuple:  # module, length of its vector
     "A pooling module and how long its vectors are."
     letters, c = stage_letters(pooling), channels if isinstance(channels, int) else channels[-1]
     if letters:
-        if len(letters) != len(channels): raise ValueError(f"`pooling` is {pooling!r} for {len(letters)} stages, but the network has {len(channels)} stages with {channels} channels.")
-        return StagePool(letters), sum(len(s)*c for s, c in zip(letters, channels))
-    make = {'gem': GeM, 'gem-fixed': lambda: GeM(learned=False), 'gemmp': lambda: GeM(n_powers=c), 'mac': lambda: Pool(mac), 'spoc': lambda: Pool(spoc), 'rmac': lambda: Pool(rmac),
-            'rpool-mac': lambda: Pool(rpool), 'rpool-gem': lambda: Pool(lambda x: rpool(x, gem)), 'cbp': lambda: CompactBilinear(c)}
-    if pooling not in make: raise ValueError(f"`pooling` is {pooling!r}; allowed are {', '.join(POOLINGS)}, or letters per stage such as SMG,MG,G,G.")
-    return make[pooling](), 4096 if pooling == 'cbp' else c
+        if len(letters) != len(channels):
+            raise ValueError(
+                f"`pooling` is {pooling!r} for {len(letters)} stages, but the network has {len(channels)} stages with {channels} channels."
+            )
+        return StagePool(letters), sum(len(s) * c for s, c in zip(letters, channels))
+    make = {
+        "gem": GeM,
+        "gem-fixed": lambda: GeM(learned=False),
+        "gemmp": lambda: GeM(n_powers=c),
+        "mac": lambda: Pool(mac),
+        "spoc": lambda: Pool(spoc),
+        "rmac": lambda: Pool(rmac),
+        "rpool-mac": lambda: Pool(rpool),
+        "rpool-gem": lambda: Pool(lambda x: rpool(x, gem)),
+        "cbp": lambda: CompactBilinear(c),
+    }
+    if pooling not in make:
+        raise ValueError(
+            f"`pooling` is {pooling!r}; allowed are {', '.join(POOLINGS)}, or letters per stage such as SMG,MG,G,G."
+        )
+    return make[pooling](), 4096 if pooling == "cbp" else c

@@ -11,91 +11,160 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..local.cleaning import clean_images, count_verified, needed_pairs, partners_within, read_pairs, reasons, write_pairs
+from landmark.parts.local.cleaning import (
+    clean_images,
+    count_verified,
+    needed_pairs,
+    partners_within,
+    read_pairs,
+    reasons,
+    write_pairs,
+)
 from ..core import progress
 from ..search.knn import search
 from ..local.verification import verify_pairs
 
 # %% ../../../nbs/parts/photos/collection.ipynb #bae8f8fc
 def choose_pairs(
-    x:np.ndarray,       # descriptors, zeros where there is none [n, d]
-    labels:np.ndarray,  # landmark_ids, −1 for none [n]
-    n_neighbours:int=100, # nearest photos of any label
-    max_partners:int=99,  # nearest photos of the own label
-)->np.ndarray: # pairs (i < j) [m, 2]
+    x: np.ndarray,  # descriptors, zeros where there is none [n, d]
+    labels: np.ndarray,  # landmark_ids, −1 for none [n]
+    n_neighbours: int = 100,  # nearest photos of any label
+    max_partners: int = 99,  # nearest photos of the own label
+) -> np.ndarray:  # pairs (i < j) [m, 2]
     "Nearest photos of any label, and of the own one."
-    has, own = np.flatnonzero(x.any(1)), np.flatnonzero(labels >= 0); parts = [np.zeros((0, 2), np.int64)]
+    has, own = np.flatnonzero(x.any(1)), np.flatnonzero(labels >= 0)
+    parts = [np.zeros((0, 2), np.int64)]
     if len(has) > 1:
-        _, near = search(x[has], x[has], min(n_neighbours+1, len(has)), device='cpu')
+        _, near = search(x[has], x[has], min(n_neighbours + 1, len(has)), device="cpu")
         parts.append(np.stack([np.repeat(has, near.shape[1]), has[near.reshape(-1)]], 1))
-    if len(own) > 1: parts.append(own[partners_within(np.arange(len(own)), labels[own], x[own], max_partners)])
+    if len(own) > 1:
+        parts.append(own[partners_within(np.arange(len(own)), labels[own], x[own], max_partners)])
     pairs = np.sort(np.concatenate(parts), axis=1)
     return np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)
 
+
 def verify_both_ways(
-    store, pairs:np.ndarray, # local features; pairs [m, 2]
-    out_dir:Path,            # numbered files of pairs
-    n_threads:int=0, block:int=20_000, # threads; pairs per file
-)->dict: # image, partner, n_matches, n_inliers: arrays [m]
+    store,
+    pairs: np.ndarray,  # local features; pairs [m, 2]
+    out_dir: Path,  # numbered files of pairs
+    n_threads: int = 0,
+    block: int = 20_000,  # threads; pairs per file
+) -> dict:  # image, partner, n_matches, n_inliers: arrays [m]
     "The smaller of the two counts of every pair; files that exist are kept."
     Path(out_dir).mkdir(exist_ok=True)
-    for k in progress(range(0, len(pairs), block), 'verify'):
-        path, some = Path(out_dir)/f'{k//block:05d}.npz', pairs[k:k+block]
-        if path.exists(): continue
-        (m1, n1), (m2, n2) = (verify_pairs(store, p, n_threads=n_threads, desc='') for p in (some, some[:, ::-1].copy()))
+    for k in progress(range(0, len(pairs), block), "verify"):
+        path, some = Path(out_dir) / f"{k // block:05d}.npz", pairs[k : k + block]
+        if path.exists():
+            continue
+        (m1, n1), (m2, n2) = (
+            verify_pairs(store, p, n_threads=n_threads, desc="") for p in (some, some[:, ::-1].copy())
+        )
         write_pairs(path, some, np.minimum(m1, m2), np.minimum(n1, n2))
-    return read_pairs(out_dir) if len(pairs) else {k: np.zeros(0, np.int64) for k in ('image', 'partner', 'n_matches', 'n_inliers')}
+    return (
+        read_pairs(out_dir)
+        if len(pairs)
+        else {k: np.zeros(0, np.int64) for k in ("image", "partner", "n_matches", "n_inliers")}
+    )
 
 # %% ../../../nbs/parts/photos/collection.ipynb #73de3fbc
 def clean_labels(
-    labels:np.ndarray, # landmark_ids, −1 for none [n]
-    pairs:dict,        # image, partner, n_inliers
-    copy_of:np.ndarray, # first photo that is the same picture [n]
-    n_features:np.ndarray, # local features per photo [n]
-    skipped:dict,      # position → why local features are missing
-    min_inliers:int=12, # inliers that make a pair verified
-    min_verified:int=3, # verified partners that a photo needs; fewer in a label with fewer photos
-)->pd.DataFrame: # n_verified, needed, state (kept, dropped, no label), reason: one row per photo
+    labels: np.ndarray,  # landmark_ids, −1 for none [n]
+    pairs: dict,  # image, partner, n_inliers
+    copy_of: np.ndarray,  # first photo that is the same picture [n]
+    n_features: np.ndarray,  # local features per photo [n]
+    skipped: dict,  # position → why local features are missing
+    min_inliers: int = 12,  # inliers that make a pair verified
+    min_verified: int = 3,  # verified partners that a photo needs; fewer in a label with fewer photos
+) -> pd.DataFrame:  # n_verified, needed, state (kept, dropped, no label), reason: one row per photo
     "Which photos stay under their label, and why the others do not."
-    n, rows = len(labels), np.flatnonzero(labels >= 0); at = np.full(n, -1); at[rows] = np.arange(len(rows)); l = labels[rows]
-    i, j = (np.concatenate([pairs[a], pairs[b]]) for a, b in (('image', 'partner'), ('partner', 'image'))); k = np.tile(pairs['n_inliers'], 2)
-    own = (labels[i] == labels[j]) & (labels[i] >= 0) & (copy_of[i] != copy_of[j]); i, j, k = i[own], j[own], k[own]
-    best = pd.DataFrame(dict(i=at[i], j=copy_of[j], k=k)).groupby(['i', 'j'], as_index=False).k.max() if len(i) else pd.DataFrame(dict(i=[], j=[], k=[]), dtype=int)
+    n, rows = len(labels), np.flatnonzero(labels >= 0)
+    at = np.full(n, -1)
+    at[rows] = np.arange(len(rows))
+    l = labels[rows]
+    i, j = (np.concatenate([pairs[a], pairs[b]]) for a, b in (("image", "partner"), ("partner", "image")))
+    k = np.tile(pairs["n_inliers"], 2)
+    own = (labels[i] == labels[j]) & (labels[i] >= 0) & (copy_of[i] != copy_of[j])
+    i, j, k = i[own], j[own], k[own]
+    best = (
+        pd.DataFrame(dict(i=at[i], j=copy_of[j], k=k)).groupby(["i", "j"], as_index=False).k.max()
+        if len(i)
+        else pd.DataFrame(dict(i=[], j=[], k=[]), dtype=int)
+    )
     verified = count_verified(best.i.to_numpy(), best.k.to_numpy(), len(rows), min_inliers)
-    first = pd.Series(np.arange(len(rows))).groupby([l, copy_of[rows]]).transform('min').to_numpy() if len(rows) else rows
-    needed = needed_pairs(l, min_verified, True, first); keep, alone = clean_images(verified, l, needed)
+    first = (
+        pd.Series(np.arange(len(rows))).groupby([l, copy_of[rows]]).transform("min").to_numpy()
+        if len(rows)
+        else rows
+    )
+    needed = needed_pairs(l, min_verified, True, first)
+    keep, alone = clean_images(verified, l, needed)
     sizes = pd.Series(l).map(pd.Series(l).value_counts()).to_numpy() if len(l) else l
-    why = reasons(keep, alone, verified, needed, np.bincount(best.i.astype(int), minlength=len(rows)), n_features[rows], {int(at[p]): r for p, r in skipped.items() if at[p] >= 0}, sizes, first)
-    out = pd.DataFrame(dict(n_verified=np.zeros(n, int), needed=0, state='no label', reason='')); out.loc[rows, 'n_verified'] = verified; out.loc[rows, 'needed'] = needed
-    out.loc[rows, 'state'] = np.where(keep, 'kept', 'dropped'); out.loc[rows, 'reason'] = np.array(why, dtype=object)
+    why = reasons(
+        keep,
+        alone,
+        verified,
+        needed,
+        np.bincount(best.i.astype(int), minlength=len(rows)),
+        n_features[rows],
+        {int(at[p]): r for p, r in skipped.items() if at[p] >= 0},
+        sizes,
+        first,
+    )
+    out = pd.DataFrame(dict(n_verified=np.zeros(n, int), needed=0, state="no label", reason=""))
+    out.loc[rows, "n_verified"] = verified
+    out.loc[rows, "needed"] = needed
+    out.loc[rows, "state"] = np.where(keep, "kept", "dropped")
+    out.loc[rows, "reason"] = np.array(why, dtype=object)
     return out
 
 # %% ../../../nbs/parts/photos/collection.ipynb #713efb9b
-def groups_of(n:int, i:np.ndarray, j:np.ndarray)->np.ndarray: # number of the group, largest first, −1 for a photo alone [n]
+def groups_of(
+    n: int, i: np.ndarray, j: np.ndarray
+) -> np.ndarray:  # number of the group, largest first, −1 for a photo alone [n]
     "Connected photos."
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
+
     _, c = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(n, n)), directed=False)
-    size = np.bincount(c, minlength=1); order = np.lexsort([np.unique(c, return_index=True)[1], -size]) if n else []
-    number = np.full(len(size), -1); number[order] = np.arange(len(size)); number[size < 2] = -1
+    size = np.bincount(c, minlength=1)
+    order = np.lexsort([np.unique(c, return_index=True)[1], -size]) if n else []
+    number = np.full(len(size), -1)
+    number[order] = np.arange(len(size))
+    number[size < 2] = -1
     return number[c] if n else c
 
 # %% ../../../nbs/parts/photos/collection.ipynb #c0dc0f33
-def nearest_photos(pairs:pd.DataFrame, k:int=10)->pd.DataFrame: # image_id, rank, partner, similarity, n_inliers, verified, is_copy
+def nearest_photos(
+    pairs: pd.DataFrame, k: int = 10
+) -> pd.DataFrame:  # image_id, rank, partner, similarity, n_inliers, verified, is_copy
     "The best others of each photo: verified ones by inliers, then the rest by similarity."
-    both = pd.concat([pairs.rename(columns=dict(image='image_id')), pairs.rename(columns=dict(image='partner', partner='image_id'))], ignore_index=True)
-    both['score'] = np.where(both.verified, 1e3 + both.n_inliers, both.similarity)
-    both = both.sort_values(['image_id', 'score', 'partner'], ascending=[True, False, True]); both['rank'] = both.groupby('image_id').cumcount() + 1
-    return both.loc[both['rank'] <= k, ['image_id', 'rank', 'partner', 'similarity', 'n_inliers', 'verified', 'same_label', 'is_copy']].reset_index(drop=True)
+    both = pd.concat(
+        [
+            pairs.rename(columns=dict(image="image_id")),
+            pairs.rename(columns=dict(image="partner", partner="image_id")),
+        ],
+        ignore_index=True,
+    )
+    both["score"] = np.where(both.verified, 1e3 + both.n_inliers, both.similarity)
+    both = both.sort_values(["image_id", "score", "partner"], ascending=[True, False, True])
+    both["rank"] = both.groupby("image_id").cumcount() + 1
+    return both.loc[
+        both["rank"] <= k,
+        ["image_id", "rank", "partner", "similarity", "n_inliers", "verified", "same_label", "is_copy"],
+    ].reset_index(drop=True)
 
 # %% ../../../nbs/parts/photos/collection.ipynb #161dd582
 def vote(
-    matches:pd.DataFrame, # verified photos: landmark, n_inliers, kept, copy_of
-    min_inliers:int=12,   # inliers of half a certainty
-)->pd.DataFrame: # landmark, confidence, n_photos, n_inliers (of the best): best first
+    matches: pd.DataFrame,  # verified photos: landmark, n_inliers, kept, copy_of
+    min_inliers: int = 12,  # inliers of half a certainty
+) -> pd.DataFrame:  # landmark, confidence, n_photos, n_inliers (of the best): best first
     "Landmarks by the photos that speak for them."
-    m = matches.sort_values('n_inliers', ascending=False).drop_duplicates(['landmark', 'copy_of'])
-    c = m.n_inliers/(m.n_inliers + min_inliers)*np.where(m.kept, 1, .5)
-    t = m.assign(doubt=1-c).groupby('landmark', as_index=False).agg(doubt=('doubt', 'prod'), n_photos=('doubt', 'size'), n_inliers=('n_inliers', 'max'))
-    t.insert(1, 'confidence', (1-t.pop('doubt')).round(3))
-    return t.sort_values(['confidence', 'n_inliers'], ascending=False).reset_index(drop=True)
+    m = matches.sort_values("n_inliers", ascending=False).drop_duplicates(["landmark", "copy_of"])
+    c = m.n_inliers / (m.n_inliers + min_inliers) * np.where(m.kept, 1, 0.5)
+    t = (
+        m.assign(doubt=1 - c)
+        .groupby("landmark", as_index=False)
+        .agg(doubt=("doubt", "prod"), n_photos=("doubt", "size"), n_inliers=("n_inliers", "max"))
+    )
+    t.insert(1, "confidence", (1 - t.pop("doubt")).round(3))
+    return t.sort_values(["confidence", "n_inliers"], ascending=False).reset_index(drop=True)

@@ -20,40 +20,54 @@ from ..local.vlad import describe_store, learn_words, sample_descriptors
 
 # %% ../../../nbs/parts/photos/describing.ipynb #4328a568
 def input_sizes(
-    card:dict,     # what a model says of itself
-    wh:np.ndarray, # width and height of each photo [n, 2]
-)->tuple: # width and height of each network input [n, 2]; settings of `extract`
+    card: dict,  # what a model says of itself
+    wh: np.ndarray,  # width and height of each photo [n, 2]
+) -> tuple:  # width and height of each network input [n, 2]; settings of `extract`
     "A network sees photos at the size that it was trained for last."
-    sizes = card.get('sizes', '256'); name = card.get('recipe', {}).get('scale_up') or (sizes if isinstance(sizes, str) else sizes[-1])
-    out = group_sizes(wh, name); side = int(out.max())
-    return out, dict(multiple=32 if side >= 256 else 16, min_side=min(128, side//2))
+    sizes = card.get("sizes", "256")
+    name = card.get("recipe", {}).get("scale_up") or (sizes if isinstance(sizes, str) else sizes[-1])
+    out = group_sizes(wh, name)
+    side = int(out.max())
+    return out, dict(multiple=32 if side >= 256 else 16, min_side=min(128, side // 2))
+
 
 def describe_by_network(
-    model:Path,    # folder of a model
-    paths:list,    # image files [n]
-    device:str,    # auto, cpu, cuda
-)->np.ndarray: # float32 [n, d]; zeros where a photo could not be read
+    model: Path,  # folder of a model
+    paths: list,  # image files [n]
+    device: str,  # auto, cpu, cuda
+) -> np.ndarray:  # float32 [n, d]; zeros where a photo could not be read
     "Global descriptors of a trained network."
-    sizes, settings = input_sizes(read_json(model/'card.json'), np.array([image_size(p) for p in paths])); net = load_model(model, pick_device(device))
+    sizes, settings = input_sizes(read_json(model / "card.json"), np.array([image_size(p) for p in paths]))
+    net = load_model(model, pick_device(device))
     found, at, _ = extract(net, paths, sizes, **settings)
-    out = np.zeros((len(paths), net.d), np.float32); out[at] = found
+    out = np.zeros((len(paths), net.d), np.float32)
+    out[at] = found
     return out
 
 # %% ../../../nbs/parts/photos/describing.ipynb #b9aecd69
 def describe_by_words(
-    store,       # local features
-    words_path:Path, # where the vocabulary is kept, and made if it is not there
-    n_words:int=64, # visual words
-    seed:int=1,  # of the sample and the vocabulary
-    others=None, # a function that gives paths of other photos, asked where local features are few
-)->np.ndarray: # float32 [n, words · 128]
+    store,  # local features
+    words_path: Path,  # where the vocabulary is kept, and made if it is not there
+    n_words: int = 64,  # visual words
+    seed: int = 1,  # of the sample and the vocabulary
+    others=None,  # a function that gives paths of other photos, asked where local features are few
+) -> np.ndarray:  # float32 [n, words · 128]
     "VLAD, its vocabulary learned on the photos, and on others as well where there are few."
     if not words_path.exists():
         desc = sample_descriptors(store, seed=seed)
-        if len(desc) < 100*n_words and others is not None:
-            log(f'explore: {len(desc):,} local features are few for {n_words} words; other photos help out')
+        if len(desc) < 100 * n_words and others is not None:
+            log(f"explore: {len(desc):,} local features are few for {n_words} words; other photos help out")
             paths = others()
-            with tempfile.TemporaryDirectory() as d: desc = np.concatenate([desc, sample_descriptors(open_local(extract_many(paths, paths, Path(d)/'local', n_workers=1)))])
+            with tempfile.TemporaryDirectory() as d:
+                desc = np.concatenate(
+                    [
+                        desc,
+                        sample_descriptors(
+                            open_local(extract_many(paths, paths, Path(d) / "local", n_workers=1))
+                        ),
+                    ]
+                )
         words = learn_words(desc, n_words, seed)
-        with open(words_path, 'wb') as f: np.save(f, words)
-    return describe_store(store, np.load(words_path), desc='')
+        with open(words_path, "wb") as f:
+            np.save(f, words)
+    return describe_store(store, np.load(words_path), desc="")

@@ -17,117 +17,179 @@ from ..plots import COLOURS
 
 # %% ../../../nbs/parts/photos/gallery.ipynb #1af130e4
 def data_uri(
-    img:np.ndarray, # RGB uint8 [h, w, 3]
-    side:int=220,   # longest side of the picture
-    quality:int=82, # of the JPEG
-)->str: # `data:image/jpeg;base64,…`
+    img: np.ndarray,  # RGB uint8 [h, w, 3]
+    side: int = 220,  # longest side of the picture
+    quality: int = 82,  # of the JPEG
+) -> str:  # `data:image/jpeg;base64,…`
     "A picture that lies in the page itself."
-    im = Image.fromarray(np.ascontiguousarray(img)); im.thumbnail((side, side)); out = io.BytesIO(); im.save(out, 'JPEG', quality=quality)
-    return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
+    im = Image.fromarray(np.ascontiguousarray(img))
+    im.thumbnail((side, side))
+    out = io.BytesIO()
+    im.save(out, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
 
 def card(
-    uri:str,        # picture
-    words:str='',   # text below; a line break is a new line
-    frame:str='',   # a name of COLOURS, or a colour; none without
-    height:int=110, # pixels of the picture
-    tip:str='',     # what a pointer resting on it shows
-    faint:bool=False, # draw it pale
-)->str: # HTML
+    uri: str,  # picture
+    words: str = "",  # text below; a line break is a new line
+    frame: str = "",  # a name of COLOURS, or a colour; none without
+    height: int = 110,  # pixels of the picture
+    tip: str = "",  # what a pointer resting on it shows
+    faint: bool = False,  # draw it pale
+) -> str:  # HTML
     "A picture with a frame and words below."
-    edge = f'border:4px solid {COLOURS.get(frame, frame)};' if frame else 'border:4px solid transparent;'
-    lines = '<br>'.join(html.escape(l) for l in words.split('\n')) if words else ''
-    return (f'<figure style="margin:0 6px 8px 0;display:inline-block;vertical-align:top;min-width:62px" title="{html.escape(tip)}"><img src="{uri}" alt="{html.escape(tip or words)}" '
-            f'style="height:{height}px;{"opacity:.55;" if faint else ""}{edge}border-radius:3px;display:block;max-width:{int(1.9*height)}px;object-fit:cover"><figcaption style="font-size:11px;line-height:1.3;color:#444;width:0;min-width:100%;overflow-wrap:anywhere;padding-left:4px">{lines}</figcaption></figure>')
+    edge = f"border:4px solid {COLOURS.get(frame, frame)};" if frame else "border:4px solid transparent;"
+    lines = "<br>".join(html.escape(l) for l in words.split("\n")) if words else ""
+    return (
+        f'<figure style="margin:0 6px 8px 0;display:inline-block;vertical-align:top;min-width:62px" title="{html.escape(tip)}"><img src="{uri}" alt="{html.escape(tip or words)}" '
+        f'style="height:{height}px;{"opacity:.55;" if faint else ""}{edge}border-radius:3px;display:block;max-width:{int(1.9 * height)}px;object-fit:cover"><figcaption style="font-size:11px;line-height:1.3;color:#444;width:0;min-width:100%;overflow-wrap:anywhere;padding-left:4px">{lines}</figcaption></figure>'
+    )
+
 
 def strip(
-    cards:list,    # HTML of `card`
-    head:str='',   # text in front
-    note:str='',   # smaller text behind it
-    inline:bool=False, # several strips may share a line
-)->str: # HTML
+    cards: list,  # HTML of `card`
+    head: str = "",  # text in front
+    note: str = "",  # smaller text behind it
+    inline: bool = False,  # several strips may share a line
+) -> str:  # HTML
     "A row of pictures under a line of text; it wraps."
-    line = f'<div style="font-size:14px;margin:14px 0 4px"><b>{html.escape(head)}</b> <span style="color:#666">{html.escape(note)}</span></div>' if head or note else ''
+    line = (
+        f'<div style="font-size:14px;margin:14px 0 4px"><b>{html.escape(head)}</b> <span style="color:#666">{html.escape(note)}</span></div>'
+        if head or note
+        else ""
+    )
     return f'<div style="margin-bottom:4px{";display:inline-block;vertical-align:top;margin-right:22px" if inline else ""}">{line}<div>{"".join(cards)}</div></div>'
 
 # %% ../../../nbs/parts/photos/gallery.ipynb #e5b398ee
 def tiles(
-    facts:list, # (number or word, what it counts)
-)->str: # HTML
+    facts: list,  # (number or word, what it counts)
+) -> str:  # HTML
     "Facts in large figures, side by side."
     one = '<div style="padding:10px 16px;background:#f3f5f2;border-radius:6px;min-width:90px"><div style="font-size:26px;line-height:1.1;font-weight:600">{}</div><div style="font-size:12px;color:#555">{}</div></div>'
-    return '<div style="display:flex;flex-wrap:wrap;gap:10px;margin:12px 0">' + ''.join(one.format(html.escape(str(a)), html.escape(str(b))) for a, b in facts) + '</div>'
+    return (
+        '<div style="display:flex;flex-wrap:wrap;gap:10px;margin:12px 0">'
+        + "".join(one.format(html.escape(str(a)), html.escape(str(b))) for a, b in facts)
+        + "</div>"
+    )
 
 # %% ../../../nbs/parts/photos/gallery.ipynb #d02189d2
-def _apart(at, low, high, gap:float, n_steps:int=120):
+def _apart(at, low, high, gap: float, n_steps: int = 120):
     "Push pictures off each other, inside a rectangle; an overlap is resolved where it is smallest."
     for _ in range(n_steps):
-        d = at[:, None] - at[None]; over = np.maximum(gap - np.abs(d), 0); both = (over > 0).all(2) & ~np.eye(len(at), dtype=bool)
-        if not both.any(): break
-        axis = over[..., 0] > over[..., 1]; way = np.where(d == 0, np.sign(np.arange(len(at))[:, None] - np.arange(len(at)))[..., None], np.sign(d))
-        push = way*over*both[..., None]*np.stack([~axis, axis], 2)
-        at = np.clip(at + .3*push.sum(1), low, high)
+        d = at[:, None] - at[None]
+        over = np.maximum(gap - np.abs(d), 0)
+        both = (over > 0).all(2) & ~np.eye(len(at), dtype=bool)
+        if not both.any():
+            break
+        axis = over[..., 0] > over[..., 1]
+        way = np.where(
+            d == 0, np.sign(np.arange(len(at))[:, None] - np.arange(len(at)))[..., None], np.sign(d)
+        )
+        push = way * over * both[..., None] * np.stack([~axis, axis], 2)
+        at = np.clip(at + 0.3 * push.sum(1), low, high)
     return at
 
+
 def place(
-    n:int,       # photos
-    edges:list,  # (i, j, …) of photos that are joined
-    w:float, h:float, side:float, # width, height for the joined ones, and side of a picture, in pixels
-)->tuple: # middles of the pictures [n, 2]; height of the whole
+    n: int,  # photos
+    edges: list,  # (i, j, …) of photos that are joined
+    w: float,
+    h: float,
+    side: float,  # width, height for the joined ones, and side of a picture, in pixels
+) -> tuple:  # middles of the pictures [n, 2]; height of the whole
     "Places for photos: those that are joined by a spring layout, the others in rows below."
-    joined = sorted({k for e in edges for k in e[:2]}); alone = [k for k in range(n) if k not in joined]; at = np.zeros((n, 2)); m = side/2 + 10
+    joined = sorted({k for e in edges for k in e[:2]})
+    alone = [k for k in range(n) if k not in joined]
+    at = np.zeros((n, 2))
+    m = side / 2 + 10
     if joined:
-        row = {k: r for r, k in enumerate(joined)}; low, high = np.array([m, m]), np.array([w-m, h-m])
+        row = {k: r for r, k in enumerate(joined)}
+        low, high = np.array([m, m]), np.array([w - m, h - m])
         x = spring_layout(len(joined), np.array([[row[e[0]], row[e[1]]] for e in edges], int).reshape(-1, 2))
-        at[joined] = _apart(low + x*(high-low), low, high, side + (34 if n <= 5 else 14))
-    top, per_row = (h if joined else 0), max(1, int((w-8)//(side+10)))
-    for r, k in enumerate(alone): at[k] = 5 + (side+10)*(r % per_row + .5), top + 5 + (side+10)*(r//per_row + .5)
-    return at, top + (side+10)*(-(-len(alone)//per_row)) + (10 if alone else 0)
+        at[joined] = _apart(low + x * (high - low), low, high, side + (34 if n <= 5 else 14))
+    top, per_row = (h if joined else 0), max(1, int((w - 8) // (side + 10)))
+    for r, k in enumerate(alone):
+        at[k] = 5 + (side + 10) * (r % per_row + 0.5), top + 5 + (side + 10) * (r // per_row + 0.5)
+    return at, top + (side + 10) * (-(-len(alone) // per_row)) + (10 if alone else 0)
+
 
 def photo_graph(
-    uris:list,       # thumbnails [n]
-    edges:list,      # (i, j, inliers) of verified pairs
-    frames:list,     # name of a colour per photo [n]
-    tips:list,       # name per photo [n]
-    title:str='',    # text above
-    note:str='',     # smaller text above
-)->str: # HTML with one SVG
+    uris: list,  # thumbnails [n]
+    edges: list,  # (i, j, inliers) of verified pairs
+    frames: list,  # name of a colour per photo [n]
+    tips: list,  # name per photo [n]
+    title: str = "",  # text above
+    note: str = "",  # smaller text above
+) -> str:  # HTML with one SVG
     "Photos joined where they verify."
-    n = len(uris); k = len({i for e in edges for i in e[:2]}); w, h, side = (230 if k < 3 else 330, 110 if k < 3 else 210, 64) if n <= 4 or k <= 3 and n <= 9 else (480, 120 + 26*k, 70) if n <= 14 else (980, 620, 70 if n <= 40 else 48)
-    at, h = place(n, edges, w, h, side); parts = []
+    n = len(uris)
+    k = len({i for e in edges for i in e[:2]})
+    w, h, side = (
+        (230 if k < 3 else 330, 110 if k < 3 else 210, 64)
+        if n <= 4 or k <= 3 and n <= 9
+        else (480, 120 + 26 * k, 70)
+        if n <= 14
+        else (980, 620, 70 if n <= 40 else 48)
+    )
+    at, h = place(n, edges, w, h, side)
+    parts = []
     for i, j, k in edges:
         (a, b), (c, d) = at[i], at[j]
-        parts.append(f'<line x1="{a:.0f}" y1="{b:.0f}" x2="{c:.0f}" y2="{d:.0f}" stroke="{COLOURS["right"]}" stroke-opacity=".55" stroke-width="{1+np.log2(1+k/10):.1f}"><title>{k} inliers</title></line>')
+        parts.append(
+            f'<line x1="{a:.0f}" y1="{b:.0f}" x2="{c:.0f}" y2="{d:.0f}" stroke="{COLOURS["right"]}" stroke-opacity=".55" stroke-width="{1 + np.log2(1 + k / 10):.1f}"><title>{k} inliers</title></line>'
+        )
     for (cx, cy), uri, frame, tip in zip(at, uris, frames, tips):
-        x, y = cx-side/2, cy-side/2
-        parts.append(f'<rect x="{x-3:.0f}" y="{y-3:.0f}" width="{side+6}" height="{side+6}" rx="3" fill="{COLOURS.get(frame, frame)}"/>'
-                     f'<image href="{uri}" x="{x:.0f}" y="{y:.0f}" width="{side}" height="{side}" preserveAspectRatio="xMidYMid slice"><title>{html.escape(tip)}</title></image>')
+        x, y = cx - side / 2, cy - side / 2
+        parts.append(
+            f'<rect x="{x - 3:.0f}" y="{y - 3:.0f}" width="{side + 6}" height="{side + 6}" rx="3" fill="{COLOURS.get(frame, frame)}"/>'
+            f'<image href="{uri}" x="{x:.0f}" y="{y:.0f}" width="{side}" height="{side}" preserveAspectRatio="xMidYMid slice"><title>{html.escape(tip)}</title></image>'
+        )
     if n <= 5:
         for i, j, k in edges:
-            cx, cy = (at[i] + at[j])/2
-            parts.append(f'<rect x="{cx-14:.0f}" y="{cy-9:.0f}" width="28" height="17" rx="8" fill="white" fill-opacity=".9"/><text x="{cx:.0f}" y="{cy+4:.0f}" font-size="12" text-anchor="middle" fill="#1c1c1c">{k}</text>')
-    head = f'<div style="font-size:14px"><b>{html.escape(title)}</b><br><span style="color:#666;font-size:12px">{html.escape(note)}</span></div>' if title or note else ''
+            cx, cy = (at[i] + at[j]) / 2
+            parts.append(
+                f'<rect x="{cx - 14:.0f}" y="{cy - 9:.0f}" width="28" height="17" rx="8" fill="white" fill-opacity=".9"/><text x="{cx:.0f}" y="{cy + 4:.0f}" font-size="12" text-anchor="middle" fill="#1c1c1c">{k}</text>'
+            )
+    head = (
+        f'<div style="font-size:14px"><b>{html.escape(title)}</b><br><span style="color:#666;font-size:12px">{html.escape(note)}</span></div>'
+        if title or note
+        else ""
+    )
     return f'<div style="display:inline-block;vertical-align:top;margin:0 10px 16px 0;width:{w}px;max-width:100%">{head}<svg viewBox="0 0 {w} {h}" width="{w}" style="max-width:100%;height:auto;background:#fafaf8;border-radius:6px;font-family:system-ui,sans-serif">{"".join(parts)}</svg></div>'
 
 # %% ../../../nbs/parts/photos/gallery.ipynb #30314882
 def same_height(
-    a:np.ndarray, b:np.ndarray, # RGB uint8
-    width:int=1200,  # of both together
-    most:int=480,    # largest height
-)->list: # both, resized
+    a: np.ndarray,
+    b: np.ndarray,  # RGB uint8
+    width: int = 1200,  # of both together
+    most: int = 480,  # largest height
+) -> list:  # both, resized
     "Two pictures of one height."
-    h = min(most, round(width/(a.shape[1]/a.shape[0] + b.shape[1]/b.shape[0])))
-    return [np.asarray(Image.fromarray(x).resize((max(1, round(x.shape[1]*h/x.shape[0])), h), Image.Resampling.LANCZOS)) for x in (a, b)]
+    h = min(most, round(width / (a.shape[1] / a.shape[0] + b.shape[1] / b.shape[0])))
+    return [
+        np.asarray(
+            Image.fromarray(x).resize(
+                (max(1, round(x.shape[1] * h / x.shape[0])), h), Image.Resampling.LANCZOS
+            )
+        )
+        for x in (a, b)
+    ]
 
 # %% ../../../nbs/parts/photos/gallery.ipynb #c8a33d40
 def move_pictures(
-    text:str,     # HTML with pictures inside
-    folder:Path,  # where the files go
-    url:str,      # how the page calls that folder
-)->str: # HTML that refers to files
+    text: str,  # HTML with pictures inside
+    folder: Path,  # where the files go
+    url: str,  # how the page calls that folder
+) -> str:  # HTML that refers to files
     "Take the pictures out of a page."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
     def put(m):
-        data = base64.b64decode(m.group(1)); name = hashlib.blake2b(data, digest_size=6).hexdigest() + '.jpg'
-        if not (folder/name).exists(): (folder/name).write_bytes(data)
+        data = base64.b64decode(m.group(1))
+        name = hashlib.blake2b(data, digest_size=6).hexdigest() + ".jpg"
+        if not (folder / name).exists():
+            (folder / name).write_bytes(data)
         return f'"{url}/{name}"'
+
     return re.sub(r'"data:image/jpeg;base64,([A-Za-z0-9+/=]+)"', put, text)

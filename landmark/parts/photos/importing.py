@@ -21,182 +21,284 @@ from ..local.features import pixel_hash
 
 # %% ../../../nbs/parts/photos/importing.ipynb #7939aa30
 def shown_name(
-    path, # a path, perhaps with bytes that are no text
-)->str: # the same as text that every file and page can hold
+    path,  # a path, perhaps with bytes that are no text
+) -> str:  # the same as text that every file and page can hold
     "A path as people read it."
-    return os.fspath(path).replace(os.sep, '/').encode('utf-8', 'replace').decode('utf-8')
+    return os.fspath(path).replace(os.sep, "/").encode("utf-8", "replace").decode("utf-8")
 
-def _entries(folder:Path):
+
+def _entries(folder: Path):
     "Folders and files in a folder, sorted by name."
     found = sorted(os.scandir(folder), key=lambda e: e.name)
-    return [e for e in found if os.path.isdir(e.path)], [e for e in found if not os.path.isdir(e.path)] # `DirEntry.is_dir` fails on a link to itself
+    return [e for e in found if os.path.isdir(e.path)], [
+        e for e in found if not os.path.isdir(e.path)
+    ]  # `DirEntry.is_dir` fails on a link to itself
 
-def _why_not(e)->str: # reason, or nothing
+
+def _why_not(e) -> str:  # reason, or nothing
     "Why a file is not worth opening."
     suffix = Path(e.name).suffix.lower()
-    if e.name.startswith('.'): return 'a hidden file'
-    if e.is_symlink() and not os.path.exists(e.path): return 'a link that leads nowhere, or in a circle'
-    if suffix not in SUFFIXES: return f'not a photo by its name ({suffix or "no ending"})'
-    if not e.is_file(): return 'not a plain file'
-    return 'the file is empty' if e.stat().st_size == 0 else ''
+    if e.name.startswith("."):
+        return "a hidden file"
+    if e.is_symlink() and not os.path.exists(e.path):
+        return "a link that leads nowhere, or in a circle"
+    if suffix not in SUFFIXES:
+        return f"not a photo by its name ({suffix or 'no ending'})"
+    if not e.is_file():
+        return "not a plain file"
+    return "the file is empty" if e.stat().st_size == 0 else ""
 
 # %% ../../../nbs/parts/photos/importing.ipynb #d87fea17
 def scan_folder(
-    folder:Path, # any folder
-)->tuple: # photos (file, path, label, bytes, mtime); skipped (file, reason)
+    folder: Path,  # any folder
+) -> tuple:  # photos (file, path, label, bytes, mtime); skipped (file, reason)
     "Everything in a folder and below: what may be a photo, and what is not, with the reason."
     folder = Path(folder)
-    if not folder.exists(): raise ParameterError(f'there is no folder {shown_name(folder)}')
-    if not folder.is_dir(): raise ParameterError(f'{shown_name(folder)} is a file; give the folder that holds the photos')
-    files, skipped, seen, todo = [], [], {os.path.realpath(folder): '.'}, [folder]
+    if not folder.exists():
+        raise ParameterError(f"there is no folder {shown_name(folder)}")
+    if not folder.is_dir():
+        raise ParameterError(f"{shown_name(folder)} is a file; give the folder that holds the photos")
+    files, skipped, seen, todo = [], [], {os.path.realpath(folder): "."}, [folder]
     while todo:
-        d = todo.pop(); name = lambda e: shown_name(os.path.relpath(e.path, folder))
-        try: dirs, others = _entries(d)
-        except OSError as e: skipped.append((shown_name(os.path.relpath(d, folder)), f'a folder that cannot be read ({e.strerror})')); continue
-        label = '' if d == folder else shown_name(os.path.relpath(d, folder))
+        d = todo.pop()
+        name = lambda e: shown_name(os.path.relpath(e.path, folder))
+        try:
+            dirs, others = _entries(d)
+        except OSError as e:
+            skipped.append(
+                (shown_name(os.path.relpath(d, folder)), f"a folder that cannot be read ({e.strerror})")
+            )
+            continue
+        label = "" if d == folder else shown_name(os.path.relpath(d, folder))
         for e in others:
             why = _why_not(e)
-            if why: skipped.append((name(e), why))
-            else: s = e.stat(); files.append((name(e), e.path, label, s.st_size, s.st_mtime_ns))
+            if why:
+                skipped.append((name(e), why))
+            else:
+                s = e.stat()
+                files.append((name(e), e.path, label, s.st_size, s.st_mtime_ns))
         deeper = []
         for e in dirs:
             real = os.path.realpath(e.path)
-            if e.name.startswith('.'): skipped.append((name(e), 'a hidden folder'))
-            elif real in seen: skipped.append((name(e), f'a link to a folder that is read already ({seen[real]})'))
-            else: seen[real] = name(e); deeper.append(Path(e.path))
+            if e.name.startswith("."):
+                skipped.append((name(e), "a hidden folder"))
+            elif real in seen:
+                skipped.append((name(e), f"a link to a folder that is read already ({seen[real]})"))
+            else:
+                seen[real] = name(e)
+                deeper.append(Path(e.path))
         todo += reversed(deeper)
-    return pd.DataFrame(files, columns=['file', 'path', 'label', 'bytes', 'mtime'], dtype=object), pd.DataFrame(skipped, columns=['file', 'reason'])
+    return pd.DataFrame(
+        files, columns=["file", "path", "label", "bytes", "mtime"], dtype=object
+    ), pd.DataFrame(skipped, columns=["file", "reason"])
 
 # %% ../../../nbs/parts/photos/importing.ipynb #4ddfbb39
 def choose(
-    labels,     # label of each photo [n]
-    n_most:int, # photos to choose; 0 is all
-)->np.ndarray: # chosen or not [n] bool
+    labels,  # label of each photo [n]
+    n_most: int,  # photos to choose; 0 is all
+) -> np.ndarray:  # chosen or not [n] bool
     "Equal shares for all labels, spread evenly inside a label."
-    labels = np.asarray(labels); take = np.zeros(len(labels), bool)
-    if not n_most or len(labels) <= n_most: return ~take
+    labels = np.asarray(labels)
+    take = np.zeros(len(labels), bool)
+    if not n_most or len(labels) <= n_most:
+        return ~take
     rows = [np.flatnonzero(labels == l) for l in np.unique(labels)]
     room, left = n_most, len(rows)
-    for r in sorted(rows, key=len):                # small labels first: what they leave goes to the larger ones
-        n = min(len(r), room//left); room -= n; left -= 1
-        take[r[(np.arange(n)*len(r))//max(n, 1)]] = True
+    for r in sorted(rows, key=len):  # small labels first: what they leave goes to the larger ones
+        n = min(len(r), room // left)
+        room -= n
+        left -= 1
+        take[r[(np.arange(n) * len(r)) // max(n, 1)]] = True
     return take
 
 # %% ../../../nbs/parts/photos/importing.ipynb #66a68429
-def _unusual(path, max_side:int)->list: # words, none for a plain upright JPEG
+def _unusual(path, max_side: int) -> list:  # words, none for a plain upright JPEG
     "What has to change about a file."
     with Image.open(path) as im:
-        w, h = im.size; orientation = im.getexif().get(0x0112, 1); kind = im.format
-        said = [f'first of {im.n_frames} frames'] if getattr(im, 'n_frames', 1) > 1 and kind != 'MPO' else []
-        if orientation in range(2, 9): said.append('turned upright')
-        if im.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'): said.append('16 bits to 8')
-        elif im.mode in ('L', '1', 'LA'): said.append('greyscale')
-        elif im.mode == 'CMYK': said.append('CMYK to RGB')
-        if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info: said.append('laid on white')
-        if kind not in ('JPEG', 'MPO'): said.append(f'{kind} to JPEG')
-        if max(w, h) > max_side: said.append(f'reduced from {w}×{h}')
-        return said or (['first picture of several'] if kind == 'MPO' else [])
+        w, h = im.size
+        orientation = im.getexif().get(0x0112, 1)
+        kind = im.format
+        said = [f"first of {im.n_frames} frames"] if getattr(im, "n_frames", 1) > 1 and kind != "MPO" else []
+        if orientation in range(2, 9):
+            said.append("turned upright")
+        if im.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+            said.append("16 bits to 8")
+        elif im.mode in ("L", "1", "LA"):
+            said.append("greyscale")
+        elif im.mode == "CMYK":
+            said.append("CMYK to RGB")
+        if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+            said.append("laid on white")
+        if kind not in ("JPEG", "MPO"):
+            said.append(f"{kind} to JPEG")
+        if max(w, h) > max_side:
+            said.append(f"reduced from {w}×{h}")
+        return said or (["first picture of several"] if kind == "MPO" else [])
+
 
 def look(
-    image:np.ndarray, # RGB uint8 [h, w, 3]
-)->np.ndarray: # float32 [1024], length 1; zeros for a blank picture
+    image: np.ndarray,  # RGB uint8 [h, w, 3]
+) -> np.ndarray:  # float32 [1024], length 1; zeros for a blank picture
     "The photo at 32×32 in grey, mean taken away: the product of two looks is their correlation."
     import cv2
-    x = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32).reshape(-1)
-    x -= x.mean(); norm = np.linalg.norm(x)
-    return x/norm if norm > 32 else np.zeros(1024, np.float32)
+
+    x = (
+        cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
+        .astype(np.float32)
+        .reshape(-1)
+    )
+    x -= x.mean()
+    norm = np.linalg.norm(x)
+    return x / norm if norm > 32 else np.zeros(1024, np.float32)
 
 # %% ../../../nbs/parts/photos/importing.ipynb #5687731c
 def import_photo(
-    job,            # (file to read, file to write)
-    max_side:int=1024, # longest side of the copy
-    min_side:int=64,   # a photo with a shorter side is skipped
-)->dict|str: # width, height, changed, sha256, pixels, look; or the reason why not
+    job,  # (file to read, file to write)
+    max_side: int = 1024,  # longest side of the copy
+    min_side: int = 64,  # a photo with a shorter side is skipped
+) -> dict | str:  # width, height, changed, sha256, pixels, look; or the reason why not
     "Copy one photo, upright and as JPEG."
     src, dst = map(Path, job)
-    try: image = read_image(src, max_side); w, h = image_size(src)
-    except ImageError as e: return e.reason
-    if min(w, h) < min_side: return f'{w}×{h} pixels, too small to recognise anything (at least {min_side})'
+    try:
+        image = read_image(src, max_side)
+        w, h = image_size(src)
+    except ImageError as e:
+        return e.reason
+    if min(w, h) < min_side:
+        return f"{w}×{h} pixels, too small to recognise anything (at least {min_side})"
     changed = _unusual(src, max_side)
     with atomic_path(dst) as tmp:
-        if changed: Image.fromarray(image).save(tmp, 'JPEG', quality=95)
-        else: shutil.copyfile(src, tmp)
-    return dict(width=w, height=h, changed=', '.join(changed), sha256=sha256_of(src), pixels=f'{pixel_hash(image):016x}', look=look(image))
+        if changed:
+            Image.fromarray(image).save(tmp, "JPEG", quality=95)
+        else:
+            shutil.copyfile(src, tmp)
+    return dict(
+        width=w,
+        height=h,
+        changed=", ".join(changed),
+        sha256=sha256_of(src),
+        pixels=f"{pixel_hash(image):016x}",
+        look=look(image),
+    )
 
 # %% ../../../nbs/parts/photos/importing.ipynb #61f0da61
-def _layout(out_dir:Path, photos:pd.DataFrame):
+def _layout(out_dir: Path, photos: pd.DataFrame):
     "The tables of the Google Landmarks layout."
-    labelled = photos[photos.split == 'train']
-    write_csv(pd.DataFrame(dict(id=labelled.image_id, url=labelled.file, landmark_id=labelled.landmark_id)), out_dir/'v2'/'train.csv')
-    write_csv(pd.DataFrame(dict(id=photos.image_id[photos.split == 'index'])), out_dir/'v2'/'index.csv')
-    names = labelled[['landmark_id', 'label']].drop_duplicates().sort_values('landmark_id')
-    write_csv(names.rename(columns=dict(label='category')), out_dir/'v2'/'train_label_to_category.csv')
+    labelled = photos[photos.split == "train"]
+    write_csv(
+        pd.DataFrame(dict(id=labelled.image_id, url=labelled.file, landmark_id=labelled.landmark_id)),
+        out_dir / "v2" / "train.csv",
+    )
+    write_csv(pd.DataFrame(dict(id=photos.image_id[photos.split == "index"])), out_dir / "v2" / "index.csv")
+    names = labelled[["landmark_id", "label"]].drop_duplicates().sort_values("landmark_id")
+    write_csv(names.rename(columns=dict(label="category")), out_dir / "v2" / "train_label_to_category.csv")
+
 
 def import_folder(
-    folder:Path,          # any folder of photos
-    out_dir:Path,         # where the world is written
-    max_photos:int=5000,  # at most so many photos, equal shares for all labels; 0 is all
-    max_side:int=1024,    # longest side of the copies
-    min_side:int=64,      # a photo with a shorter side is skipped
-    n_workers:int=0,      # processes; 0 is one per core
-)->tuple: # photos; skipped (file, reason); looks float32 [n, 1024]
+    folder: Path,  # any folder of photos
+    out_dir: Path,  # where the world is written
+    max_photos: int = 5000,  # at most so many photos, equal shares for all labels; 0 is all
+    max_side: int = 1024,  # longest side of the copies
+    min_side: int = 64,  # a photo with a shorter side is skipped
+    n_workers: int = 0,  # processes; 0 is one per core
+) -> tuple:  # photos; skipped (file, reason); looks float32 [n, 1024]
     "Import a folder of photos into the Google Landmarks layout."
-    files, skipped = scan_folder(folder); out_dir = Path(out_dir)
+    files, skipped = scan_folder(folder)
+    out_dir = Path(out_dir)
     take = choose(files.label, max_photos)
-    if not take.all(): log(f'{len(files):,} photos are more than max_photos = {max_photos:,}: equal shares of {files.label.nunique():,} labels are read, the others are listed; max_photos = 0 reads all')
-    beyond = pd.DataFrame(dict(file=files.file[~take], reason=f'beyond max_photos = {max_photos}')); files = files[take].reset_index(drop=True)
-    files['image_id'] = [hashlib.blake2b(os.fsencode(os.path.relpath(p, folder)), digest_size=8).hexdigest() for p in files.path]
-    files['split'] = np.where(files.label == '', 'index', 'train')
-    jobs = [(p, str(image_path(out_dir/'v2'/s, i))) for p, s, i in zip(files.path, files.split, files.image_id)]
-    facts = parallel_map(partial(import_photo, max_side=max_side, min_side=min_side), jobs, n_workers if len(jobs) > 24 else 1, 'photos')
+    if not take.all():
+        log(
+            f"{len(files):,} photos are more than max_photos = {max_photos:,}: equal shares of {files.label.nunique():,} labels are read, the others are listed; max_photos = 0 reads all"
+        )
+    beyond = pd.DataFrame(dict(file=files.file[~take], reason=f"beyond max_photos = {max_photos}"))
+    files = files[take].reset_index(drop=True)
+    files["image_id"] = [
+        hashlib.blake2b(os.fsencode(os.path.relpath(p, folder)), digest_size=8).hexdigest()
+        for p in files.path
+    ]
+    files["split"] = np.where(files.label == "", "index", "train")
+    jobs = [
+        (p, str(image_path(out_dir / "v2" / s, i)))
+        for p, s, i in zip(files.path, files.split, files.image_id)
+    ]
+    facts = parallel_map(
+        partial(import_photo, max_side=max_side, min_side=min_side),
+        jobs,
+        n_workers if len(jobs) > 24 else 1,
+        "photos",
+    )
     good = np.array([isinstance(f, dict) for f in facts], bool)
     failed = pd.DataFrame(dict(file=files.file[~good], reason=[f for f in facts if isinstance(f, str)]))
-    skipped = pd.concat([failed, skipped, beyond]).sort_values(['file']).reset_index(drop=True)
-    if not good.any(): raise ParameterError(f'{shown_name(folder)} holds no photo that can be read: ' + (_counted(skipped) or 'it is empty'))
+    skipped = pd.concat([failed, skipped, beyond]).sort_values(["file"]).reset_index(drop=True)
+    if not good.any():
+        raise ParameterError(
+            f"{shown_name(folder)} holds no photo that can be read: " + (_counted(skipped) or "it is empty")
+        )
     photos = pd.DataFrame([f for f in facts if isinstance(f, dict)])
-    looks = np.stack(photos.pop('look').tolist())
-    photos = pd.concat([files.loc[good, ['image_id', 'file', 'label', 'split', 'bytes']].reset_index(drop=True), photos], axis=1)
-    ids = {l: i for i, l in enumerate(sorted(set(photos.label) - {''}))}
-    photos.insert(3, 'landmark_id', [ids.get(l, -1) for l in photos.label])
+    looks = np.stack(photos.pop("look").tolist())
+    photos = pd.concat(
+        [files.loc[good, ["image_id", "file", "label", "split", "bytes"]].reset_index(drop=True), photos],
+        axis=1,
+    )
+    ids = {l: i for i, l in enumerate(sorted(set(photos.label) - {""}))}
+    photos.insert(3, "landmark_id", [ids.get(l, -1) for l in photos.label])
     _layout(out_dir, photos)
     return photos, skipped, looks
 
-def _counted(skipped:pd.DataFrame)->str:
+
+def _counted(skipped: pd.DataFrame) -> str:
     "Reasons with their counts, most frequent first."
-    return '; '.join(f'{n:,} × {why}' for why, n in skipped.reason.value_counts().head(8).items())
+    return "; ".join(f"{n:,} × {why}" for why, n in skipped.reason.value_counts().head(8).items())
 
 # %% ../../../nbs/parts/photos/importing.ipynb #b134b4dc
-def _pairs_of(keys)->list: # (row, earlier row with the same key)
+def _pairs_of(keys) -> list:  # (row, earlier row with the same key)
     first, out = {}, []
     for i, k in enumerate(keys):
-        if k in first: out.append((i, first[k]))
+        if k in first:
+            out.append((i, first[k]))
         first.setdefault(k, i)
     return out
 
+
 def find_copies(
-    photos:pd.DataFrame, # as `import_folder` returns them
-    looks:np.ndarray,    # float32 [n, 1024]
-    alike:float=0.985,   # correlation of two looks of nearly the same picture
-    k:int=20,            # look at so many nearest looks
-)->pd.DataFrame: # image_id, copy_of, kind, correlation, same_label
+    photos: pd.DataFrame,  # as `import_folder` returns them
+    looks: np.ndarray,  # float32 [n, 1024]
+    alike: float = 0.985,  # correlation of two looks of nearly the same picture
+    k: int = 20,  # look at so many nearest looks
+) -> pd.DataFrame:  # image_id, copy_of, kind, correlation, same_label
     "Pairs of photos that are the same picture."
-    rows = [(i, j, 'the same file', 1.) for i, j in _pairs_of(photos.sha256)]; known = {r[:2] for r in rows}
-    rows += [(i, j, 'the same pixels', 1.) for i, j in _pairs_of(photos.pixels) if (i, j) not in known]
-    single = np.setdiff1d(np.flatnonzero(looks.any(1)), [r[0] for r in rows]); shape = np.log((photos.width/photos.height).to_numpy(float))
+    rows = [(i, j, "the same file", 1.0) for i, j in _pairs_of(photos.sha256)]
+    known = {r[:2] for r in rows}
+    rows += [(i, j, "the same pixels", 1.0) for i, j in _pairs_of(photos.pixels) if (i, j) not in known]
+    single = np.setdiff1d(np.flatnonzero(looks.any(1)), [r[0] for r in rows])
+    shape = np.log((photos.width / photos.height).to_numpy(float))
     if len(single) > 1:
-        sims, near = search(looks[single], looks[single], min(k, len(single)), device='cpu')
+        sims, near = search(looks[single], looks[single], min(k, len(single)), device="cpu")
         for a, c in zip(*np.nonzero(sims >= alike)):
             i, j = int(single[a]), int(single[near[a, c]])
-            if i > j and abs(shape[i] - shape[j]) < .03: rows.append((i, j, 'nearly the same picture', float(sims[a, c])))
-    out = pd.DataFrame(rows, columns=['row', 'first', 'kind', 'correlation']); ids, labels = photos.image_id.to_numpy(), photos.label.to_numpy()
-    return pd.DataFrame(dict(image_id=ids[out.row.astype(int)], copy_of=ids[out['first'].astype(int)], kind=out.kind, correlation=out.correlation.round(4), same_label=labels[out.row.astype(int)] == labels[out['first'].astype(int)]))
+            if i > j and abs(shape[i] - shape[j]) < 0.03:
+                rows.append((i, j, "nearly the same picture", float(sims[a, c])))
+    out = pd.DataFrame(rows, columns=["row", "first", "kind", "correlation"])
+    ids, labels = photos.image_id.to_numpy(), photos.label.to_numpy()
+    return pd.DataFrame(
+        dict(
+            image_id=ids[out.row.astype(int)],
+            copy_of=ids[out["first"].astype(int)],
+            kind=out.kind,
+            correlation=out.correlation.round(4),
+            same_label=labels[out.row.astype(int)] == labels[out["first"].astype(int)],
+        )
+    )
+
 
 def copy_groups(
-    photos:pd.DataFrame, # as `import_folder` returns them
-    copies:pd.DataFrame, # as `find_copies` returns them
-)->np.ndarray: # row of the first photo that is the same picture, itself if there is none [n]
+    photos: pd.DataFrame,  # as `import_folder` returns them
+    copies: pd.DataFrame,  # as `find_copies` returns them
+) -> np.ndarray:  # row of the first photo that is the same picture, itself if there is none [n]
     "Which photos are one picture."
-    row = {i: r for r, i in enumerate(photos.image_id)}; group = np.arange(len(photos))
+    row = {i: r for r, i in enumerate(photos.image_id)}
+    group = np.arange(len(photos))
     for a, b in zip(copies.image_id, copies.copy_of):
-        x, y = sorted((group[row[a]], group[row[b]])); group[group == y] = x
+        x, y = sorted((group[row[a]], group[row[b]]))
+        group[group == y] = x
     return group

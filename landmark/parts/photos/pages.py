@@ -21,140 +21,403 @@ from ..local.verification import draw_matches, verify
 
 # %% ../../../nbs/parts/photos/pages.ipynb #482b8a00
 def frame_of(
-    state:str,        # kept, dropped, no label
-    n_verified:int=0, # photos of its label that agree with it
-)->str: # name of a colour
+    state: str,  # kept, dropped, no label
+    n_verified: int = 0,  # photos of its label that agree with it
+) -> str:  # name of a colour
     "The frame of a photo."
-    return 'right' if state == 'kept' else 'junk' if state != 'dropped' else 'few' if n_verified else 'wrong'
+    return "right" if state == "kept" else "junk" if state != "dropped" else "few" if n_verified else "wrong"
 
-def pretty(label:str)->str: return label.replace('_', ' ') or 'no label'
 
-def said(n:int, one:str, many:str='')->str: # "1 photo", "3 photos"
-    return f'{n:,} {one if n == 1 else many or one + "s"}'
+def pretty(label: str) -> str:
+    return label.replace("_", " ") or "no label"
+
+
+def said(n: int, one: str, many: str = "") -> str:  # "1 photo", "3 photos"
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 # %% ../../../nbs/parts/photos/pages.ipynb #43797abd
-def page_summary(c)->str: # HTML
+def page_summary(c) -> str:  # HTML
     "The collection in figures."
     f = c.facts
-    return tiles([(f['photos'], 'photos read'), (f['labels'], 'labels'), (f"{f['kept']} · {f['labels_kept']}", 'photos · labels kept by cleaning'), (f"{f['same_label_verified']} of {f['same_label_pairs']:,}", 'pairs of one label verify'),
-                  (f"{f['different_label_verified']} of {f['different_label_pairs']:,}", 'pairs of two labels verify'), (f['groups'], 'groups of photos that hang together'), (f['copies'], 'copy' if f['copies'] == 1 else 'copies'), (f['skipped'], 'file left out' if f['skipped'] == 1 else 'files left out')]) + (
-        f'<p style="color:#555">Candidates were found by ' + (f'the network {html.escape(c.cfg.weights)}' if c.cfg.weights else f'RootSIFT aggregated over {c.cfg.n_words} visual words, since no trained network was given') + f', and every name here rests on photos that verify: at least {c.cfg.min_inliers} local features that one affine map carries over, in both directions.</p>')
+    return tiles(
+        [
+            (f["photos"], "photos read"),
+            (f["labels"], "labels"),
+            (f"{f['kept']} · {f['labels_kept']}", "photos · labels kept by cleaning"),
+            (f"{f['same_label_verified']} of {f['same_label_pairs']:,}", "pairs of one label verify"),
+            (
+                f"{f['different_label_verified']} of {f['different_label_pairs']:,}",
+                "pairs of two labels verify",
+            ),
+            (f["groups"], "groups of photos that hang together"),
+            (f["copies"], "copy" if f["copies"] == 1 else "copies"),
+            (f["skipped"], "file left out" if f["skipped"] == 1 else "files left out"),
+        ]
+    ) + (
+        f'<p style="color:#555">Candidates were found by '
+        + (
+            f"the network {html.escape(c.cfg.weights)}"
+            if c.cfg.weights
+            else f"RootSIFT aggregated over {c.cfg.n_words} visual words, since no trained network was given"
+        )
+        + f", and every name here rests on photos that verify: at least {c.cfg.min_inliers} local features that one affine map carries over, in both directions.</p>"
+    )
 
-def page_contact(c, n_labels:int=60, n_photos:int=14)->str: # HTML
+
+def page_contact(c, n_labels: int = 60, n_photos: int = 14) -> str:  # HTML
     "Contact sheet: a row a label."
     rows = []
-    for label, p in list(c.photos.groupby('label', sort=True))[:n_labels]:
-        note = f'{said(len(p), "photo")}, {(p.state == "kept").sum()} kept' if label else said(len(p), 'photo')
-        rows.append(strip([card(c.uri(i), '', frame_of(s, v), 84, tip=f) for i, s, v, f in zip(p.image_id[:n_photos], p.state, p.n_verified, p.file)], pretty(label), note + (f', {n_photos} shown' if len(p) > n_photos else ''), inline=True))
+    for label, p in list(c.photos.groupby("label", sort=True))[:n_labels]:
+        note = (
+            f"{said(len(p), 'photo')}, {(p.state == 'kept').sum()} kept" if label else said(len(p), "photo")
+        )
+        rows.append(
+            strip(
+                [
+                    card(c.uri(i), "", frame_of(s, v), 84, tip=f)
+                    for i, s, v, f in zip(p.image_id[:n_photos], p.state, p.n_verified, p.file)
+                ],
+                pretty(label),
+                note + (f", {n_photos} shown" if len(p) > n_photos else ""),
+                inline=True,
+            )
+        )
     more = c.photos.label.nunique() - n_labels
-    return ''.join(rows) + (f'<p>and {more} more labels</p>' if more > 0 else '')
+    return "".join(rows) + (f"<p>and {more} more labels</p>" if more > 0 else "")
 
 # %% ../../../nbs/parts/photos/pages.ipynb #26d4eea3
-def page_graphs(c, n_most:int=40)->str: # HTML
+def page_graphs(c, n_most: int = 40) -> str:  # HTML
     "For every label, which of its photos hang together; without labels, the groups."
     v, out = c.pairs[c.pairs.verified], []
-    by = 'label' if (c.photos.label != '').any() else 'group'
-    sets = [(l, p) for l, p in c.photos.groupby(by) if l not in ('', -1) and len(p) > 1]
+    by = "label" if (c.photos.label != "").any() else "group"
+    sets = [(l, p) for l, p in c.photos.groupby(by) if l not in ("", -1) and len(p) > 1]
     edges = {l: v[v.image.isin(p.image_id) & v.partner.isin(p.image_id)] for l, p in sets}
-    none = [pretty(l) for l, _ in sets if not len(edges[l])]; sets = [s for s in sets if len(edges[s[0]])]
+    none = [pretty(l) for l, _ in sets if not len(edges[l])]
+    sets = [s for s in sets if len(edges[s[0]])]
     for l, p in sorted(sets, key=lambda s: (-len(edges[s[0]]), -len(s[1])))[:n_most]:
-        p = p.iloc[:60]; at = {i: k for k, i in enumerate(p.image_id)}; e = [(at[a], at[b], n) for a, b, n in edges[l][['image', 'partner', 'n_inliers']].itertuples(index=False) if a in at and b in at]
-        joined = len({k for x in e for k in x[:2]}); title = pretty(l) if by == 'label' else c.landmark(p.image_id.iloc[0])
-        out.append(photo_graph([c.uri(i) for i in p.image_id], e, [frame_of(*x) for x in zip(p.state, p.n_verified)], p.file.tolist(), title, f'{joined} of {len(p)} photos agree with another'))
-    return ''.join(out) + (f'<p>and {len(sets)-n_most} more</p>' if len(sets) > n_most else '') + (f'<p>No two photos agree in {said(len(none), "label")}: {html.escape(", ".join(none))}.</p>' if none else '')
+        p = p.iloc[:60]
+        at = {i: k for k, i in enumerate(p.image_id)}
+        e = [
+            (at[a], at[b], n)
+            for a, b, n in edges[l][["image", "partner", "n_inliers"]].itertuples(index=False)
+            if a in at and b in at
+        ]
+        joined = len({k for x in e for k in x[:2]})
+        title = pretty(l) if by == "label" else c.landmark(p.image_id.iloc[0])
+        out.append(
+            photo_graph(
+                [c.uri(i) for i in p.image_id],
+                e,
+                [frame_of(*x) for x in zip(p.state, p.n_verified)],
+                p.file.tolist(),
+                title,
+                f"{joined} of {len(p)} photos agree with another",
+            )
+        )
+    return (
+        "".join(out)
+        + (f"<p>and {len(sets) - n_most} more</p>" if len(sets) > n_most else "")
+        + (
+            f"<p>No two photos agree in {said(len(none), 'label')}: {html.escape(', '.join(none))}.</p>"
+            if none
+            else ""
+        )
+    )
 
-def page_matches(c, rows:pd.DataFrame, n:int=6)->str: # HTML
+
+def page_matches(c, rows: pd.DataFrame, n: int = 6) -> str:  # HTML
     "Pairs drawn with their matches: blue lines fit one affine map."
     out = []
     for r in rows.head(n).itertuples():
-        a, b = c.row[r.image], c.row[r.partner]; found = verify(c.store[a], c.store[b])
-        drawn = draw_matches(*same_height(*(read_image(c.path[i]) for i in (r.image, r.partner))), c.store[a], c.store[b], found, 'inliers' if r.verified else 'both', 100)
-        files = ' — '.join(html.escape(c.photos.file[i]) for i in (r.image, r.partner))
-        out.append(f'<figure style="margin:0 0 18px"><img src="{data_uri(drawn, 1200)}" alt="{files}" style="max-width:100%"><figcaption style="font-size:12px;color:#444">{files}: {said(r.n_inliers, "inlier")} both ways, of {r.n_matches} matches</figcaption></figure>')
-    return ''.join(out)
+        a, b = c.row[r.image], c.row[r.partner]
+        found = verify(c.store[a], c.store[b])
+        drawn = draw_matches(
+            *same_height(*(read_image(c.path[i]) for i in (r.image, r.partner))),
+            c.store[a],
+            c.store[b],
+            found,
+            "inliers" if r.verified else "both",
+            100,
+        )
+        files = " — ".join(html.escape(c.photos.file[i]) for i in (r.image, r.partner))
+        out.append(
+            f'<figure style="margin:0 0 18px"><img src="{data_uri(drawn, 1200)}" alt="{files}" style="max-width:100%"><figcaption style="font-size:12px;color:#444">{files}: {said(r.n_inliers, "inlier")} both ways, of {r.n_matches} matches</figcaption></figure>'
+        )
+    return "".join(out)
 
-def best_per_label(c)->pd.DataFrame: # rows of `pairs`
+
+def best_per_label(c) -> pd.DataFrame:  # rows of `pairs`
     "The strongest verified pair of every label, copies left out; strongest first."
-    v = c.pairs[c.pairs.verified & ~c.pairs.is_copy & (c.pairs.same_label | ~c.pairs.labelled)].sort_values('n_inliers', ascending=False)
-    return v.assign(label=c.photos.label[v.image].to_numpy()).drop_duplicates('label') if len(v) else v
+    v = c.pairs[c.pairs.verified & ~c.pairs.is_copy & (c.pairs.same_label | ~c.pairs.labelled)].sort_values(
+        "n_inliers", ascending=False
+    )
+    return v.assign(label=c.photos.label[v.image].to_numpy()).drop_duplicates("label") if len(v) else v
 
-def best_across(c)->pd.DataFrame: # rows of `pairs`
+
+def best_across(c) -> pd.DataFrame:  # rows of `pairs`
     "The strongest pair of every two labels, verified or not; copies left out; strongest first."
-    v = c.pairs[c.pairs.labelled & ~c.pairs.same_label & ~c.pairs.is_copy].sort_values('n_inliers', ascending=False)
+    v = c.pairs[c.pairs.labelled & ~c.pairs.same_label & ~c.pairs.is_copy].sort_values(
+        "n_inliers", ascending=False
+    )
     both = [tuple(sorted(x)) for x in zip(c.photos.label[v.image], c.photos.label[v.partner])]
     return v[~pd.Series(both, index=v.index, dtype=object).duplicated()] if len(v) else v
 
 # %% ../../../nbs/parts/photos/pages.ipynb #56f8363d
-def said_neighbours(c)->str: # HTML
+def said_neighbours(c) -> str:  # HTML
     "How far the whole picture, and verification, can be trusted in this collection."
-    q = c.pairs[c.pairs.labelled & ~c.pairs.is_copy]; both = pd.concat([q, q.rename(columns=dict(image='partner', partner='image'))])
-    if not len(both): return ''
-    first = both.sort_values('similarity', ascending=False).drop_duplicates('image'); v = both[both.verified]
-    return (f'<p>Of {said(len(first), "labelled photo")}, {int(first.same_label.sum())} {"has" if first.same_label.sum() == 1 else "have"} a photo of their own label as the nearest by the whole picture alone: a way to find candidates, no evidence. '
-            f'{v.image.nunique()} have a verified neighbour' + (f', and {100*v.same_label.mean():.0f} % of the verified pairs are of one label.</p>' if len(v) else '.</p>'))
+    q = c.pairs[c.pairs.labelled & ~c.pairs.is_copy]
+    both = pd.concat([q, q.rename(columns=dict(image="partner", partner="image"))])
+    if not len(both):
+        return ""
+    first = both.sort_values("similarity", ascending=False).drop_duplicates("image")
+    v = both[both.verified]
+    return (
+        f"<p>Of {said(len(first), 'labelled photo')}, {int(first.same_label.sum())} {'has' if first.same_label.sum() == 1 else 'have'} a photo of their own label as the nearest by the whole picture alone: a way to find candidates, no evidence. "
+        f"{v.image.nunique()} have a verified neighbour"
+        + (
+            f", and {100 * v.same_label.mean():.0f} % of the verified pairs are of one label.</p>"
+            if len(v)
+            else ".</p>"
+        )
+    )
 
-def page_neighbours(c, k:int=6, n_alike:int=3)->str: # HTML
+
+def page_neighbours(c, k: int = 6, n_alike: int = 3) -> str:  # HTML
     "Each photo, on the right what verifies with it, behind a line what only comes near as a whole picture."
-    out, near = [], dict(list(c.neighbours[c.neighbours['rank'] <= k].groupby('image_id'))); line = '<span style="display:inline-block;width:0;height:84px;border-left:1px solid #bbb;margin:0 12px 0 6px;vertical-align:top"></span>'
+    out, near = [], dict(list(c.neighbours[c.neighbours["rank"] <= k].groupby("image_id")))
+    line = '<span style="display:inline-block;width:0;height:84px;border-left:1px solid #bbb;margin:0 12px 0 6px;vertical-align:top"></span>'
     for p in c.photos.head(c.cfg.n_shown).itertuples():
-        cards, alike = [card(c.uri(p.image_id), '', 'query', 80, p.file) + '<span style="display:inline-block;width:12px"></span>'], []
+        cards, alike = (
+            [
+                card(c.uri(p.image_id), "", "query", 80, p.file)
+                + '<span style="display:inline-block;width:12px"></span>'
+            ],
+            [],
+        )
         for r in near.get(p.image_id, c.neighbours[:0]).itertuples():
-            o = c.photos.loc[r.partner]; name, tip = pretty(o.label) if o.label else o.file, f'{o.file}: {said(r.n_inliers, "inlier")}'
-            if not (r.verified or r.is_copy): alike.append(card(c.uri(r.partner), name, '', 48, tip + ', which chance explains: not verified', faint=True)); continue
-            frame = 'junk' if r.is_copy else 'right' if r.same_label or not p.label or not o.label else 'inserted'
-            cards.append(card(c.uri(r.partner), f'{name}\n' + ('a copy' if r.is_copy else f'{said(r.n_inliers, "inlier")}'), frame, 80, tip))
-        if len(cards) == 1: cards.append('<span style="color:#666;font-size:13px;display:inline-block;width:150px;vertical-align:top;padding-top:30px">nothing verifies</span>')
-        out.append(strip(cards + [line]*bool(alike) + alike[:n_alike], p.file, '' if p.n_verified or p.state == 'no label' else 'nobody of its label agrees'))
+            o = c.photos.loc[r.partner]
+            name, tip = pretty(o.label) if o.label else o.file, f"{o.file}: {said(r.n_inliers, 'inlier')}"
+            if not (r.verified or r.is_copy):
+                alike.append(
+                    card(
+                        c.uri(r.partner),
+                        name,
+                        "",
+                        48,
+                        tip + ", which chance explains: not verified",
+                        faint=True,
+                    )
+                )
+                continue
+            frame = (
+                "junk" if r.is_copy else "right" if r.same_label or not p.label or not o.label else "inserted"
+            )
+            cards.append(
+                card(
+                    c.uri(r.partner),
+                    f"{name}\n" + ("a copy" if r.is_copy else f"{said(r.n_inliers, 'inlier')}"),
+                    frame,
+                    80,
+                    tip,
+                )
+            )
+        if len(cards) == 1:
+            cards.append(
+                '<span style="color:#666;font-size:13px;display:inline-block;width:150px;vertical-align:top;padding-top:30px">nothing verifies</span>'
+            )
+        out.append(
+            strip(
+                cards + [line] * bool(alike) + alike[:n_alike],
+                p.file,
+                "" if p.n_verified or p.state == "no label" else "nobody of its label agrees",
+            )
+        )
     left = len(c.photos) - c.cfg.n_shown
-    return ''.join(out) + (f'<p>and {left:,} more in neighbours.csv</p>' if left > 0 else '')
+    return "".join(out) + (f"<p>and {left:,} more in neighbours.csv</p>" if left > 0 else "")
 
 # %% ../../../nbs/parts/photos/pages.ipynb #7e64fba9
-def page_dropped(c, n_labels:int=60, n_photos:int=14)->str: # HTML
+def page_dropped(c, n_labels: int = 60, n_photos: int = 14) -> str:  # HTML
     "What cleaning took away, and why: labels in which somebody agrees first, then those in which nobody does."
-    def short(p): return f'agrees with {p.n_verified}, needs {p.needed}' if 'verified pairs' in p.reason else 'enough agree, but none of them stays' if 'that passed' in p.reason else p.reason
+
+    def short(p):
+        return (
+            f"agrees with {p.n_verified}, needs {p.needed}"
+            if "verified pairs" in p.reason
+            else "enough agree, but none of them stays"
+            if "that passed" in p.reason
+            else p.reason
+        )
+
     some, none = [], []
-    for label, p in list(c.dropped.groupby('label', sort=True))[:n_labels]:
-        n = (c.photos.label == label).sum(); silent = len(p) == n and not p.n_verified.any() and p.reason.str.contains('verified pairs').all()
-        (none if silent else some).append(strip([card(c.uri(q.image_id), '' if silent else short(q), frame_of('dropped', q.n_verified), 84, f'{q.file}: {q.reason}') for q in p.head(n_photos).itertuples()], pretty(label), 'the whole label' if len(p) == n else f'{len(p)} of {n} photos', inline=True))
-    return ''.join(some) + (f'<h3>Labels in which no two photos agree</h3>' + ''.join(none) if none else '') or '<p>Nothing.</p>'
+    for label, p in list(c.dropped.groupby("label", sort=True))[:n_labels]:
+        n = (c.photos.label == label).sum()
+        silent = len(p) == n and not p.n_verified.any() and p.reason.str.contains("verified pairs").all()
+        (none if silent else some).append(
+            strip(
+                [
+                    card(
+                        c.uri(q.image_id),
+                        "" if silent else short(q),
+                        frame_of("dropped", q.n_verified),
+                        84,
+                        f"{q.file}: {q.reason}",
+                    )
+                    for q in p.head(n_photos).itertuples()
+                ],
+                pretty(label),
+                "the whole label" if len(p) == n else f"{len(p)} of {n} photos",
+                inline=True,
+            )
+        )
+    return (
+        "".join(some) + (f"<h3>Labels in which no two photos agree</h3>" + "".join(none) if none else "")
+        or "<p>Nothing.</p>"
+    )
 
-def page_lenient(c, n_labels:int=30)->str: # HTML
+
+def page_lenient(c, n_labels: int = 30) -> str:  # HTML
     "What cleaning would keep, if one verified pair were enough."
-    if not len(c.dropped) or c.cfg.min_verified < 2: return ''
-    now, then = (c.photos.state == 'kept').to_numpy(), c.kept_with(1); more = c.photos[then & ~now]
-    head = f'<h3>What a more lenient rule would keep</h3><p>With one agreeing photo instead of {c.cfg.min_verified}, {said(len(more), "more photo")} of {said(more.label.nunique(), "label")} would stay (<code>landmark_explore FOLDER -p min_verified 1</code>), {int(then.sum())} instead of {int(now.sum())}. '
-    trust = 'No pair of two labels verifies in this collection, so that a single verified pair is good evidence here; where lookalikes or wrong labels come in groups, three are safer.' if not c.facts['different_label_verified'] else f'{said(c.facts["different_label_verified"], "pair")} of two labels {"verifies" if c.facts["different_label_verified"] == 1 else "verify"} here too, so that a single pair is weak evidence.'
-    rows = [strip([card(c.uri(q.image_id), f'agrees with {q.n_verified}', 'few', 84, q.file) for q in p.itertuples()], pretty(label), f'{(then & (c.photos.label == label)).sum()} of {(c.photos.label == label).sum()} photos', inline=True) for label, p in list(more.groupby('label'))[:n_labels]]
-    return head + trust + '</p>' + ''.join(rows)
+    if not len(c.dropped) or c.cfg.min_verified < 2:
+        return ""
+    now, then = (c.photos.state == "kept").to_numpy(), c.kept_with(1)
+    more = c.photos[then & ~now]
+    head = f"<h3>What a more lenient rule would keep</h3><p>With one agreeing photo instead of {c.cfg.min_verified}, {said(len(more), 'more photo')} of {said(more.label.nunique(), 'label')} would stay (<code>landmark_explore FOLDER -p min_verified 1</code>), {int(then.sum())} instead of {int(now.sum())}. "
+    trust = (
+        "No pair of two labels verifies in this collection, so that a single verified pair is good evidence here; where lookalikes or wrong labels come in groups, three are safer."
+        if not c.facts["different_label_verified"]
+        else f"{said(c.facts['different_label_verified'], 'pair')} of two labels {'verifies' if c.facts['different_label_verified'] == 1 else 'verify'} here too, so that a single pair is weak evidence."
+    )
+    rows = [
+        strip(
+            [
+                card(c.uri(q.image_id), f"agrees with {q.n_verified}", "few", 84, q.file)
+                for q in p.itertuples()
+            ],
+            pretty(label),
+            f"{(then & (c.photos.label == label)).sum()} of {(c.photos.label == label).sum()} photos",
+            inline=True,
+        )
+        for label, p in list(more.groupby("label"))[:n_labels]
+    ]
+    return head + trust + "</p>" + "".join(rows)
 
-def page_copies(c, n:int=40)->str: # HTML
+
+def page_copies(c, n: int = 40) -> str:  # HTML
     "Photos that are there twice."
+
     def where(r):
         labels = {c.photos.label[i] for i in (r.copy_of, r.image_id)}
-        return '' if len(labels) == 1 else 'once with a label, once without; ' if '' in labels else 'under two labels: at least one is wrong; '
-    rows = [strip([card(c.uri(i), c.photos.file[i], 'wrong' if where(r).startswith('under') else 'junk', 92) for i in (r.copy_of, r.image_id)], r.kind, where(r) + f'correlation {r.correlation:.3f}') for r in c.copies.head(n).itertuples()]
-    return ''.join(rows) + (f'<p>and {len(c.copies)-n} more in copies.csv</p>' if len(c.copies) > n else '') or '<p>No picture is there twice.</p>'
+        return (
+            ""
+            if len(labels) == 1
+            else "once with a label, once without; "
+            if "" in labels
+            else "under two labels: at least one is wrong; "
+        )
 
-def page_skipped(c, n:int=200)->str: # HTML
+    rows = [
+        strip(
+            [
+                card(c.uri(i), c.photos.file[i], "wrong" if where(r).startswith("under") else "junk", 92)
+                for i in (r.copy_of, r.image_id)
+            ],
+            r.kind,
+            where(r) + f"correlation {r.correlation:.3f}",
+        )
+        for r in c.copies.head(n).itertuples()
+    ]
+    return (
+        "".join(rows) + (f"<p>and {len(c.copies) - n} more in copies.csv</p>" if len(c.copies) > n else "")
+        or "<p>No picture is there twice.</p>"
+    )
+
+
+def page_skipped(c, n: int = 200) -> str:  # HTML
     "Files that did not come along: counted, then listed."
-    s = c.skipped; count = s.reason.str.replace(r'\d[\d×,]*', '…', regex=True).value_counts(); cell = lambda *x: '<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in x) + '</tr>'
-    changed = c.photos[c.photos.changed != '']
-    table = lambda head, rows: '<table><tr>' + ''.join(f'<th>{h}</th>' for h in head) + '</tr>' + ''.join(cell(*r) for r in rows) + '</table>'
-    out = (f'<p>{said(len(s), "file")}: ' + html.escape('; '.join(f'{k} × {w}' for w, k in count.items())) + '</p>' + table(('file', 'reason'), s.head(n).itertuples(index=False))) if len(s) else '<p>Every file is a photo that could be read.</p>'
-    return out + (f'<p>and {len(s)-n:,} more in skipped.csv</p>' if len(s) > n else '') + (f'<p>{said(len(changed), "photo was", "photos were")} read and written anew:</p>' + table(('file', 'what changed'), changed[['file', 'changed']].head(n).itertuples(index=False)) if len(changed) else '')
+    s = c.skipped
+    count = s.reason.str.replace(r"\d[\d×,]*", "…", regex=True).value_counts()
+    cell = lambda *x: "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in x) + "</tr>"
+    changed = c.photos[c.photos.changed != ""]
+    table = lambda head, rows: (
+        "<table><tr>"
+        + "".join(f"<th>{h}</th>" for h in head)
+        + "</tr>"
+        + "".join(cell(*r) for r in rows)
+        + "</table>"
+    )
+    out = (
+        (
+            f"<p>{said(len(s), 'file')}: "
+            + html.escape("; ".join(f"{k} × {w}" for w, k in count.items()))
+            + "</p>"
+            + table(("file", "reason"), s.head(n).itertuples(index=False))
+        )
+        if len(s)
+        else "<p>Every file is a photo that could be read.</p>"
+    )
+    return (
+        out
+        + (f"<p>and {len(s) - n:,} more in skipped.csv</p>" if len(s) > n else "")
+        + (
+            f"<p>{said(len(changed), 'photo was', 'photos were')} read and written anew:</p>"
+            + table(("file", "what changed"), changed[["file", "changed"]].head(n).itertuples(index=False))
+            if len(changed)
+            else ""
+        )
+    )
 
 # %% ../../../nbs/parts/photos/pages.ipynb #191cbe55
-def page_answer(c, a)->str: # HTML
+def page_answer(c, a) -> str:  # HTML
     "A photo, its name, and the photos that say so."
-    head = ''.join(f'<div style="margin:4px 0"><span style="display:inline-block;width:{max(2, round(220*r.confidence))}px;height:12px;background:#2a7f62;border-radius:2px;margin-right:8px"></span><b>{html.escape(pretty(r.landmark))}</b> {"over 0.99" if r.confidence > .99 else f"{r.confidence:.2f}"} '
-                   f'<span style="color:#666">{said(r.n_photos, "photo")}, at most {said(r.n_inliers, "inlier")}</span></div>' for r in a.landmarks.head(5).itertuples()) or '<div style="font-size:20px"><b>no known landmark</b></div>'
+    head = (
+        "".join(
+            f'<div style="margin:4px 0"><span style="display:inline-block;width:{max(2, round(220 * r.confidence))}px;height:12px;background:#2a7f62;border-radius:2px;margin-right:8px"></span><b>{html.escape(pretty(r.landmark))}</b> {"over 0.99" if r.confidence > 0.99 else f"{r.confidence:.2f}"} '
+            f'<span style="color:#666">{said(r.n_photos, "photo")}, at most {said(r.n_inliers, "inlier")}</span></div>'
+            for r in a.landmarks.head(5).itertuples()
+        )
+        or '<div style="font-size:20px"><b>no known landmark</b></div>'
+    )
     copy = a.matches[a.matches.is_copy]
-    if len(copy): head += f'<div style="color:#666;font-size:13px">The collection holds this very picture ({html.escape(copy.file.iloc[0])}); ' + ('only the other photos were asked.' if a.matches.votes.any() and not a.matches[a.matches.is_copy].votes.any() else 'no other photo agrees.') + '</div>'
-    one = lambda r, h: card(c.uri(r.image_id), pretty(r.landmark) + (f'\n{said(r.n_inliers, "inlier")}' if r.verified else ''), 'junk' if r.is_copy else 'right' if r.verified else '', h, f'{r.file}: {said(r.n_inliers, "inlier")}', faint=not r.verified)
+    if len(copy):
+        head += (
+            f'<div style="color:#666;font-size:13px">The collection holds this very picture ({html.escape(copy.file.iloc[0])}); '
+            + (
+                "only the other photos were asked."
+                if a.matches.votes.any() and not a.matches[a.matches.is_copy].votes.any()
+                else "no other photo agrees."
+            )
+            + "</div>"
+        )
+    one = lambda r, h: card(
+        c.uri(r.image_id),
+        pretty(r.landmark) + (f"\n{said(r.n_inliers, 'inlier')}" if r.verified else ""),
+        "junk" if r.is_copy else "right" if r.verified else "",
+        h,
+        f"{r.file}: {said(r.n_inliers, 'inlier')}",
+        faint=not r.verified,
+    )
     voters, others = a.matches[a.matches.votes], a.matches[~a.matches.verified]
-    image = read_image(a.photo, max_side=c.cfg.local_side); out = f'<div style="display:flex;gap:18px;align-items:center;flex-wrap:wrap"><img src="{data_uri(image, 420)}" alt="query" style="max-height:260px;border:4px solid #1c1c1c;border-radius:3px"><div style="flex:1;min-width:260px">{head}</div></div>' + (strip([one(r, 92) for r in voters.head(10).itertuples()], 'the photos that decide', f'{len(voters)} of {len(a.matches)} compared') if len(voters) else '')
-    if len(others): out += strip([one(r, 56) for r in others.sort_values('similarity', ascending=False).head(4).itertuples()], 'near as whole pictures, but not verified:', f'at most {said(others.n_inliers.max(), "inlier")}, {c.cfg.min_inliers} are asked for')
+    image = read_image(a.photo, max_side=c.cfg.local_side)
+    out = (
+        f'<div style="display:flex;gap:18px;align-items:center;flex-wrap:wrap"><img src="{data_uri(image, 420)}" alt="query" style="max-height:260px;border:4px solid #1c1c1c;border-radius:3px"><div style="flex:1;min-width:260px">{head}</div></div>'
+        + (
+            strip(
+                [one(r, 92) for r in voters.head(10).itertuples()],
+                "the photos that decide",
+                f"{len(voters)} of {len(a.matches)} compared",
+            )
+            if len(voters)
+            else ""
+        )
+    )
+    if len(others):
+        out += strip(
+            [one(r, 56) for r in others.sort_values("similarity", ascending=False).head(4).itertuples()],
+            "near as whole pictures, but not verified:",
+            f"at most {said(others.n_inliers.max(), 'inlier')}, {c.cfg.min_inliers} are asked for",
+        )
     if len(a.landmarks):
-        best = voters.iloc[0]; mine, other = extract(image, c.cfg.kind, c.cfg.max_keypoints), c.store[c.row[best.image_id]]
+        best = voters.iloc[0]
+        mine, other = extract(image, c.cfg.kind, c.cfg.max_keypoints), c.store[c.row[best.image_id]]
         out += f'<img src="{data_uri(draw_matches(*same_height(image, read_image(c.path[best.image_id])), mine, other, verify(mine, other), "inliers", 100), 1200)}" alt="matches" style="max-width:100%"><div style="font-size:12px;color:#444">{html.escape(Path(a.photo).name)} — {html.escape(best.file)}: {said(best.n_inliers, "inlier")} both ways</div>'
     return out

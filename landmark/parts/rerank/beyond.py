@@ -17,119 +17,167 @@ from ..descriptors.store import l2n
 def _reciprocal(idxs, i, k, out):
     "Members of R(i, k), i itself among them; returns how many."
     m = 0
-    for a in range(k+1):
+    for a in range(k + 1):
         j = idxs[i, a]
-        for b in range(k+1):
-            if idxs[j, b] == i: out[m] = j; m += 1; break
+        for b in range(k + 1):
+            if idxs[j, b] == i:
+                out[m] = j
+                m += 1
+                break
     return m
+
 
 @njit(cache=True, nogil=True, parallel=True)
 def _encode(x, idxs, k1, half, n_threads, cols, vals, counts):
     "Sparse vectors of all images: columns and weights [n, room], how many per row."
     n = len(idxs)
     for thread in prange(n_threads):
-        base, more = np.empty(k1+1, np.int64), np.empty(half+1, np.int64)
+        base, more = np.empty(k1 + 1, np.int64), np.empty(half + 1, np.int64)
         seen, core = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
-        for i in range(thread*n//n_threads, (thread+1)*n//n_threads):
+        for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
             m = _reciprocal(idxs, i, k1, base)
             c = 0
-            for a in range(m): core[base[a]] = seen[base[a]] = i; cols[i, c] = base[a]; c += 1
+            for a in range(m):
+                core[base[a]] = seen[base[a]] = i
+                cols[i, c] = base[a]
+                c += 1
             for a in range(m):
                 h, common = _reciprocal(idxs, base[a], half, more), 0
-                for b in range(h): common += core[more[b]] == i
-                if 3*common > 2*h:
+                for b in range(h):
+                    common += core[more[b]] == i
+                if 3 * common > 2 * h:
                     for b in range(h):
-                        if seen[more[b]] != i: seen[more[b]] = i; cols[i, c] = more[b]; c += 1
+                        if seen[more[b]] != i:
+                            seen[more[b]] = i
+                            cols[i, c] = more[b]
+                            c += 1
             total = 0.0
             for a in range(c):
                 s = 0.0
-                for j in range(x.shape[1]): s += x[i, j]*x[cols[i, a], j]
-                vals[i, a] = np.exp(2*s - 2); total += vals[i, a]
-            for a in range(c): vals[i, a] /= total
+                for j in range(x.shape[1]):
+                    s += x[i, j] * x[cols[i, a], j]
+                vals[i, a] = np.exp(2 * s - 2)
+                total += vals[i, a]
+            for a in range(c):
+                vals[i, a] /= total
             counts[i] = c
+
 
 @njit(cache=True, nogil=True, parallel=True)
 def _jaccard(indptr, indices, data, query, listed, n_threads, out):
     "Jaccard distance of each query to its listed images; vectors sum to 1, so Σ max = 2 − Σ min."
     n = len(query)
     for thread in prange(n_threads):
-        v = np.zeros(len(indptr)-1)
-        for i in range(thread*n//n_threads, (thread+1)*n//n_threads):
+        v = np.zeros(len(indptr) - 1)
+        for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
             q = query[i]
-            for e in range(indptr[q], indptr[q+1]): v[indices[e]] = data[e]
+            for e in range(indptr[q], indptr[q + 1]):
+                v[indices[e]] = data[e]
             for j in range(listed.shape[1]):
                 s, g = 0.0, listed[i, j]
-                for e in range(indptr[g], indptr[g+1]): s += min(v[indices[e]], data[e])
-                out[i, j] = 1 - s/(2-s)
-            for e in range(indptr[q], indptr[q+1]): v[indices[e]] = 0
+                for e in range(indptr[g], indptr[g + 1]):
+                    s += min(v[indices[e]], data[e])
+                out[i, j] = 1 - s / (2 - s)
+            for e in range(indptr[q], indptr[q + 1]):
+                v[indices[e]] = 0
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #2b496aec
 def k_reciprocal_distances(
-    x:np.ndarray,        # unit descriptors of queries and index together [n, d]
-    idxs:np.ndarray,     # nearest of all in all, the image itself first [n, at least k1 + 1]
-    query:np.ndarray,    # rows of the queries [q]
-    listed:np.ndarray,   # rows to compare each query with [q, k]
-    k1:int=20,           # neighbours that must be mutual
-    k2:int=6,            # neighbours that vectors are averaged over
-    weight:float=0.3,    # λ: weight of the plain distance
-)->np.ndarray: # distances [q, k], lower is nearer
+    x: np.ndarray,  # unit descriptors of queries and index together [n, d]
+    idxs: np.ndarray,  # nearest of all in all, the image itself first [n, at least k1 + 1]
+    query: np.ndarray,  # rows of the queries [q]
+    listed: np.ndarray,  # rows to compare each query with [q, k]
+    k1: int = 20,  # neighbours that must be mutual
+    k2: int = 6,  # neighbours that vectors are averaged over
+    weight: float = 0.3,  # λ: weight of the plain distance
+) -> np.ndarray:  # distances [q, k], lower is nearer
     "k-reciprocal encoding: mixed Jaccard and plain distance."
-    if idxs.shape[1] < k1+1: raise ValueError(f"neighbour lists have {idxs.shape[1]} columns; k1 = {k1} needs {k1+1}, the image itself counted")
-    if not 1 <= k2 <= idxs.shape[1]: raise ValueError(f"k2 is {k2}; allowed: 1 to {idxs.shape[1]}")
-    x, idxs, half = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(idxs, np.int64), int(np.around(k1/2))
-    n, room = len(x), (k1+1)*(half+2)
+    if idxs.shape[1] < k1 + 1:
+        raise ValueError(
+            f"neighbour lists have {idxs.shape[1]} columns; k1 = {k1} needs {k1 + 1}, the image itself counted"
+        )
+    if not 1 <= k2 <= idxs.shape[1]:
+        raise ValueError(f"k2 is {k2}; allowed: 1 to {idxs.shape[1]}")
+    x, idxs, half = (
+        np.ascontiguousarray(x, np.float32),
+        np.ascontiguousarray(idxs, np.int64),
+        int(np.around(k1 / 2)),
+    )
+    n, room = len(x), (k1 + 1) * (half + 2)
     cols, vals, counts = np.zeros((n, room), np.int64), np.zeros((n, room)), np.zeros(n, np.int64)
     _encode(x, idxs, k1, half, get_num_threads(), cols, vals, counts)
     used = np.arange(room) < counts[:, None]
     V = sp.csr_matrix((vals[used], cols[used], np.concatenate([[0], counts.cumsum()])), shape=(n, n))
-    mean = sp.csr_matrix((np.full(n*k2, 1/k2), idxs[:, :k2].reshape(-1), np.arange(0, n*k2+1, k2)), shape=(n, n))
+    mean = sp.csr_matrix(
+        (np.full(n * k2, 1 / k2), idxs[:, :k2].reshape(-1), np.arange(0, n * k2 + 1, k2)), shape=(n, n)
+    )
     V = (mean @ V).tocsr()
     out = np.empty(listed.shape)
     query, listed = np.asarray(query, np.int64), np.asarray(listed, np.int64)
     _jaccard(V.indptr, V.indices, V.data, query, listed, get_num_threads(), out)
-    for a in range(0, len(query), 64):                                         # the listed descriptors of all queries are 144 GB on Google Landmarks
-        part = slice(a, a+64)
-        out[part] = (1-weight)*out[part] + weight*(2 - 2*np.einsum("qd,qkd->qk", x[query[part]], x[listed[part]]))
+    for a in range(0, len(query), 64):  # the listed descriptors of all queries are 144 GB on Google Landmarks
+        part = slice(a, a + 64)
+        out[part] = (1 - weight) * out[part] + weight * (
+            2 - 2 * np.einsum("qd,qkd->qk", x[query[part]], x[listed[part]])
+        )
     return out
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #2fe9aa7d
-@method("k_reciprocal", "k-reciprocal encoding", beyond=True, needs=lambda topk, k1, **_: [("everything", "everything", k1+1), ("queries", "index", topk)])
-def k_reciprocal(problem, topk, k1:int=20, k2:int=6, reciprocal_weight:float=0.3):
+@method(
+    "k_reciprocal",
+    "k-reciprocal encoding",
+    beyond=True,
+    needs=lambda topk, k1, **_: [("everything", "everything", k1 + 1), ("queries", "index", topk)],
+)
+def k_reciprocal(problem, topk, k1: int = 20, k2: int = 6, reciprocal_weight: float = 0.3):
     "Order the retrieved images by k-reciprocal distance."
-    idxs = first_self(problem.knn("everything", "everything", k1+1)[1])
-    k1, n = min(k1, idxs.shape[1]-1), len(problem.queries)
+    idxs = first_self(problem.knn("everything", "everything", k1 + 1)[1])
+    k1, n = min(k1, idxs.shape[1] - 1), len(problem.queries)
     listed = problem.knn("queries", "index", topk)[1]
-    d = k_reciprocal_distances(problem.everything.array(), idxs, np.arange(n), listed+n, k1, min(k2, k1+1), reciprocal_weight)
+    d = k_reciprocal_distances(
+        problem.everything.array(), idxs, np.arange(n), listed + n, k1, min(k2, k1 + 1), reciprocal_weight
+    )
     order = np.argsort(d, 1, kind="stable")
     return fill_up(np.take_along_axis(listed, order, 1), listed, topk, len(problem.index))
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #db8bbbd0
 def superglobal_scores(
-    q:np.ndarray,      # queries [b, d]
-    x:np.ndarray,      # their retrieved descriptors, best first [b, m, d]
-    k:int=9,           # neighbours that refine and expand
-    beta:float=0.15,   # weight of a neighbour
-)->np.ndarray: # scores [b, m]
+    q: np.ndarray,  # queries [b, d]
+    x: np.ndarray,  # their retrieved descriptors, best first [b, m, d]
+    k: int = 9,  # neighbours that refine and expand
+    beta: float = 0.15,  # weight of a neighbour
+) -> np.ndarray:  # scores [b, m]
     "SuperGlobal's score of each retrieved image."
-    m = x.shape[1]; k = min(k, m-1)
+    m = x.shape[1]
+    k = min(k, m - 1)
     gram = x @ x.transpose(0, 2, 1)
-    gram[:, np.arange(m), np.arange(m)] = np.inf                                       # the image itself comes first
-    near = np.argpartition(-gram, k, 2)[:, :, :k+1] if k else np.arange(m)[None, :, None]
-    sims = np.einsum("bd,bmd->bm", q, x)                                               # the query with a refined image is a mean of these
+    gram[:, np.arange(m), np.arange(m)] = np.inf  # the image itself comes first
+    near = np.argpartition(-gram, k, 2)[:, :, : k + 1] if k else np.arange(m)[None, :, None]
+    sims = np.einsum("bd,bmd->bm", q, x)  # the query with a refined image is a mean of these
     around = np.take_along_axis(np.broadcast_to(sims[:, None], gram.shape), near, 2).sum(2) if k else sims
-    refined = (sims + np.float32(beta)*(around - sims))/(1+beta*k)
-    expanded = np.maximum(q, x[:, :max(k, 1)].max(1)) if m else q
-    return (refined + np.einsum("bd,bmd->bm", expanded, x))/2
+    refined = (sims + np.float32(beta) * (around - sims)) / (1 + beta * k)
+    expanded = np.maximum(q, x[:, : max(k, 1)].max(1)) if m else q
+    return (refined + np.einsum("bd,bmd->bm", expanded, x)) / 2
 
-@method("superglobal", "SuperGlobal", beyond=True, needs=lambda topk, m_superglobal, **_: [("queries", "index", max(topk, m_superglobal))])
-def superglobal(problem, topk, m_superglobal:int=400, k_superglobal:int=9, beta:float=0.15, batch:int=64):
+
+@method(
+    "superglobal",
+    "SuperGlobal",
+    beyond=True,
+    needs=lambda topk, m_superglobal, **_: [("queries", "index", max(topk, m_superglobal))],
+)
+def superglobal(
+    problem, topk, m_superglobal: int = 400, k_superglobal: int = 9, beta: float = 0.15, batch: int = 64
+):
     "Re-rank the retrieved images by refined and expanded global descriptors."
     listed = problem.knn("queries", "index", max(topk, m_superglobal))[1]
     m = min(m_superglobal, listed.shape[1]) or 1
     ranks = listed.copy()
     for a in range(0, len(listed), batch):
-        near = listed[a:a+batch, :m]
+        near = listed[a : a + batch, :m]
         x = l2n(problem.index[near.reshape(-1)]).reshape(*near.shape, -1)
-        order = np.argsort(-superglobal_scores(l2n(problem.queries[a:a+batch]), x, k_superglobal, beta), 1, kind="stable")
-        ranks[a:a+batch, :m] = np.take_along_axis(near, order, 1)
+        order = np.argsort(
+            -superglobal_scores(l2n(problem.queries[a : a + batch]), x, k_superglobal, beta), 1, kind="stable"
+        )
+        ranks[a : a + batch, :m] = np.take_along_axis(near, order, 1)
     return fill_up(ranks, listed[:, :0], topk, len(problem.index))

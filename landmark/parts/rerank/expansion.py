@@ -18,67 +18,101 @@ def _weighted_sums(x, base, sims, idxs, alpha, own_weight, out, lengths):
     d = np.uint64(x.shape[1])
     for r in prange(len(x)):
         row = out[r]
-        for j in range(d): row[j] = own_weight*x[r, j]
+        for j in range(d):
+            row[j] = own_weight * x[r, j]
         for c in range(idxs.shape[1]):
-            if idxs[r, c] < 0: continue
-            w, y = np.float32(max(sims[r, c], 0)**alpha), base[idxs[r, c]]
-            for j in range(d): row[j] += w*y[j]
+            if idxs[r, c] < 0:
+                continue
+            w, y = np.float32(max(sims[r, c], 0) ** alpha), base[idxs[r, c]]
+            for j in range(d):
+                row[j] += w * y[j]
         s = 0.0
-        for j in range(d): s += np.float64(row[j])*row[j]
+        for j in range(d):
+            s += np.float64(row[j]) * row[j]
         lengths[r] = np.sqrt(s)
-        for j in range(d): row[j] /= np.float32(lengths[r])
+        for j in range(d):
+            row[j] /= np.float32(lengths[r])
 
 # %% ../../../nbs/parts/rerank/expansion.ipynb #8ce3690d
 def expand(
-    x,                     # descriptors: array or store [n, d]
-    base,                  # where their neighbours are: array or store [m, d]
-    sims:np.ndarray,       # similarities of the neighbours [n, k]
-    idxs:np.ndarray,       # their positions in `base`, −1 for none [n, k]
-    alpha:float=3.0,       # exponent of the similarities
-    own_weight:float=1.0,  # weight of the descriptor itself
-)->np.ndarray: # float32 [n, d], unit rows
+    x,  # descriptors: array or store [n, d]
+    base,  # where their neighbours are: array or store [m, d]
+    sims: np.ndarray,  # similarities of the neighbours [n, k]
+    idxs: np.ndarray,  # their positions in `base`, −1 for none [n, k]
+    alpha: float = 3.0,  # exponent of the similarities
+    own_weight: float = 1.0,  # weight of the descriptor itself
+) -> np.ndarray:  # float32 [n, d], unit rows
     "Each descriptor plus its neighbours weighted by similarity^alpha."
-    x, sims, idxs = x if hasattr(x, "blocks") else np.asarray(x), np.ascontiguousarray(sims, np.float32), np.ascontiguousarray(idxs, np.int64)
-    if sims.shape != idxs.shape or len(sims) != len(x): raise ValueError(f"{len(x)} descriptors, similarities {sims.shape} and neighbours {idxs.shape} do not belong together")
-    if idxs.size and idxs.max() >= len(base): raise ValueError(f"a neighbour is number {idxs.max()}, the base has {len(base)} rows")
-    if not np.isfinite(sims).all(): raise ValueError("similarities must be finite")
+    x, sims, idxs = (
+        x if hasattr(x, "blocks") else np.asarray(x),
+        np.ascontiguousarray(sims, np.float32),
+        np.ascontiguousarray(idxs, np.int64),
+    )
+    if sims.shape != idxs.shape or len(sims) != len(x):
+        raise ValueError(
+            f"{len(x)} descriptors, similarities {sims.shape} and neighbours {idxs.shape} do not belong together"
+        )
+    if idxs.size and idxs.max() >= len(base):
+        raise ValueError(f"a neighbour is number {idxs.max()}, the base has {len(base)} rows")
+    if not np.isfinite(sims).all():
+        raise ValueError("similarities must be finite")
     out, lengths = np.empty(x.shape, np.float32), np.empty(len(x))
     for a in range(0, len(x), 4096):
-        part = slice(a, a+4096)
-        if isinstance(base, np.ndarray) and base.dtype == np.float32: near, at = base, idxs[part]
-        else:                                                                    # on disk: the rows that are needed
+        part = slice(a, a + 4096)
+        if isinstance(base, np.ndarray) and base.dtype == np.float32:
+            near, at = base, idxs[part]
+        else:  # on disk: the rows that are needed
             rows, at = np.unique(np.maximum(idxs[part], 0), return_inverse=True)
-            near, at = np.ascontiguousarray(base[rows], np.float32), np.where(idxs[part] < 0, -1, at.reshape(idxs[part].shape))
-        _weighted_sums(np.ascontiguousarray(x[part], np.float32), near, sims[part], at, float(alpha), np.float32(own_weight), out[part], lengths[part])
+            near, at = (
+                np.ascontiguousarray(base[rows], np.float32),
+                np.where(idxs[part] < 0, -1, at.reshape(idxs[part].shape)),
+            )
+        _weighted_sums(
+            np.ascontiguousarray(x[part], np.float32),
+            near,
+            sims[part],
+            at,
+            float(alpha),
+            np.float32(own_weight),
+            out[part],
+            lengths[part],
+        )
     bad = ~np.isfinite(lengths) | (lengths == 0)
-    if bad.any(): raise ValueError(f"{int(bad.sum())} expanded descriptors are not finite or all zero (row {int(bad.argmax())} first): their own descriptors or neighbours are")
+    if bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} expanded descriptors are not finite or all zero (row {int(bad.argmax())} first): their own descriptors or neighbours are"
+        )
     return out
 
 # %% ../../../nbs/parts/rerank/expansion.ipynb #ff055746
 def alpha_qe(
-    queries,            # array or store [q, d]
-    index,              # array or store [n, d]
-    alpha:float=3.0,    # exponent
-    n_qe:int=10,        # neighbours
-    neighbours=None,    # (sims, idxs) of the queries in the index, if known
-    **how,              # device, method, memory_mib of the search
-)->np.ndarray: # [q, d]
+    queries,  # array or store [q, d]
+    index,  # array or store [n, d]
+    alpha: float = 3.0,  # exponent
+    n_qe: int = 10,  # neighbours
+    neighbours=None,  # (sims, idxs) of the queries in the index, if known
+    **how,  # device, method, memory_mib of the search
+) -> np.ndarray:  # [q, d]
     "Expanded queries."
     n_qe = min(n_qe, len(index))
-    if n_qe == 0: return l2n(queries[:])
+    if n_qe == 0:
+        return l2n(queries[:])
     sims, idxs = neighbours or search(queries, index, n_qe, **how)
     return expand(queries, index, sims[:, :n_qe], idxs[:, :n_qe], alpha)
 
+
 def augment_index(
-    index,              # array or store [n, d]
-    alpha:float=3.0,    # exponent
-    n_qe:int=10,        # neighbours, the image itself not counted
-    neighbours=None,    # (sims, idxs) of the index in itself, with or without the image itself
-    **how,              # device, method, memory_mib of the search
-)->np.ndarray: # [n, d]
+    index,  # array or store [n, d]
+    alpha: float = 3.0,  # exponent
+    n_qe: int = 10,  # neighbours, the image itself not counted
+    neighbours=None,  # (sims, idxs) of the index in itself, with or without the image itself
+    **how,  # device, method, memory_mib of the search
+) -> np.ndarray:  # [n, d]
     "Database augmentation: every index descriptor expanded by the others."
-    n_qe = min(n_qe, len(index)-1)
-    if n_qe <= 0: return l2n(index[:])
-    sims, idxs = neighbours or search(index, index, n_qe+1, **how)
-    if sims.shape[1] > n_qe: sims, idxs = without_self(sims[:, :n_qe+1], idxs[:, :n_qe+1])
+    n_qe = min(n_qe, len(index) - 1)
+    if n_qe <= 0:
+        return l2n(index[:])
+    sims, idxs = neighbours or search(index, index, n_qe + 1, **how)
+    if sims.shape[1] > n_qe:
+        sims, idxs = without_self(sims[:, : n_qe + 1], idxs[:, : n_qe + 1])
     return expand(index, index, sims, idxs, alpha)

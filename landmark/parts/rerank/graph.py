@@ -12,33 +12,42 @@ from numba import get_num_threads, njit, prange
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #8a09fc02
 def affinity(
-    sims:np.ndarray,   # similarities of the nearest images [n, kd]
-    idxs:np.ndarray,   # their positions in the same set, the image itself usually first [n, kd]
-    gamma:float=3.0,   # exponent
-)->sp.csr_matrix: # [n, n], zero diagonal
+    sims: np.ndarray,  # similarities of the nearest images [n, kd]
+    idxs: np.ndarray,  # their positions in the same set, the image itself usually first [n, kd]
+    gamma: float = 3.0,  # exponent
+) -> sp.csr_matrix:  # [n, n], zero diagonal
     "Weights of the graph of mutual neighbours."
     sims, idxs = np.asarray(sims, np.float64), np.asarray(idxs, np.int64)
-    if sims.shape != idxs.shape: raise ValueError(f"similarities {sims.shape} and neighbours {idxs.shape} do not belong together")
-    if not np.isfinite(sims).all(): raise ValueError("similarities must be finite")
+    if sims.shape != idxs.shape:
+        raise ValueError(f"similarities {sims.shape} and neighbours {idxs.shape} do not belong together")
+    if not np.isfinite(sims).all():
+        raise ValueError("similarities must be finite")
     n, k = idxs.shape
-    if idxs.size and idxs.max() >= n: raise ValueError(f"neighbour {idxs.max()} is outside the set of {n} images: the graph joins a set with itself")
+    if idxs.size and idxs.max() >= n:
+        raise ValueError(
+            f"neighbour {idxs.max()} is outside the set of {n} images: the graph joins a set with itself"
+        )
     rows = np.repeat(np.arange(n), k)
-    cols, w = idxs.reshape(-1), np.maximum(sims, 0).reshape(-1)**gamma
+    cols, w = idxs.reshape(-1), np.maximum(sims, 0).reshape(-1) ** gamma
     keep = (cols >= 0) & (cols != rows)
     one_way = sp.csr_matrix((w[keep], (rows[keep], cols[keep])), shape=(n, n))
-    link = one_way.copy(); link.data[:] = 1
+    link = one_way.copy()
+    link.data[:] = 1
     mutual = one_way.multiply(link.T).tocsr()
-    mutual.eliminate_zeros(); mutual.sort_indices()
+    mutual.eliminate_zeros()
+    mutual.sort_indices()
     return mutual
 
+
 def laplacian(
-    A:sp.csr_matrix,    # affinity [n, n]
-    alpha:float=0.99,   # how far similarity flows, below 1
-)->sp.csr_matrix: # [n, n]
+    A: sp.csr_matrix,  # affinity [n, n]
+    alpha: float = 0.99,  # how far similarity flows, below 1
+) -> sp.csr_matrix:  # [n, n]
     "Normalised Laplacian I − α D^-½ A D^-½."
-    if not 0 <= alpha < 1: raise ValueError(f"alpha is {alpha}; it must be at least 0 and below 1, or nothing converges")
-    d = sp.diags((np.asarray(A.sum(1)).reshape(-1) + 1e-12)**-.5)
-    return (sp.identity(A.shape[0]) - alpha*(d @ A @ d)).tocsr()
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha is {alpha}; it must be at least 0 and below 1, or nothing converges")
+    d = sp.diags((np.asarray(A.sum(1)).reshape(-1) + 1e-12) ** -0.5)
+    return (sp.identity(A.shape[0]) - alpha * (d @ A @ d)).tocsr()
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #13fa8128
 @njit(cache=True, nogil=True, fastmath={"contract"})
@@ -47,31 +56,40 @@ def _times(ptr, col, val, m, p, ap):
     one, four = np.uint64(1), np.uint64(4)
     for i in range(np.uint64(m)):
         a, b, c, d = p[i], 0.0, 0.0, 0.0
-        e, end = np.uint64(ptr[i]), np.uint64(ptr[i+one])
-        while e+four <= end:
-            a += val[e]*p[np.uint64(col[e])]
-            b += val[e+one]*p[np.uint64(col[e+one])]
-            c += val[e+one+one]*p[np.uint64(col[e+one+one])]
-            d += val[e+one+one+one]*p[np.uint64(col[e+one+one+one])]
+        e, end = np.uint64(ptr[i]), np.uint64(ptr[i + one])
+        while e + four <= end:
+            a += val[e] * p[np.uint64(col[e])]
+            b += val[e + one] * p[np.uint64(col[e + one])]
+            c += val[e + one + one] * p[np.uint64(col[e + one + one])]
+            d += val[e + one + one + one] * p[np.uint64(col[e + one + one + one])]
             e += four
-        while e < end: a += val[e]*p[np.uint64(col[e])]; e += one
-        ap[i] = (a+b) + (c+d)
+        while e < end:
+            a += val[e] * p[np.uint64(col[e])]
+            e += one
+        ap[i] = (a + b) + (c + d)
+
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def _solve(ptr, col, val, m, start, x, r, p, ap, tol, n_iter):
     "Conjugate gradients for the m × m system with right side 1 at `start`; returns whether the tolerance was reached."
-    for i in range(m): x[i] = r[i] = p[i] = 0.0
+    for i in range(m):
+        x[i] = r[i] = p[i] = 0.0
     r[start] = p[start] = 1.0
     rho = 1.0
     for _ in range(n_iter):
         _times(ptr, col, val, m, p, ap)
         pap = 0.0
-        for i in range(m): pap += p[i]*ap[i]
-        step, new = rho/pap, 0.0
         for i in range(m):
-            x[i] += step*p[i]; r[i] -= step*ap[i]; new += r[i]*r[i]
-        if np.sqrt(new) <= tol: return True
-        for i in range(m): p[i] = r[i] + new/rho*p[i]
+            pap += p[i] * ap[i]
+        step, new = rho / pap, 0.0
+        for i in range(m):
+            x[i] += step * p[i]
+            r[i] -= step * ap[i]
+            new += r[i] * r[i]
+        if np.sqrt(new) <= tol:
+            return True
+        for i in range(m):
+            p[i] = r[i] + new / rho * p[i]
         rho = new
     return False
 
@@ -82,55 +100,71 @@ def _diffuse(indptr, indices, data, idxs, own, n_threads, tol, n_iter, out):
     n, t = idxs.shape
     missed = np.zeros(n_threads, np.int64)
     room = 0
-    for i in range(len(indptr)-1): room = max(room, indptr[i+1]-indptr[i])
+    for i in range(len(indptr) - 1):
+        room = max(room, indptr[i + 1] - indptr[i])
     for thread in prange(n_threads):
-        place = np.full(len(indptr)-1, -1, np.int32)
-        ptr, col, val = np.empty(t+1, np.uint32), np.empty(t*room+1, np.uint32), np.empty(t*room+1)
+        place = np.full(len(indptr) - 1, -1, np.int32)
+        ptr, col, val = np.empty(t + 1, np.uint32), np.empty(t * room + 1, np.uint32), np.empty(t * room + 1)
         x, r, p, ap = np.empty(t), np.empty(t), np.empty(t), np.empty(t)
-        for i in range(thread*n//n_threads, (thread+1)*n//n_threads):
+        for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
             start = -1
             for j in range(t):
-                if idxs[i, j] >= 0: place[idxs[i, j]] = j
-                if idxs[i, j] == own[i] and start < 0: start = j
+                if idxs[i, j] >= 0:
+                    place[idxs[i, j]] = j
+                if idxs[i, j] == own[i] and start < 0:
+                    start = j
             e = np.uint64(0)
             for j in range(t):
                 ptr[j] = e
-                if idxs[i, j] < 0: continue
-                for a in range(np.uint64(indptr[idxs[i, j]]), np.uint64(indptr[idxs[i, j]+1])):
+                if idxs[i, j] < 0:
+                    continue
+                for a in range(np.uint64(indptr[idxs[i, j]]), np.uint64(indptr[idxs[i, j] + 1])):
                     c = place[np.uint64(indices[a])]
-                    col[e], val[e] = np.uint32(c), data[a]           # written anyway, kept only if inside
+                    col[e], val[e] = np.uint32(c), data[a]  # written anyway, kept only if inside
                     e += np.uint64(c >= 0)
             ptr[t] = e
-            if not _solve(ptr, col, val, t, start, x, r, p, ap, tol, n_iter): missed[thread] += 1
+            if not _solve(ptr, col, val, t, start, x, r, p, ap, tol, n_iter):
+                missed[thread] += 1
             for j in range(t):
                 out[i, j] = x[j] if idxs[i, j] >= 0 else 0.0
-                if idxs[i, j] >= 0: place[idxs[i, j]] = -1
+                if idxs[i, j] >= 0:
+                    place[idxs[i, j]] = -1
     return missed.sum()
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #67ea518f
 def diffuse(
-    L:sp.csr_matrix,       # Laplacian [n, n]
-    idxs:np.ndarray,       # the nearest images that each row is restricted to [m, truncation], −1 for none
-    own:np.ndarray=None,   # the image each row starts from; 0 … m−1 by default
-    tol:float=1e-6,        # relative residual
-    n_iter:int=20,         # conjugate gradient steps at most
-    device:str="cpu",      # cpu: compiled loop; cuda: dense batches
-)->tuple: # offline values [m, truncation] beside `idxs`, and how many rows ended before the tolerance
+    L: sp.csr_matrix,  # Laplacian [n, n]
+    idxs: np.ndarray,  # the nearest images that each row is restricted to [m, truncation], −1 for none
+    own: np.ndarray = None,  # the image each row starts from; 0 … m−1 by default
+    tol: float = 1e-6,  # relative residual
+    n_iter: int = 20,  # conjugate gradient steps at most
+    device: str = "cpu",  # cpu: compiled loop; cuda: dense batches
+) -> tuple:  # offline values [m, truncation] beside `idxs`, and how many rows ended before the tolerance
     "Offline diffusion on truncated neighbourhoods."
     idxs = np.array(idxs, np.int64, order="C")
     own = np.arange(len(idxs)) if own is None else np.asarray(own, np.int64)
-    if idxs.size and idxs.max() >= L.shape[0]: raise ValueError(f"neighbour {idxs.max()} is outside the graph of {L.shape[0]} images")
-    if (~(idxs == own[:, None]).any(1)).any(): raise ValueError(f"{int((~(idxs == own[:, None]).any(1)).sum())} images are missing from their own neighbourhoods; put each first in its row")
-    off = (L - sp.identity(L.shape[0])).tocsr(); off.eliminate_zeros(); off.sort_indices()
-    if str(device) != "cpu": return _diffuse_dense(off, idxs, own, tol, n_iter, device)
+    if idxs.size and idxs.max() >= L.shape[0]:
+        raise ValueError(f"neighbour {idxs.max()} is outside the graph of {L.shape[0]} images")
+    if (~(idxs == own[:, None]).any(1)).any():
+        raise ValueError(
+            f"{int((~(idxs == own[:, None]).any(1)).sum())} images are missing from their own neighbourhoods; put each first in its row"
+        )
+    off = (L - sp.identity(L.shape[0])).tocsr()
+    off.eliminate_zeros()
+    off.sort_indices()
+    if str(device) != "cpu":
+        return _diffuse_dense(off, idxs, own, tol, n_iter, device)
     out = np.empty(idxs.shape, np.float32)
-    missed = _diffuse(off.indptr, off.indices.astype(np.uint32), off.data, idxs, own, get_num_threads(), tol, n_iter, out)
+    missed = _diffuse(
+        off.indptr, off.indices.astype(np.uint32), off.data, idxs, own, get_num_threads(), tol, n_iter, out
+    )
     return out, int(missed)
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #9d21006a
 def _diffuse_dense(off, idxs, own, tol, n_iter, device, batch=256):
     "The same in PyTorch: dense [batch, t, t] systems."
     import torch
+
     table = sp.csr_matrix(off)
     wide = np.diff(table.indptr).max(initial=0)
     n, t = off.shape[0], idxs.shape[1]
@@ -140,27 +174,37 @@ def _diffuse_dense(off, idxs, own, tol, n_iter, device, batch=256):
     cols, vals = (torch.from_numpy(x).to(device) for x in (cols, vals))
     out, missed = np.empty(idxs.shape, np.float32), 0
     for a in range(0, len(idxs), batch):
-        ids = torch.from_numpy(idxs[a:a+batch]).to(device); b = len(ids)
+        ids = torch.from_numpy(idxs[a : a + batch]).to(device)
+        b = len(ids)
         sorted_ids, order = ids.sort(1)
-        near = torch.where(ids[:, :, None] >= 0, cols[ids.clamp(min=0)], -1)                   # [b, t, wide]
-        at = torch.searchsorted(sorted_ids, near.view(b, -1)).clamp(max=t-1)
+        near = torch.where(ids[:, :, None] >= 0, cols[ids.clamp(min=0)], -1)  # [b, t, wide]
+        at = torch.searchsorted(sorted_ids, near.view(b, -1)).clamp(max=t - 1)
         hit = (sorted_ids.gather(1, at) == near.view(b, -1)) & (near.view(b, -1) >= 0)
         M = torch.eye(t, dtype=torch.float64, device=device).repeat(b, 1, 1).view(b, -1)
-        where = (torch.arange(t, device=device).repeat_interleave(wide)[None]*t + order.gather(1, at))
+        where = torch.arange(t, device=device).repeat_interleave(wide)[None] * t + order.gather(1, at)
         M.scatter_add_(1, where, torch.where(hit, vals[ids.clamp(min=0)].view(b, -1), 0.0))
         M = M.view(b, t, t)
-        r = (ids == torch.from_numpy(own[a:a+batch]).to(device)[:, None]).double()
-        r = r*(r.cumsum(1) == 1)
-        x, p, rho, live = torch.zeros_like(r), r.clone(), torch.ones(b, 1, dtype=torch.float64, device=device), torch.ones(b, 1, dtype=torch.bool, device=device)
+        r = (ids == torch.from_numpy(own[a : a + batch]).to(device)[:, None]).double()
+        r = r * (r.cumsum(1) == 1)
+        x, p, rho, live = (
+            torch.zeros_like(r),
+            r.clone(),
+            torch.ones(b, 1, dtype=torch.float64, device=device),
+            torch.ones(b, 1, dtype=torch.bool, device=device),
+        )
         for _ in range(n_iter):
             ap = torch.bmm(M, p[:, :, None])[:, :, 0]
-            step = torch.where(live, rho/(p*ap).sum(1, keepdim=True), 0.0)
-            x, r = x + step*p, r - step*ap
-            new = (r*r).sum(1, keepdim=True)
+            step = torch.where(live, rho / (p * ap).sum(1, keepdim=True), 0.0)
+            x, r = x + step * p, r - step * ap
+            new = (r * r).sum(1, keepdim=True)
             live = live & (new.sqrt() > tol)
-            if not live.any(): break
-            p, rho = torch.where(live, r + new/rho*p, p), torch.where(live, new, rho)
-        out[a:a+batch], missed = torch.where(ids >= 0, x, 0.0).float().cpu().numpy(), missed + int(live.sum())
+            if not live.any():
+                break
+            p, rho = torch.where(live, r + new / rho * p, p), torch.where(live, new, rho)
+        out[a : a + batch], missed = (
+            torch.where(ids >= 0, x, 0.0).float().cpu().numpy(),
+            missed + int(live.sum()),
+        )
     return out, missed
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #4bd23fc7
@@ -170,49 +214,76 @@ def _sparse_scores(q_idx, q_val, indptr, rows, vals, n_gallery, k, n_threads, si
     n = len(q_idx)
     for thread in prange(n_threads):
         score, touched = np.zeros(n_gallery, np.float32), np.empty(n_gallery, np.int64)
-        for i in range(thread*n//n_threads, (thread+1)*n//n_threads):
+        for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
             m = 0
             for j in range(q_idx.shape[1]):
                 c, v = q_idx[i, j], q_val[i, j]
-                if c < 0 or v == 0: continue
-                for e in range(indptr[c], indptr[c+1]):
-                    if score[rows[e]] == 0: touched[m] = rows[e]; m += 1
-                    score[rows[e]] += v*vals[e]
-                    if score[rows[e]] == 0: m -= 1        # cancelled to exactly zero: as if never touched
+                if c < 0 or v == 0:
+                    continue
+                for e in range(indptr[c], indptr[c + 1]):
+                    if score[rows[e]] == 0:
+                        touched[m] = rows[e]
+                        m += 1
+                    score[rows[e]] += v * vals[e]
+                    if score[rows[e]] == 0:
+                        m -= 1  # cancelled to exactly zero: as if never touched
             found = np.sort(touched[:m])
             order = np.argsort(-score[found], kind="mergesort")[:k]
-            for j in range(len(order)): idxs[i, j], sims[i, j] = found[order[j]], score[found[order[j]]]
+            for j in range(len(order)):
+                idxs[i, j], sims[i, j] = found[order[j]], score[found[order[j]]]
             score[found] = 0
 
+
 def diffusion_rank(
-    values:np.ndarray,   # offline values of all images, queries first [n, truncation]
-    idxs:np.ndarray,     # their columns [n, truncation]
-    n_query:int,         # how many rows are queries
-    k:int,               # places to fill
-)->tuple: # scores [q, k], gallery positions [q, k]; −1 where diffusion reached fewer images
+    values: np.ndarray,  # offline values of all images, queries first [n, truncation]
+    idxs: np.ndarray,  # their columns [n, truncation]
+    n_query: int,  # how many rows are queries
+    k: int,  # places to fill
+) -> tuple:  # scores [q, k], gallery positions [q, k]; −1 where diffusion reached fewer images
     "Rank the gallery for each query by the offline diffusion of both."
     norms = np.linalg.norm(values, axis=1, keepdims=True)
-    v = (values/np.where(norms == 0, 1, norms)).astype(np.float32, copy=False)
-    n, t = len(v)-n_query, v.shape[1]
-    gallery = sp.csr_matrix((v[n_query:].reshape(-1), np.maximum(idxs[n_query:], 0).reshape(-1), np.arange(n+1)*t), shape=(n, len(v))).tocsc()
+    v = (values / np.where(norms == 0, 1, norms)).astype(np.float32, copy=False)
+    n, t = len(v) - n_query, v.shape[1]
+    gallery = sp.csr_matrix(
+        (v[n_query:].reshape(-1), np.maximum(idxs[n_query:], 0).reshape(-1), np.arange(n + 1) * t),
+        shape=(n, len(v)),
+    ).tocsc()
     sims, out = np.zeros((n_query, k), np.float32), np.full((n_query, k), -1, np.int64)
-    _sparse_scores(idxs[:n_query].astype(np.int64), v[:n_query], gallery.indptr.astype(np.int64), gallery.indices.astype(np.int64), gallery.data, n, k, get_num_threads(), sims, out)
+    _sparse_scores(
+        idxs[:n_query].astype(np.int64),
+        v[:n_query],
+        gallery.indptr.astype(np.int64),
+        gallery.indices.astype(np.int64),
+        gallery.data,
+        n,
+        k,
+        get_num_threads(),
+        sims,
+        out,
+    )
     return sims, out
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #6b776058
 def gallery_scores(
-    sims:np.ndarray,   # similarities of queries and their nearest gallery images [q, k]
-    near:np.ndarray,   # those images, −1 for none [q, k]
-    values:np.ndarray, # offline values of the gallery [n, truncation]
-    idxs:np.ndarray,   # their columns [n, truncation]
-    gamma:float=3.0,   # exponent
-)->np.ndarray: # scores [q, n]
+    sims: np.ndarray,  # similarities of queries and their nearest gallery images [q, k]
+    near: np.ndarray,  # those images, −1 for none [q, k]
+    values: np.ndarray,  # offline values of the gallery [n, truncation]
+    idxs: np.ndarray,  # their columns [n, truncation]
+    gamma: float = 3.0,  # exponent
+) -> np.ndarray:  # scores [q, n]
     "Scores of the gallery for queries that are not part of the graph."
-    if not np.isfinite(sims).all(): raise ValueError("similarities must be finite")
+    if not np.isfinite(sims).all():
+        raise ValueError("similarities must be finite")
     n, given = len(values), np.asarray(near) >= 0
-    if given.any() and np.max(near) >= n: raise ValueError(f"neighbour {np.max(near)} is outside the gallery of {n} images")
-    offline = sp.csr_matrix((values.reshape(-1), (np.repeat(np.arange(n), idxs.shape[1]), np.maximum(idxs, 0).reshape(-1))), shape=(n, n))
-    start = sp.csr_matrix((np.maximum(sims, 0)[given]**gamma, (np.nonzero(given)[0], near[given])), shape=(len(sims), n))
+    if given.any() and np.max(near) >= n:
+        raise ValueError(f"neighbour {np.max(near)} is outside the gallery of {n} images")
+    offline = sp.csr_matrix(
+        (values.reshape(-1), (np.repeat(np.arange(n), idxs.shape[1]), np.maximum(idxs, 0).reshape(-1))),
+        shape=(n, n),
+    )
+    start = sp.csr_matrix(
+        (np.maximum(sims, 0)[given] ** gamma, (np.nonzero(given)[0], near[given])), shape=(len(sims), n)
+    )
     return (start @ offline).toarray()
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #bf49308f
@@ -221,20 +292,26 @@ def _push(hv, hr, hx, m, v, r, x):
     "Add an entry to the heap: larger value first, then first reached."
     i = m
     while i > 0:
-        up = (i-1)//2
-        if hv[up] > v or (hv[up] == v and hr[up] <= r): break
-        hv[i], hr[i], hx[i] = hv[up], hr[up], hx[up]; i = up
+        up = (i - 1) // 2
+        if hv[up] > v or (hv[up] == v and hr[up] <= r):
+            break
+        hv[i], hr[i], hx[i] = hv[up], hr[up], hx[up]
+        i = up
     hv[i], hr[i], hx[i] = v, r, x
+
 
 @njit(cache=True, nogil=True)
 def _pop(hv, hr, hx, m):
     "Remove the top of a heap of m entries."
-    v, r, x, i = hv[m-1], hr[m-1], hx[m-1], 0
-    while 2*i+1 < m-1:
-        w = 2*i+1
-        if w+1 < m-1 and (hv[w+1] > hv[w] or (hv[w+1] == hv[w] and hr[w+1] < hr[w])): w += 1
-        if not (hv[w] > v or (hv[w] == v and hr[w] < r)): break
-        hv[i], hr[i], hx[i] = hv[w], hr[w], hx[w]; i = w
+    v, r, x, i = hv[m - 1], hr[m - 1], hx[m - 1], 0
+    while 2 * i + 1 < m - 1:
+        w = 2 * i + 1
+        if w + 1 < m - 1 and (hv[w + 1] > hv[w] or (hv[w + 1] == hv[w] and hr[w + 1] < hr[w])):
+            w += 1
+        if not (hv[w] > v or (hv[w] == v and hr[w] < r)):
+            break
+        hv[i], hr[i], hx[i] = hv[w], hr[w], hx[w]
+        i = w
     hv[i], hr[i], hx[i] = v, r, x
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #da17e225
@@ -243,49 +320,85 @@ def _traverse(q_sims, q_idxs, sims, idxs, t, k, n_threads, out):
     "EGT of every query into a row of `out`."
     n, n_index, length = len(q_idxs), len(idxs), out.shape[1]
     for thread in prange(n_threads):
-        best, reached = np.full(n_index, -1, np.float32), np.empty(n_index, np.int32)     # −1: not reached, −2: in the list
-        touched = np.empty(q_idxs.shape[1] + length*k + 1, np.int64)
-        hv, hr, hx = np.empty(len(touched), np.float32), np.empty(len(touched), np.int32), np.empty(len(touched), np.int64)
-        for i in range(thread*n//n_threads, (thread+1)*n//n_threads):
+        best, reached = (
+            np.full(n_index, -1, np.float32),
+            np.empty(n_index, np.int32),
+        )  # −1: not reached, −2: in the list
+        touched = np.empty(q_idxs.shape[1] + length * k + 1, np.int64)
+        hv, hr, hx = (
+            np.empty(len(touched), np.float32),
+            np.empty(len(touched), np.int32),
+            np.empty(len(touched), np.int64),
+        )
+        for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
             m, n_touched, n_out, done, first = 0, 0, 0, 0, True
             while first or (n_out < length and m > 0):
                 # exploit: everything above t, or the single best
                 if not first:
                     while m > 0 and n_out < length:
                         v, x = hv[0], hx[0]
-                        if best[x] != v: _pop(hv, hr, hx, m); m -= 1; continue            # out of date, or in the list
-                        if n_out > done and not v > t: break
+                        if best[x] != v:
+                            _pop(hv, hr, hx, m)
+                            m -= 1
+                            continue  # out of date, or in the list
+                        if n_out > done and not v > t:
+                            break
                         above = v > t
-                        _pop(hv, hr, hx, m); m -= 1
-                        best[x] = -2; out[i, n_out] = x; n_out += 1
-                        if not above: break
+                        _pop(hv, hr, hx, m)
+                        m -= 1
+                        best[x] = -2
+                        out[i, n_out] = x
+                        n_out += 1
+                        if not above:
+                            break
                 # explore: the edges of what just joined
-                for a in range(1 if first else n_out-done):
+                for a in range(1 if first else n_out - done):
                     width = min(k, q_idxs.shape[1] if first else idxs.shape[1])
                     for e in range(width):
-                        y = q_idxs[i, e] if first else idxs[out[i, done+a], e]
-                        s = max(q_sims[i, e] if first else sims[out[i, done+a], e], np.float32(0))
-                        if y < 0 or best[y] == -2 or s <= best[y]: continue
-                        if best[y] == -1: touched[n_touched] = y; reached[y] = n_touched; n_touched += 1
-                        best[y] = s; _push(hv, hr, hx, m, s, reached[y], y); m += 1
+                        y = q_idxs[i, e] if first else idxs[out[i, done + a], e]
+                        s = max(q_sims[i, e] if first else sims[out[i, done + a], e], np.float32(0))
+                        if y < 0 or best[y] == -2 or s <= best[y]:
+                            continue
+                        if best[y] == -1:
+                            touched[n_touched] = y
+                            reached[y] = n_touched
+                            n_touched += 1
+                        best[y] = s
+                        _push(hv, hr, hx, m, s, reached[y], y)
+                        m += 1
                 done, first = n_out, False
-            for a in range(n_touched): best[touched[a]] = -1
+            for a in range(n_touched):
+                best[touched[a]] = -1
+
 
 def egt(
-    q_sims:np.ndarray,   # similarities query → index [q, kq], descending
-    q_idxs:np.ndarray,   # those index images [q, kq]
-    sims:np.ndarray,     # similarities index → index [n, k'], descending
-    idxs:np.ndarray,     # those index images [n, k'], −1 for none
-    t:float=np.inf,      # threshold above which everything joins at once
-    k:int=100,           # edges explored per image, the query included
-    length:int=100,      # list length
-)->np.ndarray: # ranks [q, length], −1 where nothing more can be reached
+    q_sims: np.ndarray,  # similarities query → index [q, kq], descending
+    q_idxs: np.ndarray,  # those index images [q, kq]
+    sims: np.ndarray,  # similarities index → index [n, k'], descending
+    idxs: np.ndarray,  # those index images [n, k'], −1 for none
+    t: float = np.inf,  # threshold above which everything joins at once
+    k: int = 100,  # edges explored per image, the query included
+    length: int = 100,  # list length
+) -> np.ndarray:  # ranks [q, length], −1 where nothing more can be reached
     "Explore-exploit graph traversal from every query."
     for s, i, name in ((q_sims, q_idxs, "query"), (sims, idxs, "index")):
-        if np.shape(s) != np.shape(i): raise ValueError(f"{name} similarities {np.shape(s)} and neighbours {np.shape(i)} do not belong together")
-        if not np.isfinite(s).all(): raise ValueError(f"{name} similarities must be finite")
-        if np.size(i) and np.max(i) >= len(idxs): raise ValueError(f"{name} neighbour {np.max(i)} is outside the index of {len(idxs)} images")
+        if np.shape(s) != np.shape(i):
+            raise ValueError(
+                f"{name} similarities {np.shape(s)} and neighbours {np.shape(i)} do not belong together"
+            )
+        if not np.isfinite(s).all():
+            raise ValueError(f"{name} similarities must be finite")
+        if np.size(i) and np.max(i) >= len(idxs):
+            raise ValueError(f"{name} neighbour {np.max(i)} is outside the index of {len(idxs)} images")
     out = np.full((len(q_idxs), length), -1, np.int64)
-    _traverse(*(np.ascontiguousarray(x, kind) for x, kind in ((q_sims, np.float32), (q_idxs, np.int64), (sims, np.float32), (idxs, np.int64))),
-              np.float32(min(t, 1e30)), min(k, max(idxs.shape[1], q_idxs.shape[1])), get_num_threads(), out)
+    _traverse(
+        *(
+            np.ascontiguousarray(x, kind)
+            for x, kind in ((q_sims, np.float32), (q_idxs, np.int64), (sims, np.float32), (idxs, np.int64))
+        ),
+        np.float32(min(t, 1e30)),
+        min(k, max(idxs.shape[1], q_idxs.shape[1])),
+        get_num_threads(),
+        out,
+    )
     return out

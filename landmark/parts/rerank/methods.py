@@ -18,117 +18,178 @@ from .expansion import alpha_qe, augment_index
 from .graph import affinity, diffuse, diffusion_rank, egt, laplacian
 from ..search.kept_lists import Everything, find_neighbours
 
-
 # %% ../../../nbs/parts/rerank/methods.ipynb #c7e36fab
 class RerankError(ValueError):
     "Rankings, labels or neighbours that do not belong together."
 
+
 def soft_vote(
-    sims:np.ndarray,    # similarities of the nearest training images, descending [n, k]
-    labels:np.ndarray,  # their landmark_ids [n, k]
-    voting_k:int=3,     # how many vote
-)->tuple: # landmark_id [n], confidence float32 [n]
+    sims: np.ndarray,  # similarities of the nearest training images, descending [n, k]
+    labels: np.ndarray,  # their landmark_ids [n, k]
+    voting_k: int = 3,  # how many vote
+) -> tuple:  # landmark_id [n], confidence float32 [n]
     "The landmark that the nearest training images vote for."
     sims, labels = np.asarray(sims)[:, :voting_k], np.asarray(labels)[:, :voting_k]
-    if sims.shape != labels.shape: raise RerankError(f"similarities {sims.shape} and labels {labels.shape} do not belong together")
-    if sims.shape[1] == 0: raise RerankError("there are no training neighbours to vote")
-    if not np.isfinite(sims).all(): raise RerankError("similarities must be finite")
-    votes = ((labels[:, :, None] == labels[:, None, :])*sims[:, None, :].astype(np.float64)).sum(2)      # [n, slot]
-    best = votes.argmax(1)[:, None]                                                  # the first of equal slots
-    return np.take_along_axis(labels, best, 1)[:, 0], (np.take_along_axis(votes, best, 1)[:, 0]/voting_k).astype(np.float32)
+    if sims.shape != labels.shape:
+        raise RerankError(f"similarities {sims.shape} and labels {labels.shape} do not belong together")
+    if sims.shape[1] == 0:
+        raise RerankError("there are no training neighbours to vote")
+    if not np.isfinite(sims).all():
+        raise RerankError("similarities must be finite")
+    votes = ((labels[:, :, None] == labels[:, None, :]) * sims[:, None, :].astype(np.float64)).sum(
+        2
+    )  # [n, slot]
+    best = votes.argmax(1)[:, None]  # the first of equal slots
+    return np.take_along_axis(labels, best, 1)[:, 0], (
+        np.take_along_axis(votes, best, 1)[:, 0] / voting_k
+    ).astype(np.float32)
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #bc5a43a6
 @njit(cache=True, nogil=True, parallel=True)
-def _sort_insert(ranks, groups, q_scores, index_group, starts, members, scores, thresh, insert, n_threads, out):
+def _sort_insert(
+    ranks, groups, q_scores, index_group, starts, members, scores, thresh, insert, n_threads, out
+):
     "Fill one row of `out` per query: same label, inserted, the rest."
     n, topk = len(ranks), out.shape[1]
     for thread in prange(n_threads):
         listed = np.full(len(index_group), -1, np.int32)
-        for i in range(thread*n//n_threads, (thread+1)*n//n_threads):
+        for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
             m, g = 0, groups[i]
             for j in range(ranks.shape[1]):
                 x = ranks[i, j]
-                if x < 0: continue
+                if x < 0:
+                    continue
                 listed[x] = i
-                if g >= 0 and index_group[x] == g and m < topk: out[i, m] = x; m += 1
+                if g >= 0 and index_group[x] == g and m < topk:
+                    out[i, m] = x
+                    m += 1
             if insert and g >= 0:
-                for e in range(starts[g], starts[g+1]):
+                for e in range(starts[g], starts[g + 1]):
                     x = members[e]
-                    if m == topk or not q_scores[i] + scores[x] > thresh: break
-                    if listed[x] != i: out[i, m] = x; m += 1
+                    if m == topk or not q_scores[i] + scores[x] > thresh:
+                        break
+                    if listed[x] != i:
+                        out[i, m] = x
+                        m += 1
             for j in range(ranks.shape[1]):
-                if m == topk: break
+                if m == topk:
+                    break
                 x = ranks[i, j]
-                if x >= 0 and (g < 0 or index_group[x] != g): out[i, m] = x; m += 1
+                if x >= 0 and (g < 0 or index_group[x] != g):
+                    out[i, m] = x
+                    m += 1
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #5738c0ad
 def sort_insert(
-    ranks:np.ndarray,         # positions in `index`, best first, −1 for none [q, k]
-    query_labels:np.ndarray,  # predicted landmark_id per query [q]
-    query_scores:np.ndarray,  # its confidence [q]
-    index_labels:np.ndarray,  # predicted landmark_id per index image [n]
-    index_scores:np.ndarray,  # its confidence [n]
-    thresh:float=0.6,         # confidences of query and image together must exceed it
-    topk:int=100,             # length of the result
-    insert:bool=True,         # False: the sort-step alone
-)->np.ndarray: # int32 [q, topk], −1 where there is nothing
+    ranks: np.ndarray,  # positions in `index`, best first, −1 for none [q, k]
+    query_labels: np.ndarray,  # predicted landmark_id per query [q]
+    query_scores: np.ndarray,  # its confidence [q]
+    index_labels: np.ndarray,  # predicted landmark_id per index image [n]
+    index_scores: np.ndarray,  # its confidence [n]
+    thresh: float = 0.6,  # confidences of query and image together must exceed it
+    topk: int = 100,  # length of the result
+    insert: bool = True,  # False: the sort-step alone
+) -> np.ndarray:  # int32 [q, topk], −1 where there is nothing
     "Sort-step and insert-step."
     ranks = np.ascontiguousarray(ranks, np.int64)
     n = len(index_labels)
-    for got, want, what in ((len(query_labels), len(ranks), "query labels"), (len(query_scores), len(ranks), "query confidences"), (len(index_scores), n, "index confidences")):
-        if got != want: raise RerankError(f"{got} {what}, but {want} are needed")
-    if ranks.size and ranks.max() >= n: raise RerankError(f"the ranking names image {ranks.max()}, the index has {n}")
+    for got, want, what in (
+        (len(query_labels), len(ranks), "query labels"),
+        (len(query_scores), len(ranks), "query confidences"),
+        (len(index_scores), n, "index confidences"),
+    ):
+        if got != want:
+            raise RerankError(f"{got} {what}, but {want} are needed")
+    if ranks.size and ranks.max() >= n:
+        raise RerankError(f"the ranking names image {ranks.max()}, the index has {n}")
     q_scores, scores = np.asarray(query_scores, np.float32), np.asarray(index_scores, np.float32)
-    if not (np.isfinite(q_scores).all() and np.isfinite(scores).all()): raise RerankError("confidences must be finite")
+    if not (np.isfinite(q_scores).all() and np.isfinite(scores).all()):
+        raise RerankError("confidences must be finite")
     names, index_group = np.unique(np.asarray(index_labels), return_inverse=True)
     at = np.searchsorted(names, query_labels) if n else np.zeros(len(ranks), int)
-    groups = np.where(names[np.minimum(at, len(names)-1)] == query_labels, at, -1) if n else np.full(len(ranks), -1)
-    members = np.lexsort((-scores, index_group))                                # by label, then descending confidence, then position
-    starts = np.searchsorted(index_group[members], np.arange(len(names)+1))
+    groups = (
+        np.where(names[np.minimum(at, len(names) - 1)] == query_labels, at, -1)
+        if n
+        else np.full(len(ranks), -1)
+    )
+    members = np.lexsort((-scores, index_group))  # by label, then descending confidence, then position
+    starts = np.searchsorted(index_group[members], np.arange(len(names) + 1))
     out = np.full((len(ranks), topk), -1, np.int32)
-    _sort_insert(ranks, groups, q_scores, index_group, starts, members, scores, np.float32(thresh), insert, get_num_threads(), out)
+    _sort_insert(
+        ranks,
+        groups,
+        q_scores,
+        index_group,
+        starts,
+        members,
+        scores,
+        np.float32(thresh),
+        insert,
+        get_num_threads(),
+        out,
+    )
     return out
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #39224b7a
 @dataclass
 class Problem:
     "What a re-ranking method may look at."
-    queries: np.ndarray               # array or store [q, d]
-    index: np.ndarray                 # array or store [n, d]
-    train: np.ndarray = None          # array or store [t, d], if labels may be used
-    labels: np.ndarray = None         # landmark_id of every training image [t]
-    how: dict = field(default_factory=dict)    # device, method, memory_mib of the searches
+
+    queries: np.ndarray  # array or store [q, d]
+    index: np.ndarray  # array or store [n, d]
+    train: np.ndarray = None  # array or store [t, d], if labels may be used
+    labels: np.ndarray = None  # landmark_id of every training image [t]
+    how: dict = field(default_factory=dict)  # device, method, memory_mib of the searches
     lists: dict = field(default_factory=dict)  # (from, to) → (sims, idxs), searched already
-    folder: Path = None               # where lists are kept for other runs; None: in memory only
-    share: tuple = (0, 1)             # which machine this is, and how many share the searches
-    seconds: dict = field(default_factory=dict) # (from, to) → what the search of `lists` took
-    everything = property(lambda self: Everything(self.queries, self.index))    # one set of both
+    folder: Path = None  # where lists are kept for other runs; None: in memory only
+    share: tuple = (0, 1)  # which machine this is, and how many share the searches
+    seconds: dict = field(default_factory=dict)  # (from, to) → what the search of `lists` took
+    everything = property(lambda self: Everything(self.queries, self.index))  # one set of both
+
     def __post_init__(self):
-        sizes = {name: getattr(self, name).shape[1] for name in ("queries", "index", "train") if getattr(self, name) is not None}
-        if len(set(sizes.values())) > 1: raise RerankError(f"descriptors have different numbers of dimensions: {sizes}; all sets come from one model")
+        sizes = {
+            name: getattr(self, name).shape[1]
+            for name in ("queries", "index", "train")
+            if getattr(self, name) is not None
+        }
+        if len(set(sizes.values())) > 1:
+            raise RerankError(
+                f"descriptors have different numbers of dimensions: {sizes}; all sets come from one model"
+            )
         if self.train is not None and (self.labels is None or len(self.labels) != len(self.train)):
-            raise RerankError(f"{len(self.train)} training descriptors but {0 if self.labels is None else len(self.labels)} labels")
-    def knn(self,
-        a:str, # whose neighbours: queries, index, train or everything
-        b:str, # among which
-        k:int, # how many; fewer where the set is smaller
-    )->tuple: # sims float32, idxs int32 [n, k]
+            raise RerankError(
+                f"{len(self.train)} training descriptors but {0 if self.labels is None else len(self.labels)} labels"
+            )
+
+    def knn(
+        self,
+        a: str,  # whose neighbours: queries, index, train or everything
+        b: str,  # among which
+        k: int,  # how many; fewer where the set is smaller
+    ) -> tuple:  # sims float32, idxs int32 [n, k]
         "Nearest neighbours between two of the sets."
         k = min(k, len(getattr(self, b)))
         if (a, b) not in self.lists or self.lists[a, b][1].shape[1] < k:
-            *self.lists[a, b], self.seconds[a, b] = find_neighbours(getattr(self, a), getattr(self, b), k, self.folder, self.share, **self.how)
+            *self.lists[a, b], self.seconds[a, b] = find_neighbours(
+                getattr(self, a), getattr(self, b), k, self.folder, self.share, **self.how
+            )
         return tuple(x[:, :k] for x in self.lists[a, b])
-    def prepare(self,
-        names:list, # registered methods
-        topk:int,   # length of their lists
-        **params,   # their parameters
+
+    def prepare(
+        self,
+        names: list,  # registered methods
+        topk: int,  # length of their lists
+        **params,  # their parameters
     ):
         "Search what methods will ask for, each list once and at its longest."
         for (a, b), k in needs_of(names, topk, **params).items():
-            if self.train is not None or "train" not in (a, b): self.knn(a, b, k)
-    def vote(self, a:str, voting_k:int=3)->tuple: # landmark_id, confidence
+            if self.train is not None or "train" not in (a, b):
+                self.knn(a, b, k)
+
+    def vote(self, a: str, voting_k: int = 3) -> tuple:  # landmark_id, confidence
         "Soft voting of the training images for queries or index."
-        if self.train is None or not len(self.train): raise RerankError("there are no training images with labels; only methods without labels can run")
+        if self.train is None or not len(self.train):
+            raise RerankError("there are no training images with labels; only methods without labels can run")
         sims, idxs = self.knn(a, "train", voting_k)
         return soft_vote(sims, np.asarray(self.labels)[idxs], voting_k)
 
@@ -136,52 +197,65 @@ class Problem:
 @dataclass(frozen=True)
 class Method:
     "A registered re-ranking method."
-    name: str            # as parameters name it
-    title: str           # as tables name it
-    fn: Callable         # (problem, topk, **parameters) → ranks [q, topk]
-    needs_labels: bool   # uses training labels
-    beyond: bool         # not in the paper: below the line in tables
-    needs: Callable      # (topk, **parameters) → neighbour lists it will ask for, each (from, to, k)
+
+    name: str  # as parameters name it
+    title: str  # as tables name it
+    fn: Callable  # (problem, topk, **parameters) → ranks [q, topk]
+    needs_labels: bool  # uses training labels
+    beyond: bool  # not in the paper: below the line in tables
+    needs: Callable  # (topk, **parameters) → neighbour lists it will ask for, each (from, to, k)
+
 
 METHODS = {}
 
+
 def method(
-    name:str,                # as parameters name it
-    title:str,               # as tables name it
-    needs_labels:bool=False, # uses training labels
-    beyond:bool=False,       # not in the paper
-    needs:Callable=lambda topk, **_: [], # (topk, **parameters) → neighbour lists it will ask for, each (from, to, k); others are searched when asked for
-): # decorator
+    name: str,  # as parameters name it
+    title: str,  # as tables name it
+    needs_labels: bool = False,  # uses training labels
+    beyond: bool = False,  # not in the paper
+    needs: Callable = lambda topk, **_: [],  # (topk, **parameters) → neighbour lists it will ask for, each (from, to, k); others are searched when asked for
+):  # decorator
     "Register a re-ranking method."
+
     def register(fn):
         METHODS[name] = Method(name, title, fn, needs_labels, beyond, needs)
         return fn
+
     return register
 
+
 def needs_of(
-    names:list,   # registered methods
-    topk:int=100, # length of the lists
-    **params,     # parameters of all methods; what is not given has its default
-)->dict: # (from, to) → k
+    names: list,  # registered methods
+    topk: int = 100,  # length of the lists
+    **params,  # parameters of all methods; what is not given has its default
+) -> dict:  # (from, to) → k
     "The neighbour lists that methods will ask for, each as long as the longest that is asked."
     lists = {}
     for name in names:
         takes = inspect.signature(METHODS[name].fn).parameters
-        for a, b, k in METHODS[name].needs(topk, **{n: params.get(n, p.default) for n, p in takes.items() if n not in ("problem", "topk")}):
+        for a, b, k in METHODS[name].needs(
+            topk, **{n: params.get(n, p.default) for n, p in takes.items() if n not in ("problem", "topk")}
+        ):
             lists[a, b] = max(k, lists.get((a, b), 0))
     return lists
 
+
 def rank(
-    problem:Problem,  # descriptors, labels, neighbour lists
-    name:str,         # a registered method
-    topk:int=100,     # length of the lists
-    **params,         # parameters of all methods; each takes its own
-)->np.ndarray: # int32 positions in `index` [q, topk], −1 where the index is smaller
+    problem: Problem,  # descriptors, labels, neighbour lists
+    name: str,  # a registered method
+    topk: int = 100,  # length of the lists
+    **params,  # parameters of all methods; each takes its own
+) -> np.ndarray:  # int32 positions in `index` [q, topk], −1 where the index is smaller
     "Rank the index for every query with a registered method."
-    if name not in METHODS: raise RerankError(f"there is no method {name!r}; registered are {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise RerankError(f"there is no method {name!r}; registered are {', '.join(METHODS)}")
     takes = inspect.signature(METHODS[name].fn).parameters
     ranks = METHODS[name].fn(problem, topk, **{k: v for k, v in params.items() if k in takes})
-    if ranks.shape != (len(problem.queries), topk): raise RerankError(f"method {name} returned {ranks.shape} for {len(problem.queries)} queries and topk {topk}")
+    if ranks.shape != (len(problem.queries), topk):
+        raise RerankError(
+            f"method {name} returned {ranks.shape} for {len(problem.queries)} queries and topk {topk}"
+        )
     return ranks.astype(np.int32)
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #684ccfba
@@ -192,14 +266,18 @@ def _fill_up(ranks, more, n, out):
         m = 0
         for source in (ranks[i], more[i]):
             for x in source:
-                if x >= 0 and m < out.shape[1] and seen[x] != i: seen[x] = i; out[i, m] = x; m += 1
+                if x >= 0 and m < out.shape[1] and seen[x] != i:
+                    seen[x] = i
+                    out[i, m] = x
+                    m += 1
+
 
 def fill_up(
-    ranks:np.ndarray, # positions, −1 for none [q, k]
-    more:np.ndarray,  # positions to go on with [q, k']
-    topk:int,         # length of the result
-    n:int,            # images in the index
-)->np.ndarray: # [q, topk]; nothing twice
+    ranks: np.ndarray,  # positions, −1 for none [q, k]
+    more: np.ndarray,  # positions to go on with [q, k']
+    topk: int,  # length of the result
+    n: int,  # images in the index
+) -> np.ndarray:  # [q, topk]; nothing twice
     "Complete rankings with further ones."
     out = np.full((len(ranks), topk), -1, np.int64)
     _fill_up(*(np.ascontiguousarray(x, np.int64) for x in (ranks, more)), n, out)
@@ -207,71 +285,150 @@ def fill_up(
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #c098adf6
 _listed = lambda topk, **_: [("queries", "index", topk)]
-_around = lambda topk, n_qe, **_: [("index", "index", n_qe+1)]
-_voted = lambda topk, voting_k, **_: [("queries", "index", topk), ("queries", "train", voting_k), ("index", "train", voting_k)]
+_around = lambda topk, n_qe, **_: [("index", "index", n_qe + 1)]
+_voted = lambda topk, voting_k, **_: [
+    ("queries", "index", topk),
+    ("queries", "train", voting_k),
+    ("index", "train", voting_k),
+]
+
 
 @method("baseline", "retrieval", needs=_listed)
 def baseline(problem, topk):
     "Plain search."
-    return fill_up(problem.knn("queries", "index", topk)[1], np.zeros((len(problem.queries), 0), np.int64), topk, len(problem.index))
+    return fill_up(
+        problem.knn("queries", "index", topk)[1],
+        np.zeros((len(problem.queries), 0), np.int64),
+        topk,
+        len(problem.index),
+    )
+
 
 def _searched(problem, topk, queries, index=None):
     return baseline(Problem(queries, problem.index if index is None else index, how=problem.how), topk)
 
+
 @method("dba", "DBA", needs=_around)
-def dba(problem, topk, alpha:float=3.0, n_qe:int=10):
+def dba(problem, topk, alpha: float = 3.0, n_qe: int = 10):
     "Search in the augmented index."
-    return _searched(problem, topk, problem.queries, augment_index(problem.index, alpha, n_qe, problem.knn("index", "index", n_qe+1)))
+    return _searched(
+        problem,
+        topk,
+        problem.queries,
+        augment_index(problem.index, alpha, n_qe, problem.knn("index", "index", n_qe + 1)),
+    )
+
 
 @method("aqe", "αQE", needs=lambda topk, n_qe, **_: [("queries", "index", n_qe)])
-def aqe(problem, topk, alpha:float=3.0, n_qe:int=10):
+def aqe(problem, topk, alpha: float = 3.0, n_qe: int = 10):
     "Search with expanded queries."
-    return _searched(problem, topk, alpha_qe(problem.queries, problem.index, alpha, n_qe, problem.knn("queries", "index", n_qe)))
+    return _searched(
+        problem,
+        topk,
+        alpha_qe(problem.queries, problem.index, alpha, n_qe, problem.knn("queries", "index", n_qe)),
+    )
+
 
 @method("dba+aqe", "DBA, αQE", needs=_around)
-def dba_aqe(problem, topk, alpha:float=3.0, n_qe:int=10):
+def dba_aqe(problem, topk, alpha: float = 3.0, n_qe: int = 10):
     "Augment the index, then expand the queries in it."
-    index = augment_index(problem.index, alpha, n_qe, problem.knn("index", "index", n_qe+1))
+    index = augment_index(problem.index, alpha, n_qe, problem.knn("index", "index", n_qe + 1))
     return _searched(problem, topk, alpha_qe(problem.queries, index, alpha, n_qe, **problem.how), index)
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #afd1e4b7
-@method("diffusion", "diffusion", needs=lambda topk, truncation, **_: [("everything", "everything", truncation), ("queries", "index", topk)])
-def diffusion(problem, topk, k_graph:int=50, truncation:int=1000, gamma:float=3.0, diffusion_alpha:float=0.99):
+@method(
+    "diffusion",
+    "diffusion",
+    needs=lambda topk, truncation, **_: [
+        ("everything", "everything", truncation),
+        ("queries", "index", topk),
+    ],
+)
+def diffusion(
+    problem,
+    topk,
+    k_graph: int = 50,
+    truncation: int = 1000,
+    gamma: float = 3.0,
+    diffusion_alpha: float = 0.99,
+):
     "Offline diffusion on the graph of queries and index."
     sims, idxs = problem.knn("everything", "everything", truncation)
     idxs = first_self(idxs)
-    values, _ = diffuse(laplacian(affinity(sims[:, :k_graph], idxs[:, :k_graph], gamma), diffusion_alpha), idxs)
+    values, _ = diffuse(
+        laplacian(affinity(sims[:, :k_graph], idxs[:, :k_graph], gamma), diffusion_alpha), idxs
+    )
     _, ranks = diffusion_rank(values, idxs, len(problem.queries), min(topk, len(problem.index)))
     return fill_up(ranks, problem.knn("queries", "index", topk)[1], topk, len(problem.index))
 
+
 def first_self(
-    idxs:np.ndarray, # neighbours of a set in itself [n, k]
-)->np.ndarray: # the same, every image first in its own row
+    idxs: np.ndarray,  # neighbours of a set in itself [n, k]
+) -> np.ndarray:  # the same, every image first in its own row
     "Put every image first among its neighbours, where duplicates stand before it or have pushed it out."
     own = idxs == np.arange(len(idxs), dtype=idxs.dtype)[:, None]
-    at = np.where(own.any(1), own.argmax(1), idxs.shape[1]-1)
+    at = np.where(own.any(1), own.argmax(1), idxs.shape[1] - 1)
     out = idxs.copy()
-    for i in np.flatnonzero(at): out[i] = np.r_[i, np.delete(idxs[i], at[i])]
+    for i in np.flatnonzero(at):
+        out[i] = np.r_[i, np.delete(idxs[i], at[i])]
     return out
 
-@method("egt", "EGT", needs=lambda topk, k_egt, **_: [("queries", "index", max(topk, k_egt)), ("index", "index", k_egt)])
-def graph_traversal(problem, topk, k_egt:int=100, t_egt:float=float("inf")):
+
+@method(
+    "egt",
+    "EGT",
+    needs=lambda topk, k_egt, **_: [("queries", "index", max(topk, k_egt)), ("index", "index", k_egt)],
+)
+def graph_traversal(problem, topk, k_egt: int = 100, t_egt: float = float("inf")):
     "Explore-exploit graph traversal from every query."
-    ranks = egt(*problem.knn("queries", "index", k_egt), *problem.knn("index", "index", k_egt), t_egt, k_egt, min(topk, len(problem.index)))
+    ranks = egt(
+        *problem.knn("queries", "index", k_egt),
+        *problem.knn("index", "index", k_egt),
+        t_egt,
+        k_egt,
+        min(topk, len(problem.index)),
+    )
     return fill_up(ranks, problem.knn("queries", "index", topk)[1], topk, len(problem.index))
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #460b6618
 @method("sort", "sort-step", needs_labels=True, needs=_voted)
-def sort_step(problem, topk, voting_k:int=3):
+def sort_step(problem, topk, voting_k: int = 3):
     "Images of the query's predicted landmark first."
-    return sort_insert(problem.knn("queries", "index", topk)[1], *problem.vote("queries", voting_k), *problem.vote("index", voting_k), topk=topk, insert=False)
+    return sort_insert(
+        problem.knn("queries", "index", topk)[1],
+        *problem.vote("queries", voting_k),
+        *problem.vote("index", voting_k),
+        topk=topk,
+        insert=False,
+    )
+
 
 @method("sort+insert", "sort-step, insert-step (ours)", needs_labels=True, needs=_voted)
-def sort_insert_step(problem, topk, voting_k:int=3, insert_thresh:float=0.6):
+def sort_insert_step(problem, topk, voting_k: int = 3, insert_thresh: float = 0.6):
     "Sort-step and insert-step."
-    return sort_insert(problem.knn("queries", "index", topk)[1], *problem.vote("queries", voting_k), *problem.vote("index", voting_k), insert_thresh, topk)
+    return sort_insert(
+        problem.knn("queries", "index", topk)[1],
+        *problem.vote("queries", voting_k),
+        *problem.vote("index", voting_k),
+        insert_thresh,
+        topk,
+    )
 
-@method("aqe+sort+insert", "αQE, then ours", needs_labels=True, needs=lambda topk, n_qe, voting_k, **_: [("queries", "index", n_qe), *_voted(0, voting_k)[1:]])
-def aqe_sort_insert(problem, topk, alpha:float=3.0, n_qe:int=10, voting_k:int=3, insert_thresh:float=0.6):
+
+@method(
+    "aqe+sort+insert",
+    "αQE, then ours",
+    needs_labels=True,
+    needs=lambda topk, n_qe, voting_k, **_: [("queries", "index", n_qe), *_voted(0, voting_k)[1:]],
+)
+def aqe_sort_insert(
+    problem, topk, alpha: float = 3.0, n_qe: int = 10, voting_k: int = 3, insert_thresh: float = 0.6
+):
     "αQE, then sort-step and insert-step."
-    return sort_insert(aqe(problem, topk, alpha, n_qe), *problem.vote("queries", voting_k), *problem.vote("index", voting_k), insert_thresh, topk)
+    return sort_insert(
+        aqe(problem, topk, alpha, n_qe),
+        *problem.vote("queries", voting_k),
+        *problem.vote("index", voting_k),
+        insert_thresh,
+        topk,
+    )

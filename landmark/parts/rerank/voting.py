@@ -13,89 +13,128 @@ from ..metrics import gap
 class RecognitionError(ValueError):
     "Neighbours, labels or inliers that do not belong together."
 
+
 def recognise(
-    sims:np.ndarray,          # similarities of the nearest training images, descending [q, k]
-    labels:np.ndarray,        # their landmark_ids [q, k]
-    inliers:np.ndarray=None,  # inliers of each pair, 0 where not verified [q, k]; None: descriptors only
-    vote:str="original",      # original: 2·similarity − 1; similarity: the similarity
-    enough:int=70,            # inliers that count in full
-    voting_k:int=3,           # how many vote
-)->tuple: # landmark_id [q], score float32 [q]
+    sims: np.ndarray,  # similarities of the nearest training images, descending [q, k]
+    labels: np.ndarray,  # their landmark_ids [q, k]
+    inliers: np.ndarray = None,  # inliers of each pair, 0 where not verified [q, k]; None: descriptors only
+    vote: str = "original",  # original: 2·similarity − 1; similarity: the similarity
+    enough: int = 70,  # inliers that count in full
+    voting_k: int = 3,  # how many vote
+) -> tuple:  # landmark_id [q], score float32 [q]
     "The landmark that the nearest training images name together, and how surely."
     sims, labels = np.asarray(sims, np.float64)[:, :voting_k], np.asarray(labels)[:, :voting_k]
-    if sims.shape != labels.shape or not sims.shape[1]: raise RecognitionError(f"similarities {sims.shape} and labels {labels.shape}: each query needs at least one neighbour with one label")
-    if not np.isfinite(sims).all(): raise RecognitionError("similarities must be finite")
-    if vote not in ("original", "similarity"): raise RecognitionError(f"vote is {vote!r}; allowed: original, similarity")
-    votes = 2*sims-1 if vote == "original" else sims
+    if sims.shape != labels.shape or not sims.shape[1]:
+        raise RecognitionError(
+            f"similarities {sims.shape} and labels {labels.shape}: each query needs at least one neighbour with one label"
+        )
+    if not np.isfinite(sims).all():
+        raise RecognitionError("similarities must be finite")
+    if vote not in ("original", "similarity"):
+        raise RecognitionError(f"vote is {vote!r}; allowed: original, similarity")
+    votes = 2 * sims - 1 if vote == "original" else sims
     if inliers is not None:
         inliers = np.asarray(inliers)[:, :voting_k]
-        if inliers.shape != sims.shape: raise RecognitionError(f"inliers {inliers.shape} for {sims.shape} neighbours")
-        if not (np.isfinite(inliers) & (inliers >= 0)).all(): raise RecognitionError("inliers are counts: finite, and at least 0")
-        votes = votes + np.minimum(enough, inliers)/enough
-    total = ((labels[:, :, None] == labels[:, None, :])*votes[:, None, :]).sum(2)       # the label of each slot, all its votes
+        if inliers.shape != sims.shape:
+            raise RecognitionError(f"inliers {inliers.shape} for {sims.shape} neighbours")
+        if not (np.isfinite(inliers) & (inliers >= 0)).all():
+            raise RecognitionError("inliers are counts: finite, and at least 0")
+        votes = votes + np.minimum(enough, inliers) / enough
+    total = ((labels[:, :, None] == labels[:, None, :]) * votes[:, None, :]).sum(
+        2
+    )  # the label of each slot, all its votes
     best = total.argmax(1)[:, None]
-    return np.take_along_axis(labels, best, 1)[:, 0], np.take_along_axis(total, best, 1)[:, 0].astype(np.float32)
+    return np.take_along_axis(labels, best, 1)[:, 0], np.take_along_axis(total, best, 1)[:, 0].astype(
+        np.float32
+    )
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #e2cfbdb0
 def inliers_of(
-    idxs:np.ndarray,      # nearest training images, −1 for none [q, k]
-    query:np.ndarray,     # query of each verified pair [m]
-    train:np.ndarray,     # training image of each verified pair [m]
-    n_inliers:np.ndarray, # its inliers [m]
-)->np.ndarray: # inliers, 0 where a pair was not verified [q, k]
+    idxs: np.ndarray,  # nearest training images, −1 for none [q, k]
+    query: np.ndarray,  # query of each verified pair [m]
+    train: np.ndarray,  # training image of each verified pair [m]
+    n_inliers: np.ndarray,  # its inliers [m]
+) -> np.ndarray:  # inliers, 0 where a pair was not verified [q, k]
     "Inliers of the voters from a table of verified pairs."
     idxs, query, train, n_inliers = (np.asarray(x, np.int64) for x in (idxs, query, train, n_inliers))
-    if not len(query) == len(train) == len(n_inliers): raise RecognitionError(f"{len(query)} queries, {len(train)} training images and {len(n_inliers)} counts; a verified pair has one of each")
-    if min(query.min(initial=0), train.min(initial=0)) < 0 or query.max(initial=-1) >= len(idxs): raise RecognitionError(f"a verified pair names a query or training image that is not there; there are {len(idxs)} queries")
+    if not len(query) == len(train) == len(n_inliers):
+        raise RecognitionError(
+            f"{len(query)} queries, {len(train)} training images and {len(n_inliers)} counts; a verified pair has one of each"
+        )
+    if min(query.min(initial=0), train.min(initial=0)) < 0 or query.max(initial=-1) >= len(idxs):
+        raise RecognitionError(
+            f"a verified pair names a query or training image that is not there; there are {len(idxs)} queries"
+        )
     n = max(idxs.max(initial=0), train.max(initial=0)) + 1
-    keys, order = query*n + train, np.argsort(query*n + train, kind="stable")
+    keys, order = query * n + train, np.argsort(query * n + train, kind="stable")
     keys, counts = keys[order], n_inliers[order]
     twice = (keys[1:] == keys[:-1]) & (counts[1:] != counts[:-1])
-    if twice.any(): raise RecognitionError(f"{int(twice.sum())} pairs are verified twice with different inliers (query {keys[1:][twice][0]//n}, training image {keys[1:][twice][0]%n} first)")
-    wanted = np.arange(len(idxs))[:, None]*n + idxs
-    at = np.minimum(np.searchsorted(keys, wanted), max(len(keys)-1, 0))
-    return np.where((keys[at] == wanted) & (idxs >= 0), counts[at], 0) if len(keys) else np.zeros(idxs.shape, np.int64)
+    if twice.any():
+        raise RecognitionError(
+            f"{int(twice.sum())} pairs are verified twice with different inliers (query {keys[1:][twice][0] // n}, training image {keys[1:][twice][0] % n} first)"
+        )
+    wanted = np.arange(len(idxs))[:, None] * n + idxs
+    at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+    return (
+        np.where((keys[at] == wanted) & (idxs >= 0), counts[at], 0)
+        if len(keys)
+        else np.zeros(idxs.shape, np.int64)
+    )
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #b9f1cfcf
 def distractor_rule(
-    labels:np.ndarray,  # predicted landmark_id [q]
-    scores:np.ndarray,  # score [q]
-    most:int=30,        # predictions a landmark may have
-)->tuple: # scores [q], the banned landmark_ids
+    labels: np.ndarray,  # predicted landmark_id [q]
+    scores: np.ndarray,  # score [q]
+    most: int = 30,  # predictions a landmark may have
+) -> tuple:  # scores [q], the banned landmark_ids
     "Push the predictions of landmarks named too often to the end."
     labels, scores = np.asarray(labels), np.asarray(scores, np.float32)
-    if len(labels) != len(scores): raise RecognitionError(f"{len(labels)} labels but {len(scores)} scores")
-    if not np.isfinite(scores).all(): raise RecognitionError(f"{int((~np.isfinite(scores)).sum())} scores are not finite; leave rows without a prediction out")
+    if len(labels) != len(scores):
+        raise RecognitionError(f"{len(labels)} labels but {len(scores)} scores")
+    if not np.isfinite(scores).all():
+        raise RecognitionError(
+            f"{int((~np.isfinite(scores)).sum())} scores are not finite; leave rows without a prediction out"
+        )
     names, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
     banned = counts > most
     return np.where(banned[which], -counts[which], scores).astype(np.float32), names[banned]
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #15a77e9b
 def choose_limit(
-    labels:np.ndarray,  # predicted landmark_id [q]
-    scores:np.ndarray,  # score [q]
-    truth:list,         # true landmark_ids per query
-    use:np.ndarray,     # rows the choice may look at [q]
-    limits=(2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100), # candidates
-)->tuple: # the best limit (the largest of equals), GAP of every limit
+    labels: np.ndarray,  # predicted landmark_id [q]
+    scores: np.ndarray,  # score [q]
+    truth: list,  # true landmark_ids per query
+    use: np.ndarray,  # rows the choice may look at [q]
+    limits=(2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100),  # candidates
+) -> tuple:  # the best limit (the largest of equals), GAP of every limit
     "The distractor limit that is best on the chosen rows; predictions are counted over all rows."
     use = np.flatnonzero(use)
-    gaps = [gap(np.asarray(labels)[use], distractor_rule(labels, scores, m)[0][use], [truth[i] for i in use]) for m in limits]
-    return int(limits[int(len(gaps)-1-np.argmax(np.nan_to_num(gaps)[::-1]))]), dict(zip(limits, gaps))
+    gaps = [
+        gap(np.asarray(labels)[use], distractor_rule(labels, scores, m)[0][use], [truth[i] for i in use])
+        for m in limits
+    ]
+    return int(limits[int(len(gaps) - 1 - np.argmax(np.nan_to_num(gaps)[::-1]))]), dict(zip(limits, gaps))
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #e6b87ee8
 def minus_non_landmarks(
-    sims:np.ndarray,      # similarities of the nearest training images [q, k]
-    idxs:np.ndarray,      # those training images [q, k]
-    query_non:np.ndarray, # similarities of queries and their nearest non-landmark images [q, m]
-    train_non:np.ndarray, # the same for training images [t, m]
-    weight:float=1.0,     # how much of it to subtract
-)->tuple: # adjusted similarities, descending, and the training images in that order [q, k]
+    sims: np.ndarray,  # similarities of the nearest training images [q, k]
+    idxs: np.ndarray,  # those training images [q, k]
+    query_non: np.ndarray,  # similarities of queries and their nearest non-landmark images [q, m]
+    train_non: np.ndarray,  # the same for training images [t, m]
+    weight: float = 1.0,  # how much of it to subtract
+) -> tuple:  # adjusted similarities, descending, and the training images in that order [q, k]
     "Similarity less what query and training image share with images that show no landmark."
     for x, name in ((query_non, "queries"), (train_non, "training images")):
-        if np.ndim(x) != 2 or np.shape(x)[1] == 0: raise RecognitionError(f"{name} need at least one non-landmark image to be compared with")
-        if not np.isfinite(x).all(): raise RecognitionError(f"similarities of {name} and non-landmark images must be finite")
-    if len(sims) != len(query_non) or np.max(idxs, initial=-1) >= len(train_non): raise RecognitionError(f"{len(sims)} queries and training images up to {np.max(idxs, initial=-1)}, but non-landmark similarities of {len(query_non)} and {len(train_non)}")
-    adjusted = np.asarray(sims) - weight*(np.mean(query_non, 1)[:, None] + np.mean(train_non, 1)[idxs])
+        if np.ndim(x) != 2 or np.shape(x)[1] == 0:
+            raise RecognitionError(f"{name} need at least one non-landmark image to be compared with")
+        if not np.isfinite(x).all():
+            raise RecognitionError(f"similarities of {name} and non-landmark images must be finite")
+    if len(sims) != len(query_non) or np.max(idxs, initial=-1) >= len(train_non):
+        raise RecognitionError(
+            f"{len(sims)} queries and training images up to {np.max(idxs, initial=-1)}, but non-landmark similarities of {len(query_non)} and {len(train_non)}"
+        )
+    adjusted = np.asarray(sims) - weight * (np.mean(query_non, 1)[:, None] + np.mean(train_non, 1)[idxs])
     order = np.argsort(-adjusted, 1, kind="stable")
-    return np.take_along_axis(adjusted, order, 1).astype(np.float32), np.take_along_axis(np.asarray(idxs), order, 1)
+    return np.take_along_axis(adjusted, order, 1).astype(np.float32), np.take_along_axis(
+        np.asarray(idxs), order, 1
+    )

@@ -16,77 +16,111 @@ from ..descriptors.store import Rows, Store, StoreError, fingerprint, l2n
 # %% ../../../nbs/parts/search/kept_lists.ipynb #bb0d0d80
 class Everything:
     "Queries, then the index, at unit length; rows are read when asked for."
-    def __init__(self, queries, index): self.queries, self.index, self.ndim = queries, index, 2
-    def __len__(self): return len(self.queries) + len(self.index)
+
+    def __init__(self, queries, index):
+        self.queries, self.index, self.ndim = queries, index, 2
+
+    def __len__(self):
+        return len(self.queries) + len(self.index)
+
     shape = property(lambda self: (len(self), self.queries.shape[1]))
+
     def __getitem__(self, rows):
         m = len(self.queries)
         if isinstance(rows, slice) and rows.step in (None, 1):
             a, b, _ = rows.indices(len(self))
-            return l2n(np.concatenate([self.queries[min(a, m):min(b, m)], self.index[max(a-m, 0):max(b-m, 0)]]))
+            return l2n(
+                np.concatenate(
+                    [self.queries[min(a, m) : min(b, m)], self.index[max(a - m, 0) : max(b - m, 0)]]
+                )
+            )
         rows = np.arange(len(self))[rows]
         out, asks = np.empty((len(rows), self.shape[1]), np.float32), rows < m
-        out[asks], out[~asks] = self.queries[rows[asks]], self.index[rows[~asks]-m]
+        out[asks], out[~asks] = self.queries[rows[asks]], self.index[rows[~asks] - m]
         return l2n(out)
-    def blocks(self, n:int=65536):
+
+    def blocks(self, n: int = 65536):
         "Pairs (first row, float32 [≤n, d]) that cover the set in order."
-        for a in range(0, len(self), n): yield a, self[a:a+n]
-    def array(self)->np.ndarray:
+        for a in range(0, len(self), n):
+            yield a, self[a : a + n]
+
+    def array(self) -> np.ndarray:
         "All rows in memory, float32 [n, d]."
         out = np.empty(self.shape, np.float32)
-        for a, x in self.blocks(): out[a:a+len(x)] = x
+        for a, x in self.blocks():
+            out[a : a + len(x)] = x
         return out
 
 # %% ../../../nbs/parts/search/kept_lists.ipynb #c4afef02
 def digest(
-    x, # store, rows of one, queries and index together, or array
-)->str: # 12 hex digits
+    x,  # store, rows of one, queries and index together, or array
+) -> str:  # 12 hex digits
     "A short name of a set of descriptors, by what is in it."
-    if isinstance(x, Store): return fingerprint(dict(shards=x.card["shards"]))
-    if isinstance(x, Rows): return fingerprint(dict(base=digest(x.base), rows=_sha256(x.rows)))
-    if isinstance(x, Everything): return fingerprint(dict(queries=digest(x.queries), index=digest(x.index)))
+    if isinstance(x, Store):
+        return fingerprint(dict(shards=x.card["shards"]))
+    if isinstance(x, Rows):
+        return fingerprint(dict(base=digest(x.base), rows=_sha256(x.rows)))
+    if isinstance(x, Everything):
+        return fingerprint(dict(queries=digest(x.queries), index=digest(x.index)))
     return fingerprint(dict(shape=x.shape, rows=_sha256(np.asarray(x, np.float32))))
 
-def _sha256(x): return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
+
+def _sha256(x):
+    return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
 # %% ../../../nbs/parts/search/kept_lists.ipynb #3a97acd6
-BLOCK = 65536   # queries whose neighbours lie in one file
+BLOCK = 65536  # queries whose neighbours lie in one file
+
 
 def _search_piece(queries, base, k, path, i, how):
     "Search one piece, unless it has come by now."
     with locked(path):
-        if path.exists(): return
+        if path.exists():
+            return
         start = time.perf_counter()
-        sims, idxs = search(queries[i*BLOCK:(i+1)*BLOCK], base, k, **how)
-        with atomic_path(path) as tmp, open(tmp, "wb") as f: np.savez(f, sims=sims, idxs=idxs.astype(np.int32), seconds=time.perf_counter()-start)
+        sims, idxs = search(queries[i * BLOCK : (i + 1) * BLOCK], base, k, **how)
+        with atomic_path(path) as tmp, open(tmp, "wb") as f:
+            np.savez(f, sims=sims, idxs=idxs.astype(np.int32), seconds=time.perf_counter() - start)
+
 
 def _read(paths, q, k):
     "Lists from their pieces, the first k columns."
     sims, idxs, seconds, a = np.empty((q, k), np.float32), np.empty((q, k), np.int32), 0.0, 0
     for path in paths:
         try:
-            with np.load(path) as f: s, x, b = f["sims"], f["idxs"], a+len(f["sims"]); seconds += float(f["seconds"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e: raise StoreError(f"{path} cannot be read, it was cut or overwritten ({e}); delete it, and it is searched again") from None
+            with np.load(path) as f:
+                s, x, b = f["sims"], f["idxs"], a + len(f["sims"])
+                seconds += float(f["seconds"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            raise StoreError(
+                f"{path} cannot be read, it was cut or overwritten ({e}); delete it, and it is searched again"
+            ) from None
         sims[a:b], idxs[a:b], a = s[:, :k], x[:, :k], b
     return sims, idxs, seconds
 
+
 def find_neighbours(
-    queries,            # descriptors [q, d]: array or store
-    base,               # descriptors to search [n, d]
-    k:int,              # neighbours per query
-    folder:Path=None,   # where lists are kept; None: they are not
-    share:tuple=(0, 1), # which machine this is, and how many share the work
-    **how,              # device, method, memory_mib of the search
-)->tuple: # sims float32 [q, k], idxs int32 [q, k], seconds of searching
+    queries,  # descriptors [q, d]: array or store
+    base,  # descriptors to search [n, d]
+    k: int,  # neighbours per query
+    folder: Path = None,  # where lists are kept; None: they are not
+    share: tuple = (0, 1),  # which machine this is, and how many share the work
+    **how,  # device, method, memory_mib of the search
+) -> tuple:  # sims float32 [q, k], idxs int32 [q, k], seconds of searching
     "Nearest neighbours, from disk as far as they are there; what is missing is searched and kept."
     if folder is None:
         start = time.perf_counter()
         sims, idxs = search(queries, base, k, **how)
-        return sims, idxs.astype(np.int32), time.perf_counter()-start
-    home, n = Path(folder)/f"{digest(queries)}-{digest(base)}", max(1, -(-len(queries)//BLOCK))
-    pieces = lambda k: [home/str(k)/f"{i:05d}.npz" for i in range(n)]
-    kept = [w for w in sorted(int(p.name) for p in home.glob("[0-9]*")) if w >= k and all(p.exists() for p in pieces(w))]
-    paths, own = pieces(kept[0] if kept else k), range(n)[share[0]::share[1]]
+        return sims, idxs.astype(np.int32), time.perf_counter() - start
+    home, n = Path(folder) / f"{digest(queries)}-{digest(base)}", max(1, -(-len(queries) // BLOCK))
+    pieces = lambda k: [home / str(k) / f"{i:05d}.npz" for i in range(n)]
+    kept = [
+        w
+        for w in sorted(int(p.name) for p in home.glob("[0-9]*"))
+        if w >= k and all(p.exists() for p in pieces(w))
+    ]
+    paths, own = pieces(kept[0] if kept else k), range(n)[share[0] :: share[1]]
     order = [i for i in [*own, *(i for i in reversed(range(n)) if i not in own)] if not paths[i].exists()]
-    for i in progress(order, f"search {len(queries):,} in {len(base):,}") if len(order) > 1 else order: _search_piece(queries, base, k, paths[i], i, how)
+    for i in progress(order, f"search {len(queries):,} in {len(base):,}") if len(order) > 1 else order:
+        _search_piece(queries, base, k, paths[i], i, how)
     return _read(paths, len(queries), k)

@@ -11,16 +11,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from numba import njit, prange
 from ..core import log, progress
-from .knn_torch import SearchError, Seen, TooManyQueries, best_of, blocks_of, devices_of, settle_on_device, spread_candidates
+from landmark.parts.search.knn_torch import (
+    SearchError,
+    Seen,
+    TooManyQueries,
+    best_of,
+    blocks_of,
+    devices_of,
+    settle_on_device,
+    spread_candidates,
+)
 
 # %% ../../../nbs/parts/search/knn.ipynb #7ffaaae0
 def slow_search(
-    queries:np.ndarray, # [q, d]
-    base:np.ndarray,    # [n, d]
-    k:int,              # neighbours
-)->tuple: # sims float32 [q, k], idxs int64 [q, k]
+    queries: np.ndarray,  # [q, d]
+    base: np.ndarray,  # [n, d]
+    k: int,  # neighbours
+) -> tuple:  # sims float32 [q, k], idxs int64 [q, k]
     "The definition: all inner products in float64, rounded, sorted; equal ones by lowest position."
-    sims = np.array([[sum(a*b for a, b in zip(q, x)) for x in np.asarray(base, np.float64).tolist()] for q in np.asarray(queries, np.float64).tolist()])
+    sims = np.array(
+        [
+            [sum(a * b for a, b in zip(q, x)) for x in np.asarray(base, np.float64).tolist()]
+            for q in np.asarray(queries, np.float64).tolist()
+        ]
+    )
     sims = sims.astype(np.float32).reshape(len(queries), -1)
     idxs = np.argsort(-sims, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(sims, idxs, 1), idxs
@@ -28,110 +42,155 @@ def slow_search(
 # %% ../../../nbs/parts/search/knn.ipynb #af9ec850
 @njit(cache=True, nogil=True)
 def keep_best(
-    scores, # block of similarities, float32 [q, m]
+    scores,  # block of similarities, float32 [q, m]
     start,  # position of the block's first column in the base
-    sims,   # heaps, float32 [q, k], root first: changed in place
-    idxs,   # positions of the heaps' entries, int64 [q, k]: changed in place
+    sims,  # heaps, float32 [q, k], root first: changed in place
+    idxs,  # positions of the heaps' entries, int64 [q, k]: changed in place
 ):
     "Push a block of similarities through one heap per query; among equals the lower position stays."
     k = sims.shape[1]
     for r in range(len(scores)):
         worst = sims[r, 0]
         for j in range(0, scores.shape[1], 16):
-            end, top = min(j+16, scores.shape[1]), scores[r, j]
-            for c in range(j+1, end): top = max(top, scores[r, c])
-            if not top > worst: continue
+            end, top = min(j + 16, scores.shape[1]), scores[r, j]
+            for c in range(j + 1, end):
+                top = max(top, scores[r, c])
+            if not top > worst:
+                continue
             for c in range(j, end):
-                v, p, i = scores[r, c], start+c, 0
-                if not v > worst: continue
-                while 2*i+1 < k:        # let the new entry sink below everything worse than itself
-                    w = 2*i+1
-                    if w+1 < k and (sims[r, w+1] < sims[r, w] or (sims[r, w+1] == sims[r, w] and idxs[r, w+1] > idxs[r, w])): w += 1
-                    if not (sims[r, w] < v or (sims[r, w] == v and idxs[r, w] > p)): break
+                v, p, i = scores[r, c], start + c, 0
+                if not v > worst:
+                    continue
+                while 2 * i + 1 < k:  # let the new entry sink below everything worse than itself
+                    w = 2 * i + 1
+                    if w + 1 < k and (
+                        sims[r, w + 1] < sims[r, w]
+                        or (sims[r, w + 1] == sims[r, w] and idxs[r, w + 1] > idxs[r, w])
+                    ):
+                        w += 1
+                    if not (sims[r, w] < v or (sims[r, w] == v and idxs[r, w] > p)):
+                        break
                     sims[r, i], idxs[r, i] = sims[r, w], idxs[r, w]
                     i = w
                 sims[r, i], idxs[r, i], worst = v, p, sims[r, 0]
 
 # %% ../../../nbs/parts/search/knn.ipynb #dedc57ea
 def numpy_candidates(
-    queries:np.ndarray,  # float32 [q, d]
-    base,                # array or store [n, d]
-    k:int,               # candidates per query
-    rows:int=131072,     # base rows in memory at a time
-    seen:Seen=None,      # looks at every row
-    bar=lambda it, n: it, # progress bar
-)->tuple: # sims float32 [q, k], idxs [q, k], descending
+    queries: np.ndarray,  # float32 [q, d]
+    base,  # array or store [n, d]
+    k: int,  # candidates per query
+    rows: int = 131072,  # base rows in memory at a time
+    seen: Seen = None,  # looks at every row
+    bar=lambda it, n: it,  # progress bar
+) -> tuple:  # sims float32 [q, k], idxs [q, k], descending
     "The best of each query without faiss."
     sims, idxs = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-    for a, x in bar(blocks_of(base, rows, seen), -(-len(base)//rows)):
+    for a, x in bar(blocks_of(base, rows, seen), -(-len(base) // rows)):
         for j in range(0, len(x), 4096):
             for i in range(0, len(queries), 1024):
-                keep_best(queries[i:i+1024] @ x[j:j+4096].T, a+j, sims[i:i+1024], idxs[i:i+1024])
+                keep_best(
+                    queries[i : i + 1024] @ x[j : j + 4096].T, a + j, sims[i : i + 1024], idxs[i : i + 1024]
+                )
     return best_of([sims], [idxs], k)
 
 # %% ../../../nbs/parts/search/knn.ipynb #09621e7d
-def has_faiss()->bool:
+def has_faiss() -> bool:
     "Whether faiss can be imported."
     import importlib.util
+
     return importlib.util.find_spec("faiss") is not None
 
-def faiss_gpus()->int:
+
+def faiss_gpus() -> int:
     "GPUs that faiss was built for and sees."
-    if not has_faiss(): return 0
+    if not has_faiss():
+        return 0
     import faiss
+
     return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
-FAISS_GPU_K = 2048      # neighbours that faiss can keep on a GPU
+
+FAISS_GPU_K = 2048  # neighbours that faiss can keep on a GPU
+
 
 def _faiss_on_gpus(queries, x, k, gpus):
     "One block, spread over GPUs."
     import faiss
     from concurrent.futures import ThreadPoolExecutor
-    cuts = np.linspace(0, len(x), len(gpus)+1).astype(int)
+
+    cuts = np.linspace(0, len(x), len(gpus) + 1).astype(int)
+
     def one(i):
-        part = x[cuts[i]:cuts[i+1]]
-        sims, idxs = faiss.knn_gpu(faiss.StandardGpuResources(), queries, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT, device=gpus[i])
-        return sims, idxs+cuts[i]
+        part = x[cuts[i] : cuts[i + 1]]
+        sims, idxs = faiss.knn_gpu(
+            faiss.StandardGpuResources(),
+            queries,
+            part,
+            min(k, len(part)),
+            metric=faiss.METRIC_INNER_PRODUCT,
+            device=gpus[i],
+        )
+        return sims, idxs + cuts[i]
+
     try:
-        with ThreadPoolExecutor(len(gpus)) as pool: found = list(pool.map(one, [i for i in range(len(gpus)) if cuts[i+1] > cuts[i]]))
-    except RuntimeError as e:                           # faiss has no error of its own for this
-        if "memory" not in str(e) or len(x) <= 1024: raise
-        half = len(x)//2; log(f"search: a GPU is too small for this block; going on with {half:,} rows")
+        with ThreadPoolExecutor(len(gpus)) as pool:
+            found = list(pool.map(one, [i for i in range(len(gpus)) if cuts[i + 1] > cuts[i]]))
+    except RuntimeError as e:  # faiss has no error of its own for this
+        if "memory" not in str(e) or len(x) <= 1024:
+            raise
+        half = len(x) // 2
+        log(f"search: a GPU is too small for this block; going on with {half:,} rows")
         found = [_faiss_on_gpus(queries, x[:half], k, gpus), _faiss_on_gpus(queries, x[half:], k, gpus)]
-        found[1] = found[1][0], found[1][1]+half
+        found[1] = found[1][0], found[1][1] + half
     return best_of(*zip(*found), k)
 
+
 def faiss_candidates(
-    queries:np.ndarray,  # float32 [q, d]
-    base,                # array or store [n, d]
-    k:int,               # candidates per query
-    rows:int=131072,     # base rows in memory at a time; a float32 array in memory is searched where it is
-    seen:Seen=None,      # looks at every row
-    bar=lambda it, n: it, # progress bar
-    gpus=(),             # numbers of the GPUs; none: the CPU
-)->tuple: # sims float32 [q, k], idxs [q, k], descending
+    queries: np.ndarray,  # float32 [q, d]
+    base,  # array or store [n, d]
+    k: int,  # candidates per query
+    rows: int = 131072,  # base rows in memory at a time; a float32 array in memory is searched where it is
+    seen: Seen = None,  # looks at every row
+    bar=lambda it, n: it,  # progress bar
+    gpus=(),  # numbers of the GPUs; none: the CPU
+) -> tuple:  # sims float32 [q, k], idxs [q, k], descending
     "The best of each query by faiss."
     import faiss
+
     in_place = not gpus and type(base) is np.ndarray and base.dtype == np.float32 and base.flags.c_contiguous
     rows, best = (len(base) if in_place else rows), None
-    for a, x in bar(blocks_of(base, rows, seen), -(-len(base)//rows)):
-        sims, idxs = _faiss_on_gpus(queries, x, k, gpus) if gpus else faiss.knn(queries, x, min(k, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
-        idxs += a; best = (sims, idxs) if best is None else best_of([best[0], sims], [best[1], idxs], k)
+    for a, x in bar(blocks_of(base, rows, seen), -(-len(base) // rows)):
+        sims, idxs = (
+            _faiss_on_gpus(queries, x, k, gpus)
+            if gpus
+            else faiss.knn(queries, x, min(k, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
+        )
+        idxs += a
+        best = (sims, idxs) if best is None else best_of([best[0], sims], [best[1], idxs], k)
     return best
 
 # %% ../../../nbs/parts/search/knn.ipynb #afed906f
 def error_bound(
-    queries,            # float32 [q, d], array or tensor
-    seen:Seen,          # of the base
-    half:bool=False,    # candidates come from bfloat16
-): # how far a similarity may be off before it is rounded itself, per query: float64 [q], array or tensor as the queries are
+    queries,  # float32 [q, d], array or tensor
+    seen: Seen,  # of the base
+    half: bool = False,  # candidates come from bfloat16
+):  # how far a similarity may be off before it is rounded itself, per query: float64 [q], array or tensor as the queries are
     "Bound on the error of the candidates' similarities."
     import torch
-    bounds, sums = [], (queries.shape[1]+2)*2.0**-24
-    for q in torch.as_tensor(queries).split(1024):      # never all in float64
+
+    bounds, sums = [], (queries.shape[1] + 2) * 2.0**-24
+    for q in torch.as_tensor(queries).split(1024):  # never all in float64
         lengths = torch.linalg.vector_norm(x := q.double(), dim=1)
         moved = torch.linalg.vector_norm(x - q.bfloat16(), dim=1) if half else 0
-        bounds.append(1.01*(moved*seen.longest + (lengths+moved)*(seen.moved + 4*sums*(seen.longest+seen.moved)) if half else sums*lengths*seen.longest))
+        bounds.append(
+            1.01
+            * (
+                moved * seen.longest
+                + (lengths + moved) * (seen.moved + 4 * sums * (seen.longest + seen.moved))
+                if half
+                else sums * lengths * seen.longest
+            )
+        )
     return torch.cat(bounds) if torch.is_tensor(queries) else torch.cat(bounds).numpy()
 
 # %% ../../../nbs/parts/search/knn.ipynb #99346d03
@@ -142,43 +201,59 @@ def _dots(queries, base, of, idxs):
     one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
     for r in prange(len(idxs)):
         q, x, s, t, u, v, j = queries[of[r]], base[idxs[r]], 0.0, 0.0, 0.0, 0.0, np.uint64(0)
-        while j+four <= d:
-            s += np.float64(q[j])*x[j]; t += np.float64(q[j+one])*x[j+one]; u += np.float64(q[j+two])*x[j+two]; v += np.float64(q[j+three])*x[j+three]
+        while j + four <= d:
+            s += np.float64(q[j]) * x[j]
+            t += np.float64(q[j + one]) * x[j + one]
+            u += np.float64(q[j + two]) * x[j + two]
+            v += np.float64(q[j + three]) * x[j + three]
             j += four
-        while j < d: s += np.float64(q[j])*x[j]; j += one
-        out[r] = (s+t) + (u+v)
+        while j < d:
+            s += np.float64(q[j]) * x[j]
+            j += one
+        out[r] = (s + t) + (u + v)
     return out
 
+
 def exact_dots(
-    queries:np.ndarray, # float32 [q, d]
-    base,               # array or store [n, d]
-    of:np.ndarray,      # query of each pair [m]
-    idxs:np.ndarray,    # base row of each pair [m]
-)->np.ndarray: # float64 [m]
+    queries: np.ndarray,  # float32 [q, d]
+    base,  # array or store [n, d]
+    of: np.ndarray,  # query of each pair [m]
+    idxs: np.ndarray,  # base row of each pair [m]
+) -> np.ndarray:  # float64 [m]
     "Inner products of pairs, accumulated in float64."
-    if type(base) is np.ndarray and base.dtype == np.float32 and base.flags.c_contiguous and base.flags.writeable: return _dots(queries, base, of, idxs)   # one kind, compiled once
+    if (
+        type(base) is np.ndarray
+        and base.dtype == np.float32
+        and base.flags.c_contiguous
+        and base.flags.writeable
+    ):
+        return _dots(queries, base, of, idxs)  # one kind, compiled once
     out, order = np.empty(len(idxs), np.float64), np.argsort(idxs, kind="stable")
-    step = max(1, 2**26 // (8*queries.shape[1]))            # 64 MiB of rows at a time
+    step = max(1, 2**26 // (8 * queries.shape[1]))  # 64 MiB of rows at a time
     for i in range(0, len(order), step):
-        o = order[i:i+step]
+        o = order[i : i + step]
         rows, at = np.unique(idxs[o], return_inverse=True)
         out[o] = _dots(queries, np.ascontiguousarray(base[rows], np.float32), of[o], at.reshape(-1))
     return out
 
 # %% ../../../nbs/parts/search/knn.ipynb #4095e536
 def settle(
-    queries:np.ndarray, # float32 [q, d]
-    base,               # array or store [n, d]
-    sims:np.ndarray,    # candidates' similarities, descending [q, c]
-    idxs:np.ndarray,    # candidates' positions [q, c]
-    k:int,              # how many will be returned
-    bound:np.ndarray,   # error of `sims`, per query [q]
-    half:bool=False,    # `sims` are bfloat16: settle all of them
-)->tuple: # sims float32 [q, k], idxs [q, k], rows where somebody outside could belong inside
+    queries: np.ndarray,  # float32 [q, d]
+    base,  # array or store [n, d]
+    sims: np.ndarray,  # candidates' similarities, descending [q, c]
+    idxs: np.ndarray,  # candidates' positions [q, c]
+    k: int,  # how many will be returned
+    bound: np.ndarray,  # error of `sims`, per query [q]
+    half: bool = False,  # `sims` are bfloat16: settle all of them
+) -> tuple:  # sims float32 [q, k], idxs [q, k], rows where somebody outside could belong inside
     "Bring candidates into the defined order; tell which queries need more of them."
-    near = -np.diff(sims.astype(np.float64), axis=1) <= 2*bound[:, None]
-    near[:, k-1:] = np.logical_and.accumulate(near[:, k-1:], axis=1)                # beyond the k-th only the run that holds it
-    member = np.full(sims.shape, half); member[:, :-1] |= near; member[:, 1:] |= near
+    near = -np.diff(sims.astype(np.float64), axis=1) <= 2 * bound[:, None]
+    near[:, k - 1 :] = np.logical_and.accumulate(
+        near[:, k - 1 :], axis=1
+    )  # beyond the k-th only the run that holds it
+    member = np.full(sims.shape, half)
+    member[:, :-1] |= near
+    member[:, 1:] |= near
     of, at = np.nonzero(member)
     out = sims.astype(np.float32, copy=True)
     out[of, at] = exact_dots(queries, base, of, idxs[of, at])
@@ -187,72 +262,117 @@ def settle(
     last = sims[rows, -1].astype(np.float64)
     kept, out_idxs = np.take_along_axis(out[rows], order, 1), idxs[:, :k].copy()
     out_idxs[rows] = np.take_along_axis(idxs[rows], order, 1)
-    out = out[:, :k]; out[rows] = kept
-    reach = last + bound[rows] + (1.01*2.0**-8*np.abs(last) if half else 0)
+    out = out[:, :k]
+    out[rows] = kept
+    reach = last + bound[rows] + (1.01 * 2.0**-8 * np.abs(last) if half else 0)
     return out, out_idxs, rows[(reach >= kept[:, -1]) & (sims.shape[1] < len(base))]
 
 # %% ../../../nbs/parts/search/knn.ipynb #7a10d392
 METHODS = ("auto", "faiss", "numpy", "torch", "torch32")
 
+
 @dataclass
 class _Way:
     "How one search goes about it."
-    base: object; k: int; method: str; devices: list; memory_mib: int
+
+    base: object
+    k: int
+    method: str
+    devices: list
+    memory_mib: int
     bar: object = lambda it, n: it
     seen: Seen = field(default_factory=Seen)
-    undecided: int = 0      # queries that bfloat16 left to float32
+    undecided: int = 0  # queries that bfloat16 left to float32
+
     def step(self, queries, width):
         "Queries of a pass: two or three lists of candidates each, and its copies in float32 and bfloat16."
-        as_is = type(queries) is np.ndarray and queries.dtype == np.float32 and queries.flags.c_contiguous and queries.flags.writeable
+        as_is = (
+            type(queries) is np.ndarray
+            and queries.dtype == np.float32
+            and queries.flags.c_contiguous
+            and queries.flags.writeable
+        )
         lists, copies = (24, 6) if self.method.startswith("torch") else (36, 0 if as_is else 4)
-        return max(1, int(self.memory_mib*2**20/2/(lists*width + copies*queries.shape[1])))
+        return max(1, int(self.memory_mib * 2**20 / 2 / (lists * width + copies * queries.shape[1])))
+
     def placed(self, x):
         "Queries of a pass in float32: a tensor beside a base that is one, else an array that can be written to."
         import torch
-        if torch.is_tensor(x) and torch.is_tensor(self.base): return x.to(self.base.device, torch.float32)
+
+        if torch.is_tensor(x) and torch.is_tensor(self.base):
+            return x.to(self.base.device, torch.float32)
         x = np.ascontiguousarray(x.float().cpu().numpy() if torch.is_tensor(x) else x, np.float32)
-        if not x.flags.writeable: x = x.copy()                 # a memory map
+        if not x.flags.writeable:
+            x = x.copy()  # a memory map
         return torch.from_numpy(x).to(self.base.device) if torch.is_tensor(self.base) else x
+
     def candidates(self, q, width, half):
-        rows = max(1024, int(self.memory_mib*2**20/4/(4*q.shape[1])))
-        gpus = [d.index or 0 for d in self.devices if d.type == "cuda"] if faiss_gpus() and width <= FAISS_GPU_K else []
-        if self.method == "numpy": found = numpy_candidates(q, self.base, width, rows, self.seen, self.bar)
-        elif self.method == "faiss" and (gpus or self.devices[0].type == "cpu"): found = faiss_candidates(q, self.base, width, rows, self.seen, self.bar, gpus)
-        else: found = spread_candidates(q, self.base, width, self.devices, half, rows, self.memory_mib, self.seen, self.bar)
+        rows = max(1024, int(self.memory_mib * 2**20 / 4 / (4 * q.shape[1])))
+        gpus = (
+            [d.index or 0 for d in self.devices if d.type == "cuda"]
+            if faiss_gpus() and width <= FAISS_GPU_K
+            else []
+        )
+        if self.method == "numpy":
+            found = numpy_candidates(q, self.base, width, rows, self.seen, self.bar)
+        elif self.method == "faiss" and (gpus or self.devices[0].type == "cpu"):
+            found = faiss_candidates(q, self.base, width, rows, self.seen, self.bar, gpus)
+        else:
+            found = spread_candidates(
+                q, self.base, width, self.devices, half, rows, self.memory_mib, self.seen, self.bar
+            )
         self.seen.whole = True
         return found
 
+
 def _checked(queries, base, k, method):
     "Refuse what cannot be searched."
-    if method not in METHODS: raise SearchError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    if method not in METHODS:
+        raise SearchError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     for x, name in ((queries, "queries"), (base, "base")):
-        if getattr(x, "ndim", 2) != 2: raise SearchError(f"{name} must be [n, d], not an array of shape {x.shape}")
-    if queries.shape[1] != base.shape[1]: raise SearchError(f"queries have {queries.shape[1]} dimensions, the base has {base.shape[1]}")
-    if not 1 <= k <= len(base): raise SearchError(f"k is {k}; the base has {len(base)} rows, so 1 to {len(base)} neighbours can be found")
+        if getattr(x, "ndim", 2) != 2:
+            raise SearchError(f"{name} must be [n, d], not an array of shape {x.shape}")
+    if queries.shape[1] != base.shape[1]:
+        raise SearchError(f"queries have {queries.shape[1]} dimensions, the base has {base.shape[1]}")
+    if not 1 <= k <= len(base):
+        raise SearchError(
+            f"k is {k}; the base has {len(base)} rows, so 1 to {len(base)} neighbours can be found"
+        )
 
 # %% ../../../nbs/parts/search/knn.ipynb #fbd91b68
 def search(
-    queries,               # descriptors [q, d]: array, store, or tensor
-    base,                  # descriptors to search [n, d]: array, memory map, store, or tensor on the GPU
-    k:int,                 # neighbours per query
-    device="auto",         # auto, all, cpu, cuda, cuda:N, or several: "cuda:0,cuda:1"
-    method:str="auto",     # auto, faiss, numpy, torch (bfloat16 candidates), torch32
-    memory_mib:int=1024,   # memory beside queries, base and result, on each device
-    desc:str="",           # title of a progress bar; none without
-)->tuple: # sims float32 [q, k], idxs int64 [q, k], best first
+    queries,  # descriptors [q, d]: array, store, or tensor
+    base,  # descriptors to search [n, d]: array, memory map, store, or tensor on the GPU
+    k: int,  # neighbours per query
+    device="auto",  # auto, all, cpu, cuda, cuda:N, or several: "cuda:0,cuda:1"
+    method: str = "auto",  # auto, faiss, numpy, torch (bfloat16 candidates), torch32
+    memory_mib: int = 1024,  # memory beside queries, base and result, on each device
+    desc: str = "",  # title of a progress bar; none without
+) -> tuple:  # sims float32 [q, k], idxs int64 [q, k], best first
     "Exact nearest neighbours by inner product; equal ones by lowest position."
     import torch
+
     queries, base = (x.detach() if torch.is_tensor(x) else x for x in (queries, base))
-    if not (isinstance(queries, (np.ndarray, torch.Tensor)) or hasattr(queries, "blocks")): queries = np.asarray(queries, np.float32)
-    if isinstance(base, (list, tuple)): base = np.asarray(base, np.float32)
+    if not (isinstance(queries, (np.ndarray, torch.Tensor)) or hasattr(queries, "blocks")):
+        queries = np.asarray(queries, np.float32)
+    if isinstance(base, (list, tuple)):
+        base = np.asarray(base, np.float32)
     _checked(queries, base, k, method)
-    devices = devices_of(device, base, float(len(queries))*len(base)*base.shape[1])
-    if method == "auto": method = "torch" if devices[0].type == "cuda" or len(devices) > 1 else "faiss" if has_faiss() else "numpy"
-    if torch.is_tensor(base) and method in ("faiss", "numpy"): base = base.cpu().numpy()
+    devices = devices_of(device, base, float(len(queries)) * len(base) * base.shape[1])
+    if method == "auto":
+        method = (
+            "torch" if devices[0].type == "cuda" or len(devices) > 1 else "faiss" if has_faiss() else "numpy"
+        )
+    if torch.is_tensor(base) and method in ("faiss", "numpy"):
+        base = base.cpu().numpy()
     way = _Way(base, k, method, devices, memory_mib)
-    if desc: way.bar = lambda it, n: progress(it, desc, n) if n > 1 else it
-    found = _search(queries, way, min(len(base), 2*k+32 if method == "torch" else k+16), method == "torch")
-    if way.undecided: log(f"search: bfloat16 could not decide {way.undecided:,} of {len(queries):,} queries; float32 did")
+    if desc:
+        way.bar = lambda it, n: progress(it, desc, n) if n > 1 else it
+    found = _search(
+        queries, way, min(len(base), 2 * k + 32 if method == "torch" else k + 16), method == "torch"
+    )
+    if way.undecided:
+        log(f"search: bfloat16 could not decide {way.undecided:,} of {len(queries):,} queries; float32 did")
     return found
 
 # %% ../../../nbs/parts/search/knn.ipynb #cd11079a
@@ -260,46 +380,63 @@ def _search(queries, way, width, half):
     "Passes over the queries, and again with more candidates where they were not enough."
     n, bar, step, i = len(queries), way.bar, way.step(queries, width), 0
     sims, idxs = np.empty((n, way.k), np.float32), np.empty((n, way.k), np.int64)
-    passes = iter(bar(range(-(-n//step)), -(-n//step)))
-    if step < n: way.bar = lambda it, m: it                    # one bar: over the passes
+    passes = iter(bar(range(-(-n // step)), -(-n // step)))
+    if step < n:
+        way.bar = lambda it, m: it  # one bar: over the passes
     while i < n:
-        r = slice(i, min(i+step, n))
+        r = slice(i, min(i + step, n))
         again = _pass(queries[r], i, way, width, half, sims[r], idxs[r])
-        if again is None: step = (r.stop-i)//2; log(f"search: the device is too small for that many queries; going on with {step:,} at a time"); continue
+        if again is None:
+            step = (r.stop - i) // 2
+            log(f"search: the device is too small for that many queries; going on with {step:,} at a time")
+            continue
         if len(again):
-            way.undecided += half*len(again)
-            sims[again], idxs[again] = _search(queries[again], way, min(len(way.base), way.k+16 if half else 4*width), False)
-        i = r.stop; next(passes, None)
-    next(passes, None); way.bar = bar
+            way.undecided += half * len(again)
+            sims[again], idxs[again] = _search(
+                queries[again], way, min(len(way.base), way.k + 16 if half else 4 * width), False
+            )
+        i = r.stop
+        next(passes, None)
+    next(passes, None)
+    way.bar = bar
     return sims, idxs
+
 
 def _pass(queries, first, way, width, half, sims, idxs):
     "Candidates and settling of some queries, into `sims` and `idxs`; which queries need more, or None where a device cannot hold so many."
     import torch
+
     try:
         q, again = way.placed(queries), [np.zeros(0, int)]
         for a in range(0, len(q), 4096):
-            if not (fine := torch.as_tensor(q[a:a+4096]).isfinite().all(1)).all(): raise SearchError(f"query {first+a+int(fine.int().argmin())} is not finite")
+            if not (fine := torch.as_tensor(q[a : a + 4096]).isfinite().all(1)).all():
+                raise SearchError(f"query {first + a + int(fine.int().argmin())} is not finite")
         found = way.candidates(q, width, half)
         if torch.is_tensor(q):
-            *found, more = settle_on_device(q, way.base, *found, way.k, error_bound(q, way.seen, half), half, way.memory_mib/2)
-            for into, x in zip((sims, idxs), found): torch.from_numpy(into).copy_(x)
+            *found, more = settle_on_device(
+                q, way.base, *found, way.k, error_bound(q, way.seen, half), half, way.memory_mib / 2
+            )
+            for into, x in zip((sims, idxs), found):
+                torch.from_numpy(into).copy_(x)
             return first + more.cpu().numpy()
-        step = max(1, int(way.memory_mib*2**20/2/(72*width)))  # bytes of a candidate that is settled
+        step = max(1, int(way.memory_mib * 2**20 / 2 / (72 * width)))  # bytes of a candidate that is settled
         for a in range(0, len(q), step):
-            r = slice(a, a+step)
-            sims[r], idxs[r], more = settle(q[r], way.base, found[0][r], found[1][r], way.k, error_bound(q[r], way.seen, half), half)
-            again.append(first+a+more)
+            r = slice(a, a + step)
+            sims[r], idxs[r], more = settle(
+                q[r], way.base, found[0][r], found[1][r], way.k, error_bound(q[r], way.seen, half), half
+            )
+            again.append(first + a + more)
         return np.concatenate(again)
     except (TooManyQueries, torch.cuda.OutOfMemoryError):
-        if len(queries) == 1: raise
+        if len(queries) == 1:
+            raise
 
 # %% ../../../nbs/parts/search/knn.ipynb #427ff002
 def without_self(
-    sims:np.ndarray,      # similarities [n, k+1]
-    idxs:np.ndarray,      # neighbours [n, k+1]
-    own:np.ndarray=None,  # position of each row in the base; 0 … n−1 by default
-)->tuple: # the same with k columns
+    sims: np.ndarray,  # similarities [n, k+1]
+    idxs: np.ndarray,  # neighbours [n, k+1]
+    own: np.ndarray = None,  # position of each row in the base; 0 … n−1 by default
+) -> tuple:  # the same with k columns
     "Take every image out of its own list of neighbours."
     own = np.arange(len(idxs)) if own is None else np.asarray(own)
     mine = idxs == own[:, None]

@@ -12,53 +12,68 @@ from .knn_torch import SearchError, Seen, blocks_of
 
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #57fae43c
 def build_approximate(
-    base,                         # array or store [n, d]
-    factory:str="IVF4096,PQ64",   # faiss index description; "HNSW32" is a graph
-    n_train:int=200_000,          # base rows to learn lists and codes from
-): # a faiss index
+    base,  # array or store [n, d]
+    factory: str = "IVF4096,PQ64",  # faiss index description; "HNSW32" is a graph
+    n_train: int = 200_000,  # base rows to learn lists and codes from
+):  # a faiss index
     "Build an approximate faiss index, block by block."
     import faiss
-    try: knn = faiss.index_factory(base.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError: raise SearchError(f"faiss does not understand {factory!r} at {base.shape[1]} dimensions; a description is, for instance, IVF4096,PQ64 (the 64 divides the dimensions) or HNSW32") from None
+
+    try:
+        knn = faiss.index_factory(base.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise SearchError(
+            f"faiss does not understand {factory!r} at {base.shape[1]} dimensions; a description is, for instance, IVF4096,PQ64 (the 64 divides the dimensions) or HNSW32"
+        ) from None
     if not knn.is_trained:
         lists = getattr(knn, "nlist", 1)
-        if len(base) < lists: raise SearchError(f"{factory} learns {lists} lists, the base has {len(base)} rows; take fewer lists")
-        step = max(1, len(base)//n_train); x = np.ascontiguousarray(base[::step], np.float32)
-        if not (fine := np.isfinite(x).all(1)).all(): raise SearchError(f"base row {step*int(np.argmin(fine))} is not finite")
+        if len(base) < lists:
+            raise SearchError(
+                f"{factory} learns {lists} lists, the base has {len(base)} rows; take fewer lists"
+            )
+        step = max(1, len(base) // n_train)
+        x = np.ascontiguousarray(base[::step], np.float32)
+        if not (fine := np.isfinite(x).all(1)).all():
+            raise SearchError(f"base row {step * int(np.argmin(fine))} is not finite")
         knn.train(x)
-    for _, x in blocks_of(base, 65536, Seen()): knn.add(x)
+    for _, x in blocks_of(base, 65536, Seen()):
+        knn.add(x)
     return knn
 
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #946ce5c8
 def search_approximately(
-    queries:np.ndarray, # [q, d]
-    knn,                # what `build_approximate` returned
-    k:int,              # neighbours per query
-    effort:int=16,      # inverted lists visited, or breadth of the graph search
-)->tuple: # sims [q, k], idxs [q, k]; −1 where fewer were found
+    queries: np.ndarray,  # [q, d]
+    knn,  # what `build_approximate` returned
+    k: int,  # neighbours per query
+    effort: int = 16,  # inverted lists visited, or breadth of the graph search
+) -> tuple:  # sims [q, k], idxs [q, k]; −1 where fewer were found
     "Approximate nearest neighbours by inner product."
     import faiss
-    if queries.shape[1] != knn.d: raise SearchError(f"queries have {queries.shape[1]} dimensions, the index has {knn.d}")
-    if not 1 <= k <= knn.ntotal: raise SearchError(f"k is {k}; the index has {knn.ntotal} rows")
-    if not (fine := np.isfinite(queries).all(1)).all(): raise SearchError(f"query {int(np.argmin(fine))} is not finite")
+
+    if queries.shape[1] != knn.d:
+        raise SearchError(f"queries have {queries.shape[1]} dimensions, the index has {knn.d}")
+    if not 1 <= k <= knn.ntotal:
+        raise SearchError(f"k is {k}; the index has {knn.ntotal} rows")
+    if not (fine := np.isfinite(queries).all(1)).all():
+        raise SearchError(f"query {int(np.argmin(fine))} is not finite")
     faiss.ParameterSpace().set_index_parameter(knn, "efSearch" if hasattr(knn, "hnsw") else "nprobe", effort)
     return knn.search(np.ascontiguousarray(queries, np.float32), k)
 
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #aa94154a
 def neighbours_found(
-    idxs:np.ndarray,  # neighbours of an approximate search [q, k]
-    exact:np.ndarray, # neighbours of the exact search [q, k]
-)->float:
+    idxs: np.ndarray,  # neighbours of an approximate search [q, k]
+    exact: np.ndarray,  # neighbours of the exact search [q, k]
+) -> float:
     "Share of the exact neighbours that an approximate search found."
-    return float(np.mean([len(np.intersect1d(a, b))/len(b) for a, b in zip(idxs, exact)]))
+    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(idxs, exact)]))
 
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #43f56c42
 def rerank_exactly(
-    queries:np.ndarray, # float32 [q, d]
-    base,               # array or store [n, d]
-    idxs:np.ndarray,    # candidates of an approximate search, −1 for none [q, c]
-    k:int,              # how many stay
-)->tuple: # sims [q, k], idxs [q, k], −1 for none
+    queries: np.ndarray,  # float32 [q, d]
+    base,  # array or store [n, d]
+    idxs: np.ndarray,  # candidates of an approximate search, −1 for none [q, c]
+    k: int,  # how many stay
+) -> tuple:  # sims [q, k], idxs [q, k], −1 for none
     "Put approximate candidates in their true order."
     of, at = np.nonzero(idxs >= 0)
     sims = np.full(idxs.shape, -np.inf, np.float32)

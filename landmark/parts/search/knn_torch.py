@@ -17,59 +17,84 @@ from ..core import ParameterError, log, pick_device
 class SearchError(ValueError):
     "Queries and base that cannot be searched."
 
+
 class TooManyQueries(SearchError):
     "A device that cannot hold so many queries at a time; it may hold fewer."
 
+
 class Seen:
     "What passes over a base have shown."
-    def __init__(self, whole:bool=False): self.longest, self.moved, self.whole = 0.0, 0.0, whole
-    def look(self,
-        first:int,     # position of the block's first row
-        x:np.ndarray,  # float32 block [n, d]
+
+    def __init__(self, whole: bool = False):
+        self.longest, self.moved, self.whole = 0.0, 0.0, whole
+
+    def look(
+        self,
+        first: int,  # position of the block's first row
+        x: np.ndarray,  # float32 block [n, d]
     ):
         "Remember the longest row of a block; refuse one that is not finite."
-        if self.whole: return
+        if self.whole:
+            return
         for a in range(0, len(x), 65536):
-            lengths = np.einsum("nd,nd->n", x[a:a+65536], x[a:a+65536])
-            if not np.isfinite(lengths).all(): raise SearchError(f"base row {first+a+int(np.argmin(np.isfinite(lengths)))} is not finite")
-            self.longest = max(self.longest, float(lengths.max(initial=0))**.5)
-    def look_tensor(self, first:int, x, rounded=None):
+            lengths = np.einsum("nd,nd->n", x[a : a + 65536], x[a : a + 65536])
+            if not np.isfinite(lengths).all():
+                raise SearchError(
+                    f"base row {first + a + int(np.argmin(np.isfinite(lengths)))} is not finite"
+                )
+            self.longest = max(self.longest, float(lengths.max(initial=0)) ** 0.5)
+
+    def look_tensor(self, first: int, x, rounded=None):
         "The same on a device; with the block as bfloat16 also how far rounding moved its rows."
         import torch
-        if self.whole: return
+
+        if self.whole:
+            return
         lengths = torch.linalg.vector_norm(x, dim=1)
-        if not lengths.isfinite().all(): raise SearchError(f"base row {first+int(lengths.isfinite().int().argmin())} is not finite")
+        if not lengths.isfinite().all():
+            raise SearchError(f"base row {first + int(lengths.isfinite().int().argmin())} is not finite")
         self.longest = max(self.longest, float(lengths.max()))
-        if rounded is None: return
-        for i in range(0, len(x), 8192): self.moved = max(self.moved, float(torch.linalg.vector_norm(x[i:i+8192] - rounded[i:i+8192].float(), dim=1).max()))
-    def join(self, others): self.longest, self.moved = (max(getattr(s, k) for s in [self, *others]) for k in ("longest", "moved"))
+        if rounded is None:
+            return
+        for i in range(0, len(x), 8192):
+            self.moved = max(
+                self.moved,
+                float(torch.linalg.vector_norm(x[i : i + 8192] - rounded[i : i + 8192].float(), dim=1).max()),
+            )
+
+    def join(self, others):
+        self.longest, self.moved = (max(getattr(s, k) for s in [self, *others]) for k in ("longest", "moved"))
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #ebd09ed6
 def blocks_of(
-    base,       # array, memory map, or anything with `len` and slices (a Store)
-    n:int,      # rows per block
+    base,  # array, memory map, or anything with `len` and slices (a Store)
+    n: int,  # rows per block
     seen=None,  # a `Seen` that looks at every block
-)->Iterator: # (first row, float32 [≤n, d])
+) -> Iterator:  # (first row, float32 [≤n, d])
     "Pass over a base in blocks; a float32 array in memory is not copied."
     for a in range(0, len(base), n):
-        x = np.ascontiguousarray(base[a:a+n], np.float32)
-        if seen is not None: seen.look(a, x)
+        x = np.ascontiguousarray(base[a : a + n], np.float32)
+        if seen is not None:
+            seen.look(a, x)
         yield a, x
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #729c754f
 def top_of_rows(
-    scores,     # similarities, tensor [q, n]
-    k:int,      # how many
-    group:int=32, # columns per group
-)->tuple: # values [q, k], columns [q, k]
+    scores,  # similarities, tensor [q, n]
+    k: int,  # how many
+    group: int = 32,  # columns per group
+) -> tuple:  # values [q, k], columns [q, k]
     "Exact `topk` of wide rows by way of the maxima of groups."
     import torch
+
     q, n = scores.shape
-    if n < 4*group*k: return scores.topk(k, dim=1)
-    full = n//group*group
-    best = scores[:, :full].view(q, -1, group).amax(2).topk(k, dim=1).indices          # k groups hold all k best
-    columns = (best[:, :, None]*group + torch.arange(group, device=scores.device)).reshape(q, -1)
-    if full < n: columns = torch.cat([columns, torch.arange(full, n, device=scores.device).expand(q, -1)], 1)
+    if n < 4 * group * k:
+        return scores.topk(k, dim=1)
+    full = n // group * group
+    best = scores[:, :full].view(q, -1, group).amax(2).topk(k, dim=1).indices  # k groups hold all k best
+    columns = (best[:, :, None] * group + torch.arange(group, device=scores.device)).reshape(q, -1)
+    if full < n:
+        columns = torch.cat([columns, torch.arange(full, n, device=scores.device).expand(q, -1)], 1)
     values, at = scores.gather(1, columns).topk(k, dim=1)
     return values, columns.gather(1, at)
 
@@ -78,16 +103,22 @@ def top_of_rows(
 def plain_products():
     "Float32 products in float32 and all sums in float32, whatever the process has set."
     import torch
+
     cuda = torch.backends.cuda.matmul
     old = torch.get_float32_matmul_precision(), cuda.allow_bf16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest"); cuda.allow_bf16_reduced_precision_reduction = False
-    try: yield
-    finally: torch.set_float32_matmul_precision(old[0]); cuda.allow_bf16_reduced_precision_reduction = old[1]
+    torch.set_float32_matmul_precision("highest")
+    cuda.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(old[0])
+        cuda.allow_bf16_reduced_precision_reduction = old[1]
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #b7a3ed22
 def _block(base, a, b, device, seen, half):
     "Rows a … b on a device, as they are multiplied."
     import torch
+
     x = base.stored(slice(a, b)) if hasattr(base, "stored") else base[a:b]
     if not torch.is_tensor(x):
         x = np.ascontiguousarray(x, x.dtype if x.dtype in (np.float16, np.float32) else np.float32)
@@ -97,15 +128,25 @@ def _block(base, a, b, device, seen, half):
     seen.look_tensor(a, x, y if half else None)
     return y
 
+
 def _join(q, x, first, best, k, memory_mib):
     "The best so far and the best of a block, as new lists; a quarter of the memory holds similarities and what chooses among them."
     import torch
-    m, k = min(k, len(x)), min(k, best[0].shape[1]+len(x))
-    joined, step = [b.new_empty(len(q), k) for b in best], max(1, int(memory_mib*2**20/4/(q.element_size()*len(x) + (400 if len(x) >= 128*m else 48)*m)))
+
+    m, k = min(k, len(x)), min(k, best[0].shape[1] + len(x))
+    joined, step = (
+        [b.new_empty(len(q), k) for b in best],
+        max(
+            1,
+            int(
+                memory_mib * 2**20 / 4 / (q.element_size() * len(x) + (400 if len(x) >= 128 * m else 48) * m)
+            ),
+        ),
+    )
     for i in range(0, len(q), step):
-        r = slice(i, i+step)
+        r = slice(i, i + step)
         sims, idxs = top_of_rows(q[r] @ x.T, m)
-        sims, idxs = torch.cat([best[0][r], sims.float()], 1), torch.cat([best[1][r], idxs+first], 1)
+        sims, idxs = torch.cat([best[0][r], sims.float()], 1), torch.cat([best[1][r], idxs + first], 1)
         joined[0][r], order = sims.topk(k, dim=1)
         joined[1][r] = idxs.gather(1, order)
     return joined
@@ -114,141 +155,206 @@ def _join(q, x, first, best, k, memory_mib):
 def _free(device):
     "Hand back what is no longer held, so that a smaller attempt finds it in one piece."
     import torch
-    if device.type == "cuda": torch.cuda.empty_cache()
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
 
 def torch_candidates(
-    queries,             # float32 [q, d], array or tensor
-    base,                # array, store or tensor [n, d]
-    k:int,               # candidates per query; fewer where the span is shorter
-    device,              # a torch.device
-    half:bool=True,      # bfloat16 instead of float32
-    rows:int=131072,     # base rows per block
-    memory_mib:int=1024, # of which a quarter holds similarities
-    seen:Seen=None,      # looks at every row
-    span:tuple=None,     # first row and the one after the last; all rows by default
-    bar=lambda it, n: it, # progress bar
-)->tuple: # sims float32 [q, k], idxs [q, k], descending: tensors on the device
+    queries,  # float32 [q, d], array or tensor
+    base,  # array, store or tensor [n, d]
+    k: int,  # candidates per query; fewer where the span is shorter
+    device,  # a torch.device
+    half: bool = True,  # bfloat16 instead of float32
+    rows: int = 131072,  # base rows per block
+    memory_mib: int = 1024,  # of which a quarter holds similarities
+    seen: Seen = None,  # looks at every row
+    span: tuple = None,  # first row and the one after the last; all rows by default
+    bar=lambda it, n: it,  # progress bar
+) -> tuple:  # sims float32 [q, k], idxs [q, k], descending: tensors on the device
     "The best of each query on one device."
     import torch
+
     seen, (a, end), q, best = seen or Seen(), span or (0, len(base)), None, None
-    rows = min(rows, end-a)
-    steps = iter(bar(range(-(-(end-a)//rows)), -(-(end-a)//rows)))
+    rows = min(rows, end - a)
+    steps = iter(bar(range(-(-(end - a) // rows)), -(-(end - a) // rows)))
     while a < end:
-        b = min(a+rows, end)
+        b = min(a + rows, end)
         try:
-            if q is None: q = torch.as_tensor(queries).to(device, torch.bfloat16 if half else torch.float32)
-            if best is None: best = [q.new_empty(len(q), 0, dtype=t) for t in (torch.float32, torch.int64)]
+            if q is None:
+                q = torch.as_tensor(queries).to(device, torch.bfloat16 if half else torch.float32)
+            if best is None:
+                best = [q.new_empty(len(q), 0, dtype=t) for t in (torch.float32, torch.int64)]
             best = _join(q, _block(base, a, b, device, seen, half), a, best, k, memory_mib)
-            a = b; next(steps, None); continue
-        except torch.cuda.OutOfMemoryError: pass        # it holds what was tried until here
+            a = b
+            next(steps, None)
+            continue
+        except torch.cuda.OutOfMemoryError:
+            pass  # it holds what was tried until here
         _free(device)
-        if q is None or rows <= 1024: raise TooManyQueries(f"{device} cannot hold {min(rows, 1024):,} base rows beside {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}")
-        rows, memory_mib = rows//2, memory_mib/2
+        if q is None or rows <= 1024:
+            raise TooManyQueries(
+                f"{device} cannot hold {min(rows, 1024):,} base rows beside {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}"
+            )
+        rows, memory_mib = rows // 2, memory_mib / 2
         log(f"search: {device} is too small for this block; going on with {rows:,} rows")
     next(steps, None)
     return tuple(best)
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #18e71bd1
 def devices_of(
-    device="auto",   # auto, all, cpu, cuda, cuda:N, or several: "cuda:0,cuda:1"
-    base=None,       # the base to search; a tensor stays where it is
-    n_products:float=0.0, # query–base products times dimensions
-)->list: # torch devices
+    device="auto",  # auto, all, cpu, cuda, cuda:N, or several: "cuda:0,cuda:1"
+    base=None,  # the base to search; a tensor stays where it is
+    n_products: float = 0.0,  # query–base products times dimensions
+) -> list:  # torch devices
     "The devices that take part in a search."
     import torch
+
     names = list(device) if isinstance(device, (list, tuple)) else str(device).split(",")
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if names == ["all"]:
-        if not n: raise ParameterError("device is 'all', but this machine shows no CUDA GPU; use auto or cpu")
+        if not n:
+            raise ParameterError("device is 'all', but this machine shows no CUDA GPU; use auto or cpu")
         names = [f"cuda:{i}" for i in range(n)]
     elif names == ["auto"]:
-        if torch.is_tensor(base) and base.device.type == "cuda": names = [str(base.device)]
-        elif n > 1 and n_products > 1e12: names = [f"cuda:{i}" for i in range(n)]
+        if torch.is_tensor(base) and base.device.type == "cuda":
+            names = [str(base.device)]
+        elif n > 1 and n_products > 1e12:
+            names = [f"cuda:{i}" for i in range(n)]
     return [pick_device(name.strip()) for name in names]
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #5a9ea736
 def spread_candidates(
-    queries,             # float32 [q, d], array or tensor
-    base,                # array, store or tensor [n, d]
-    k:int,               # candidates per query
-    devices:list,        # torch devices; the same one may come twice
-    half:bool=True,      # bfloat16 instead of float32
-    rows:int=131072,     # base rows per block
-    memory_mib:int=1024, # on each device
-    seen:Seen=None,      # looks at every row
-    bar=lambda it, n: it, # progress bar, of the first device
-)->tuple: # sims float32 [q, k], idxs [q, k], descending; they stay tensors where one device searched a tensor
+    queries,  # float32 [q, d], array or tensor
+    base,  # array, store or tensor [n, d]
+    k: int,  # candidates per query
+    devices: list,  # torch devices; the same one may come twice
+    half: bool = True,  # bfloat16 instead of float32
+    rows: int = 131072,  # base rows per block
+    memory_mib: int = 1024,  # on each device
+    seen: Seen = None,  # looks at every row
+    bar=lambda it, n: it,  # progress bar, of the first device
+) -> (
+    tuple
+):  # sims float32 [q, k], idxs [q, k], descending; they stay tensors where one device searched a tensor
     "The best of each query, the base spread over devices."
     import torch
-    seen, cuts = seen or Seen(), np.linspace(0, len(base), len(devices)+1).astype(int)
+
+    seen, cuts = seen or Seen(), np.linspace(0, len(base), len(devices) + 1).astype(int)
     spans = [(d, (a, b)) for d, a, b in zip(devices, cuts[:-1], cuts[1:]) if b > a]
     each = [Seen(seen.whole) for _ in spans]
+
     def one(i):
         device, span = spans[i]
-        return torch_candidates(queries, base, k, device, half, rows, memory_mib, each[i], span, bar if i == 0 else lambda it, n: it)
+        return torch_candidates(
+            queries,
+            base,
+            k,
+            device,
+            half,
+            rows,
+            memory_mib,
+            each[i],
+            span,
+            bar if i == 0 else lambda it, n: it,
+        )
+
     with plain_products():
-        if len(spans) == 1: found = [one(0)]
+        if len(spans) == 1:
+            found = [one(0)]
         else:
-            with ThreadPoolExecutor(len(spans)) as pool: found = list(pool.map(one, range(len(spans))))
+            with ThreadPoolExecutor(len(spans)) as pool:
+                found = list(pool.map(one, range(len(spans))))
     seen.join(each)
-    if torch.is_tensor(base) and len(found) == 1: return found[0]
+    if torch.is_tensor(base) and len(found) == 1:
+        return found[0]
     found = [[x.cpu().numpy() for x in f] for f in found]
     return found[0] if len(found) == 1 else best_of(*zip(*found), k)
 
+
 def best_of(
-    sims:list, # similarities of each list [q, c]
-    idxs:list, # positions [q, c]
-    k:int,     # how many stay
-)->tuple: # sims [q, k], idxs [q, k], descending
+    sims: list,  # similarities of each list [q, c]
+    idxs: list,  # positions [q, c]
+    k: int,  # how many stay
+) -> tuple:  # sims [q, k], idxs [q, k], descending
     "The k best of several lists, joined for some queries at a time."
     n, k = len(sims[0]), min(k, sum(x.shape[1] for x in sims))
     out = np.empty((n, k), sims[0].dtype), np.empty((n, k), np.int64)
     for i in range(0, n, 1024):
-        s, x = (np.concatenate([y[i:i+1024] for y in lists], 1) for lists in (sims, idxs))
+        s, x = (np.concatenate([y[i : i + 1024] for y in lists], 1) for lists in (sims, idxs))
         order = np.argsort(-s, axis=1, kind="stable")[:, :k]
-        out[0][i:i+1024], out[1][i:i+1024] = np.take_along_axis(s, order, 1), np.take_along_axis(x, order, 1)
+        out[0][i : i + 1024], out[1][i : i + 1024] = (
+            np.take_along_axis(s, order, 1),
+            np.take_along_axis(x, order, 1),
+        )
     return out
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #0a2884cb
 def _sums(x):
     "Sums of the last dimension of a tensor, halves added to halves; an odd last element goes to the first."
     while (d := x.shape[-1]) > 1:
-        x, last = x[..., :d//2] + x[..., d//2:d//2*2], x[..., d//2*2:]
-        if d % 2: x[..., :1] += last
+        x, last = x[..., : d // 2] + x[..., d // 2 : d // 2 * 2], x[..., d // 2 * 2 :]
+        if d % 2:
+            x[..., :1] += last
     return x[..., 0]
+
 
 def _settled(q, base, sims, idxs, k, bound, half, pairs):
     "A few queries of `settle_on_device`."
     import torch
+
     idxs, q = idxs.to(base.device).sort(dim=1).values, q.double()[:, None]
-    exact = torch.cat([_sums(base[idxs[:, c:c+pairs]].float()*q) for c in range(0, idxs.shape[1], pairs)], 1).float()
-    exact, order = (exact + 0.).sort(dim=1, descending=True, stable=True)      # −0 becomes 0, its equal
+    exact = torch.cat(
+        [_sums(base[idxs[:, c : c + pairs]].float() * q) for c in range(0, idxs.shape[1], pairs)], 1
+    ).float()
+    exact, order = (exact + 0.0).sort(dim=1, descending=True, stable=True)  # −0 becomes 0, its equal
     last = sims[:, -1].to(base.device).double()
-    reach = last + bound + (1.01*2.0**-8*last.abs() if half else 0)
-    return exact[:, :k], idxs.gather(1, order[:, :k]), (reach >= exact[:, k-1]) & (idxs.shape[1] < len(base))
+    reach = last + bound + (1.01 * 2.0**-8 * last.abs() if half else 0)
+    return (
+        exact[:, :k],
+        idxs.gather(1, order[:, :k]),
+        (reach >= exact[:, k - 1]) & (idxs.shape[1] < len(base)),
+    )
+
 
 def settle_on_device(
-    queries,             # tensor float32 [q, d], where the base is
-    base,                # tensor [n, d]
-    sims,                # candidates' similarities, descending [q, c]
-    idxs,                # candidates' positions [q, c]
-    k:int,               # how many will be returned
-    bound,               # error of `sims`, per query: tensor [q]
-    half:bool=False,     # `sims` are bfloat16
-    memory_mib:int=512,  # beside what comes and goes
-)->tuple: # tensors: sims float32 [q, k], idxs [q, k], rows where somebody outside could belong inside
+    queries,  # tensor float32 [q, d], where the base is
+    base,  # tensor [n, d]
+    sims,  # candidates' similarities, descending [q, c]
+    idxs,  # candidates' positions [q, c]
+    k: int,  # how many will be returned
+    bound,  # error of `sims`, per query: tensor [q]
+    half: bool = False,  # `sims` are bfloat16
+    memory_mib: int = 512,  # beside what comes and goes
+) -> tuple:  # tensors: sims float32 [q, k], idxs [q, k], rows where somebody outside could belong inside
     "`settle` where a base of tensors lies: the exact similarities of all candidates, in the defined order."
     import torch
+
     sims, idxs = torch.as_tensor(sims), torch.as_tensor(idxs)
-    found = [base.new_empty(len(queries), *shape, dtype=t) for shape, t in (((k,), torch.float32), ((k,), torch.int64), ((), torch.bool))]
-    pairs, i = max(1024, int(memory_mib*2**20/(16*base.shape[1]+64))), 0       # a row in float32, its products, and half of their sums
+    found = [
+        base.new_empty(len(queries), *shape, dtype=t)
+        for shape, t in (((k,), torch.float32), ((k,), torch.int64), ((), torch.bool))
+    ]
+    pairs, i = (
+        max(1024, int(memory_mib * 2**20 / (16 * base.shape[1] + 64))),
+        0,
+    )  # a row in float32, its products, and half of their sums
     while i < len(queries):
-        r = slice(i, min(len(queries), i + max(1, pairs//idxs.shape[1])))
+        r = slice(i, min(len(queries), i + max(1, pairs // idxs.shape[1])))
         try:
-            for into, x in zip(found, _settled(queries[r], base, sims[r], idxs[r], k, bound[r], half, pairs)): into[r] = x
-            i = r.stop; continue
-        except torch.cuda.OutOfMemoryError: pass        # it holds what was tried until here
+            for into, x in zip(found, _settled(queries[r], base, sims[r], idxs[r], k, bound[r], half, pairs)):
+                into[r] = x
+            i = r.stop
+            continue
+        except torch.cuda.OutOfMemoryError:
+            pass  # it holds what was tried until here
         _free(base.device)
-        if pairs <= 1024: raise TooManyQueries(f"{base.device} cannot hold 1,024 rows in float64 beside the base and {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}")
-        pairs //= 2; log(f"search: {base.device} is too small to settle that many neighbours at a time; going on with {pairs:,}")
+        if pairs <= 1024:
+            raise TooManyQueries(
+                f"{base.device} cannot hold 1,024 rows in float64 beside the base and {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}"
+            )
+        pairs //= 2
+        log(
+            f"search: {base.device} is too small to settle that many neighbours at a time; going on with {pairs:,}"
+        )
     return *found[:2], found[2].nonzero()[:, 0]

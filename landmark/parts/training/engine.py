@@ -20,295 +20,530 @@ from ..images.batching import size_table
 from ..nets.checkpoints import load_checkpoint, save_checkpoint
 from ..images.loading import make_loader
 from ..nets.losses import MetricHead, make_head
-from .recipe import Recipe, cosine_rate, plan_batches, plan_landmarks, plan_tuples, share_of
+from landmark.parts.training.recipe import (
+    Recipe,
+    cosine_rate,
+    plan_batches,
+    plan_landmarks,
+    plan_tuples,
+    share_of,
+)
 
 # %% ../../../nbs/parts/training/engine.ipynb #ec90c283
 class Training(nn.Module):
     "Model and head as one module, so that several devices synchronise both."
-    def __init__(self,
-        model:nn.Module, # images to descriptors
-        head:nn.Module,  # has .loss(x, labels)
+
+    def __init__(
+        self,
+        model: nn.Module,  # images to descriptors
+        head: nn.Module,  # has .loss(x, labels)
     ):
         super().__init__()
         self.model, self.head = model, head
-    def forward(self, images, labels): return self.head.loss(self.model(images), labels)
 
-def make_optimizer(net:nn.Module, recipe:Recipe):
+    def forward(self, images, labels):
+        return self.head.loss(self.model(images), labels)
+
+
+def make_optimizer(net: nn.Module, recipe: Recipe):
     "SGD or AdamW; vectors (biases, batch norms, powers of GeM) do not decay under AdamW."
-    params = [p for p in net.parameters() if p.requires_grad]; fused = bool(params) and params[0].is_cuda     # one kernel for all weights
-    if recipe.optimizer == 'sgd': return torch.optim.SGD(params, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
-    if recipe.optimizer != 'adamw': raise ValueError(f"`optimizer` is {recipe.optimizer!r}; allowed are sgd and adamw.")
-    return torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)], recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    params = [p for p in net.parameters() if p.requires_grad]
+    fused = bool(params) and params[0].is_cuda  # one kernel for all weights
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            params, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
+        )
+    if recipe.optimizer != "adamw":
+        raise ValueError(f"`optimizer` is {recipe.optimizer!r}; allowed are sgd and adamw.")
+    return torch.optim.AdamW(
+        [
+            dict(params=[p for p in params if p.ndim > 1]),
+            dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0),
+        ],
+        recipe.lr,
+        weight_decay=recipe.weight_decay,
+        fused=fused,
+    )
 
 # %% ../../../nbs/parts/training/engine.ipynb #ee106553
 class TrainingError(RuntimeError):
     "Training cannot go on; the message says why and what to change."
 
+
 class DivergenceError(TrainingError):
     "A loss or a weight is no number any more."
 
-def _of_memory(e): return isinstance(e, torch.OutOfMemoryError) or any(w in str(e) for w in ('allocate memory', 'ALLOC_FAILED'))
+
+def _of_memory(e):
+    return isinstance(e, torch.OutOfMemoryError) or any(
+        w in str(e) for w in ("allocate memory", "ALLOC_FAILED")
+    )
+
 
 @contextlib.contextmanager
 def explain_memory(
-    batch_size:int, # images in a batch, over all devices
-    sizes,          # size group, or a function that tells the present one
-    n_devices:int=1, # devices that share a batch
+    batch_size: int,  # images in a batch, over all devices
+    sizes,  # size group, or a function that tells the present one
+    n_devices: int = 1,  # devices that share a batch
 ):
     "Turn *out of memory* into a sentence."
     now = lambda: sizes() if callable(sizes) else sizes
-    try: yield
+    try:
+        yield
     except RuntimeError as e:
-        if not _of_memory(e): raise
-        each = f' ({batch_size//n_devices} on each of {n_devices} devices)' if n_devices > 1 else ''
-        raise TrainingError(f"Out of memory with {batch_size} images a batch{each} at size {now()}. Lower `batch_size` (and raise `accumulate` by as much), take smaller `sizes`, or set `precision` to bf16.") from None
+        if not _of_memory(e):
+            raise
+        each = f" ({batch_size // n_devices} on each of {n_devices} devices)" if n_devices > 1 else ""
+        raise TrainingError(
+            f"Out of memory with {batch_size} images a batch{each} at size {now()}. Lower `batch_size` (and raise `accumulate` by as much), take smaller `sizes`, or set `precision` to bf16."
+        ) from None
 
-def check_losses(recent:list, names:list):
+
+def check_losses(recent: list, names: list):
     "Stop when a loss is not a number; `recent` holds (epoch, batch, loss, positions)."
     values = torch.stack([l for _, _, l, _ in recent]).float().cpu()
     for (epoch, k, _, at), v in zip(recent, values):
-        if not v.isfinite(): raise DivergenceError(f"The loss of batch {k} in epoch {epoch} is {v.item()}: training stops. Its images: {', '.join(str(names[int(i)]) for i in at)} (the batch before may be the cause, if its gradient was too large for a number). Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16.")
+        if not v.isfinite():
+            raise DivergenceError(
+                f"The loss of batch {k} in epoch {epoch} is {v.item()}: training stops. Its images: {', '.join(str(names[int(i)]) for i in at)} (the batch before may be the cause, if its gradient was too large for a number). Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16."
+            )
     return values
 
 # %% ../../../nbs/parts/training/engine.ipynb #fb4704a3
-def _accelerator(recipe:Recipe, device):
+def _accelerator(recipe: Recipe, device):
     "An Accelerator of the wanted device and precision, also if an earlier training of this process had others."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    device, alone = torch.device(device), int(os.environ.get('WORLD_SIZE', 1)) == 1
-    AcceleratorState._reset_state(reset_partial_state=alone)               # of several processes each keeps the device it joined with
-    if recipe.precision == 'fp16' and device.type == 'cpu': raise ValueError("`precision` is fp16, which needs a GPU; on the CPU take fp32 or bf16.")
-    if device.type == 'cuda' and device.index is not None and alone: torch.cuda.set_device(device)
-    acc = Accelerator(mixed_precision={'fp32': 'no'}.get(recipe.precision, recipe.precision), cpu=device.type == 'cpu')
-    if acc.device.type != device.type or alone and None not in (device.index, acc.device.index) and acc.device.index != device.index:
-        raise TrainingError(f"`device` is {device}, but Accelerate works on {acc.device}: its settings (`ACCELERATE_USE_CPU`, `ACCELERATE_TORCH_DEVICE`) or the launcher say so. Change them, or `device`.")
+
+    device, alone = torch.device(device), int(os.environ.get("WORLD_SIZE", 1)) == 1
+    AcceleratorState._reset_state(
+        reset_partial_state=alone
+    )  # of several processes each keeps the device it joined with
+    if recipe.precision == "fp16" and device.type == "cpu":
+        raise ValueError("`precision` is fp16, which needs a GPU; on the CPU take fp32 or bf16.")
+    if device.type == "cuda" and device.index is not None and alone:
+        torch.cuda.set_device(device)
+    acc = Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision), cpu=device.type == "cpu"
+    )
+    if (
+        acc.device.type != device.type
+        or alone
+        and None not in (device.index, acc.device.index)
+        and acc.device.index != device.index
+    ):
+        raise TrainingError(
+            f"`device` is {device}, but Accelerate works on {acc.device}: its settings (`ACCELERATE_USE_CPU`, `ACCELERATE_TORCH_DEVICE`) or the launcher say so. Change them, or `device`."
+        )
     return acc
 
 # %% ../../../nbs/parts/training/engine.ipynb #06f830df
 class Trainer:
     "Trains one model; `run` continues from the checkpoint if there is one."
-    def __init__(self,
-        net:Training,             # model and head
-        photos,                   # Photos
-        labels:torch.Tensor,      # class of each photo [n]
-        recipe:Recipe,            # how to train
-        state_dir:Path,           # where checkpoints and logs go
-        device='cpu',             # cpu, cuda, cuda:N
-        on_epoch=None,            # called with (model, epoch), gives metrics for the table
-        on_log=None,              # called with the table so far (live curves, TensorBoard)
-        desc:str='training',      # title of the progress bar
+
+    def __init__(
+        self,
+        net: Training,  # model and head
+        photos,  # Photos
+        labels: torch.Tensor,  # class of each photo [n]
+        recipe: Recipe,  # how to train
+        state_dir: Path,  # where checkpoints and logs go
+        device="cpu",  # cpu, cuda, cuda:N
+        on_epoch=None,  # called with (model, epoch), gives metrics for the table
+        on_log=None,  # called with the table so far (live curves, TensorBoard)
+        desc: str = "training",  # title of the progress bar
     ):
-        self.net, self.photos, self.labels, self.recipe, self.state_dir = net, photos, torch.as_tensor(labels), recipe, Path(state_dir)
+        self.net, self.photos, self.labels, self.recipe, self.state_dir = (
+            net,
+            photos,
+            torch.as_tensor(labels),
+            recipe,
+            Path(state_dir),
+        )
         self.device, self.on_epoch, self.on_log, self.desc = device, on_epoch, on_log, desc
-        self.tuples = isinstance(net.head, MetricHead) and net.head.kind in ('contrastive', 'tuple_triplet')
-        self.together = isinstance(net.head, MetricHead) and not self.tuples        # positives are found inside a batch
-        self.size, self.sizes = 2+recipe.n_negatives if self.tuples else 1, photos.sizes
-        self.rows, self.bad, self.recent, self.step, self.epoch, self.at, self.plan, self.best, self.rate = [], [], [], 0, 0, 0, None, -math.inf, math.nan
+        self.tuples = isinstance(net.head, MetricHead) and net.head.kind in ("contrastive", "tuple_triplet")
+        self.together = (
+            isinstance(net.head, MetricHead) and not self.tuples
+        )  # positives are found inside a batch
+        self.size, self.sizes = 2 + recipe.n_negatives if self.tuples else 1, photos.sizes
+        self.rows, self.bad, self.recent, self.step, self.epoch, self.at, self.plan, self.best, self.rate = (
+            [],
+            [],
+            [],
+            0,
+            0,
+            0,
+            None,
+            -math.inf,
+            math.nan,
+        )
 
     @property
-    def n_epochs(self): return self.recipe.epochs + (self.recipe.scale_up_epochs if self.recipe.scale_up else 0)
+    def n_epochs(self):
+        return self.recipe.epochs + (self.recipe.scale_up_epochs if self.recipe.scale_up else 0)
 
     def sizes_of(self, epoch):
         "Size group of an epoch."
-        if epoch >= self.recipe.epochs: return self.recipe.scale_up
+        if epoch >= self.recipe.epochs:
+            return self.recipe.scale_up
         rising = self.recipe.rising
-        return rising[epoch*len(rising)//self.recipe.epochs] if rising else self.sizes
+        return rising[epoch * len(rising) // self.recipe.epochs] if rising else self.sizes
 
     def enter_epoch(self):
         "Image size and batch norm of this epoch."
         self.photos.use_sizes(self.sizes_of(self.epoch))
         self.frozen = self.epoch >= self.recipe.epochs or self.recipe.frozen_bn
         train_mode(self.net, self.frozen)
-        if self.frozen: freeze_batch_norm(self.net.model)
+        if self.frozen:
+            freeze_batch_norm(self.net.model)
 
     def n_batches(self):
         "Steps of the whole run; for tuples, as many photos as the other losses pass."
-        if self.tuples: return self.n_epochs*math.ceil(len(self.photos)/self.size/max(1, self.recipe.batch_size//self.size))
-        if self.together: return sum(len(self.plan_together(e)) for e in range(self.n_epochs))
+        if self.tuples:
+            return self.n_epochs * math.ceil(
+                len(self.photos) / self.size / max(1, self.recipe.batch_size // self.size)
+            )
+        if self.together:
+            return sum(len(self.plan_together(e)) for e in range(self.n_epochs))
         epochs, steps = [self.sizes_of(e) for e in range(self.n_epochs)], {}
-        for sizes in set(epochs): self.photos.use_sizes(sizes); steps[sizes] = len(plan_batches(self.photos, self.recipe, 0))
-        if not min(steps.values()): raise ValueError(f"No batch of {self.recipe.batch_size} photos can be filled from {len(self.photos)}: lower `batch_size` or set `drop_uneven: false`.")
+        for sizes in set(epochs):
+            self.photos.use_sizes(sizes)
+            steps[sizes] = len(plan_batches(self.photos, self.recipe, 0))
+        if not min(steps.values()):
+            raise ValueError(
+                f"No batch of {self.recipe.batch_size} photos can be filled from {len(self.photos)}: lower `batch_size` or set `drop_uneven: false`."
+            )
         return sum(steps[s] for s in epochs)
 
-    def plan_together(self, epoch): self.photos.use_sizes(self.sizes_of(epoch)); return plan_landmarks(self.photos, self.labels, self.recipe, epoch)
+    def plan_together(self, epoch):
+        self.photos.use_sizes(self.sizes_of(epoch))
+        return plan_landmarks(self.photos, self.labels, self.recipe, epoch)
 
 # %% ../../../nbs/parts/training/engine.ipynb #ba3681f9
 @patch
-def run(self:Trainer)->pd.DataFrame: # the table
+def run(self: Trainer) -> pd.DataFrame:  # the table
     "Train to the end, from the checkpoint if there is one."
     r = self.recipe
-    self.acc = _accelerator(r, self.device); self.photos.device = self.acc.device
-    with torch.random.fork_rng(), explain_memory(r.batch_size, lambda: self.photos.sizes, self.acc.num_processes), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    self.acc = _accelerator(r, self.device)
+    self.photos.device = self.acc.device
+    with (
+        torch.random.fork_rng(),
+        explain_memory(r.batch_size, lambda: self.photos.sizes, self.acc.num_processes),
+        torch.backends.cudnn.flags(enabled=True, benchmark=True),
+    ):
         self.net.to(self.acc.device).to(memory_format=torch.channels_last)
         self.check_sizes()
         self.opt, self.total, wrapped = make_optimizer(self.net, r), self.n_batches(), None
-        if not self.tuples and r.batch_size < 2*self.acc.num_processes: raise ValueError(f"`batch_size` {r.batch_size} leaves fewer than 2 photos to each of {self.acc.num_processes} processes; batch norm needs 2.")
-        if self.together and 1 < self.acc.num_processes > r.batch_size//8: raise ValueError(f"`batch_size` {r.batch_size} leaves fewer than 2 landmarks of 4 photos to each of {self.acc.num_processes} processes, and the triplet loss looks for negatives there; {8*self.acc.num_processes} is the least.")
-        self.restore(); self.see_bad([(int(i), 'header not readable') for i in np.flatnonzero(~self.photos.readable)])
-        if self.acc.num_processes > 1: self.leave_unused()
-        if r.compile: self.net.model.compile()
+        if not self.tuples and r.batch_size < 2 * self.acc.num_processes:
+            raise ValueError(
+                f"`batch_size` {r.batch_size} leaves fewer than 2 photos to each of {self.acc.num_processes} processes; batch norm needs 2."
+            )
+        if self.together and 1 < self.acc.num_processes > r.batch_size // 8:
+            raise ValueError(
+                f"`batch_size` {r.batch_size} leaves fewer than 2 landmarks of 4 photos to each of {self.acc.num_processes} processes, and the triplet loss looks for negatives there; {8 * self.acc.num_processes} is the least."
+            )
+        self.restore()
+        self.see_bad([(int(i), "header not readable") for i in np.flatnonzero(~self.photos.readable)])
+        if self.acc.num_processes > 1:
+            self.leave_unused()
+        if r.compile:
+            self.net.model.compile()
         self.prepared = self.acc.prepare_optimizer(self.opt)
-        self.bar = tqdm(total=self.total, initial=self.step, desc=self.desc, mininterval=1., ascii=True, disable=not self.acc.is_main_process)
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.step,
+            desc=self.desc,
+            mininterval=1.0,
+            ascii=True,
+            disable=not self.acc.is_main_process,
+        )
         while self.epoch < min(self.n_epochs, r.stop_after or self.n_epochs):
             self.enter_epoch()
-            if wrapped != self.frozen: self.ddp, wrapped = self.acc.prepare_model(self.acc.unwrap_model(self.net, keep_fp32_wrapper=False)), self.frozen
-            if self.plan is None: self.plan = self.make_plan()
+            if wrapped != self.frozen:
+                self.ddp, wrapped = (
+                    self.acc.prepare_model(self.acc.unwrap_model(self.net, keep_fp32_wrapper=False)),
+                    self.frozen,
+                )
+            if self.plan is None:
+                self.plan = self.make_plan()
             self.run_epoch()
-            self.epoch, self.at, self.plan = self.epoch+1, 0, None
-            if self.on_epoch: self.evaluate()
+            self.epoch, self.at, self.plan = self.epoch + 1, 0, None
+            if self.on_epoch:
+                self.evaluate()
             self.save()
         self.bar.close()
     return pd.DataFrame(self.rows)
 
+
 @patch
-def make_plan(self:Trainer)->list:
+def make_plan(self: Trainer) -> list:
     "This epoch's batches, the same on every process."
-    if self.together: return self.plan_together(self.epoch)
-    if not self.tuples: return plan_batches(self.photos, self.recipe, self.epoch)
-    plan = [self.acc.is_main_process and plan_tuples(self.net.model, self.photos, self.labels, self.recipe, self.epoch, self.acc.device)]
-    if self.acc.num_processes > 1: torch.distributed.broadcast_object_list(plan)
+    if self.together:
+        return self.plan_together(self.epoch)
+    if not self.tuples:
+        return plan_batches(self.photos, self.recipe, self.epoch)
+    plan = [
+        self.acc.is_main_process
+        and plan_tuples(self.net.model, self.photos, self.labels, self.recipe, self.epoch, self.acc.device)
+    ]
+    if self.acc.num_processes > 1:
+        torch.distributed.broadcast_object_list(plan)
     return plan[0]
 
 # %% ../../../nbs/parts/training/engine.ipynb #90b4326c
 @patch
-def check_sizes(self:Trainer):
+def check_sizes(self: Trainer):
     "Refuse sizes that the network cannot take."
     self.net.model.eval()
-    for sizes, w, h in dict.fromkeys((sizes, w, h) for sizes in map(self.sizes_of, range(self.n_epochs)) for w, h in size_table(sizes)[1]):
+    for sizes, w, h in dict.fromkeys(
+        (sizes, w, h) for sizes in map(self.sizes_of, range(self.n_epochs)) for w, h in size_table(sizes)[1]
+    ):
         self.photos.use_sizes(sizes)
         try:
-            with torch.no_grad(), self.acc.autocast(): self.net.model(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device))
+            with torch.no_grad(), self.acc.autocast():
+                self.net.model(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device))
         except Exception as e:
-            if _of_memory(e): raise
-            raise TrainingError(f"The backbone cannot take images of {w} × {h} pixels ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}). Take other `sizes`, or a backbone for images of any size.") from e
+            if _of_memory(e):
+                raise
+            raise TrainingError(
+                f"The backbone cannot take images of {w} × {h} pixels ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}). Take other `sizes`, or a backbone for images of any size."
+            ) from e
+
 
 @patch
-def leave_unused(self:Trainer):
+def leave_unused(self: Trainer):
     "Weights that no photo passes (ConvNeXt's norm in front of the classifier) get no gradient, for which several devices would wait."
     w, h = self.photos.table[0]
     self.net.model.eval()(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device)).sum().backward()
     for p in self.net.model.parameters():
-        if p.grad is None: p.requires_grad_(False)
+        if p.grad is None:
+            p.requires_grad_(False)
     self.net.zero_grad()
 
+
 @patch
-def run_epoch(self:Trainer):
+def run_epoch(self: Trainer):
     "The batches of this epoch that are left."
     r, world = self.recipe, self.acc.num_processes
-    mine = [share_of(b, self.acc.process_index, world, self.size, self.labels[b].numpy() if self.together and world > 1 else None) for b in self.plan[self.at:]]
-    loader = make_loader(self.photos, mine, self.epoch, r.n_loaders, pin=self.acc.device.type == 'cuda')
+    mine = [
+        share_of(
+            b,
+            self.acc.process_index,
+            world,
+            self.size,
+            self.labels[b].numpy() if self.together and world > 1 else None,
+        )
+        for b in self.plan[self.at :]
+    ]
+    loader = make_loader(self.photos, mine, self.epoch, r.n_loaders, pin=self.acc.device.type == "cuda")
     self.recent, self.since, saved = [], time.perf_counter(), self.step
     for batch, (images, at, bad) in zip(mine, loader):
-        if bad:                                             # a tuple with a hole is left out whole
-            self.see_bad(bad); ok = ~np.isin(batch, [i for i, _ in bad])
-            whole = torch.from_numpy(np.repeat(ok.reshape(-1, self.size).all(1), self.size)[ok]); images, at = images[whole], at[whole]
+        if bad:  # a tuple with a hole is left out whole
+            self.see_bad(bad)
+            ok = ~np.isin(batch, [i for i, _ in bad])
+            whole = torch.from_numpy(np.repeat(ok.reshape(-1, self.size).all(1), self.size)[ok])
+            images, at = images[whole], at[whole]
         self.train_step(images, at)
-        self.at += 1; self.step += 1; self.bar.update()
+        self.at += 1
+        self.step += 1
+        self.bar.update()
         last = self.at == len(self.plan)
-        if last or self.step % r.log_every == 0: self.log()
-        if not last and self.step - saved >= r.checkpoint_every and self.at % r.accumulate == 0: self.save(); saved = self.step
+        if last or self.step % r.log_every == 0:
+            self.log()
+        if not last and self.step - saved >= r.checkpoint_every and self.at % r.accumulate == 0:
+            self.save()
+            saved = self.step
 
 # %% ../../../nbs/parts/training/engine.ipynb #1615a252
 @patch
-def train_step(self:Trainer, images, at):
+def train_step(self: Trainer, images, at):
     "Forward, backward and, when gradients are complete, a step of the optimizer."
     r, world, dev = self.recipe, self.acc.num_processes, self.acc.device
-    torch.manual_seed(r.seed*1_000_003 + self.step)                        # chance of this step (dropout)
-    for g in self.opt.param_groups: g['lr'] = cosine_rate(self.step, self.total, r)
-    first = self.at//r.accumulate*r.accumulate; group = self.plan[first:first+r.accumulate]          # batches of this step of the optimizer
-    complete, weight = self.at+1 == first+len(group), len(self.plan[self.at])/max(1, sum(map(len, group)))
-    if world > 1: weight = weight*len(images)*world/self.acc.reduce(torch.full((), float(len(images)), device=dev), 'sum').clamp_min(1)      # a number that stays on its device: nobody waits
-    if len(images) < 2 and world > 1:                                      # too few for batch norm, but the other devices wait
-        (w, h), weight = self.photos.table[0], 0.
-        images, at = torch.zeros(2*self.size, 3, h, w, dtype=torch.uint8), torch.zeros(2*self.size, dtype=torch.long)
+    torch.manual_seed(r.seed * 1_000_003 + self.step)  # chance of this step (dropout)
+    for g in self.opt.param_groups:
+        g["lr"] = cosine_rate(self.step, self.total, r)
+    first = self.at // r.accumulate * r.accumulate
+    group = self.plan[first : first + r.accumulate]  # batches of this step of the optimizer
+    complete, weight = (
+        self.at + 1 == first + len(group),
+        len(self.plan[self.at]) / max(1, sum(map(len, group))),
+    )
+    if world > 1:
+        weight = (
+            weight
+            * len(images)
+            * world
+            / self.acc.reduce(torch.full((), float(len(images)), device=dev), "sum").clamp_min(1)
+        )  # a number that stays on its device: nobody waits
+    if len(images) < 2 and world > 1:  # too few for batch norm, but the other devices wait
+        (w, h), weight = self.photos.table[0], 0.0
+        images, at = (
+            torch.zeros(2 * self.size, 3, h, w, dtype=torch.uint8),
+            torch.zeros(2 * self.size, dtype=torch.long),
+        )
     if len(images) > 1:
-        labels = torch.tensor([-1, 1] + [0]*(self.size-2)).expand(len(at)//self.size, -1) if self.tuples else self.labels[at]
+        labels = (
+            torch.tensor([-1, 1] + [0] * (self.size - 2)).expand(len(at) // self.size, -1)
+            if self.tuples
+            else self.labels[at]
+        )
         with contextlib.nullcontext() if complete else self.acc.no_sync(self.ddp):
             loss, n_right = self.ddp(images.to(dev, non_blocking=True), labels.to(dev, non_blocking=True))
-            self.acc.backward(loss*weight)
-        self.recent.append((self.epoch, self.at, loss.detach(), at, n_right, len(at)//self.size))
-    if not complete or all(p.grad is None for p in self.net.parameters()): return
-    if r.clip: self.acc.clip_grad_norm_(self.ddp.parameters(), r.clip)
-    self.prepared.step(); self.prepared.zero_grad()
+            self.acc.backward(loss * weight)
+        self.recent.append((self.epoch, self.at, loss.detach(), at, n_right, len(at) // self.size))
+    if not complete or all(p.grad is None for p in self.net.parameters()):
+        return
+    if r.clip:
+        self.acc.clip_grad_norm_(self.ddp.parameters(), r.clip)
+    self.prepared.step()
+    self.prepared.zero_grad()
 
 # %% ../../../nbs/parts/training/engine.ipynb #56633fb9
 @patch
-def log(self:Trainer):
+def log(self: Trainer):
     "A row of the table over the steps since the last."
     self.share_bad()
-    if not self.recent: return
+    if not self.recent:
+        return
     losses = check_losses([x[:4] for x in self.recent], self.photos.paths)
     n = sum(x[5] for x in self.recent)
-    sums = torch.tensor([float(losses.mean()), float(sum(x[4] for x in self.recent)), n], device=self.acc.device)
-    if self.acc.num_processes > 1: sums = self.acc.reduce(sums, 'sum')
-    self.rate = n*self.size*self.acc.num_processes/(time.perf_counter()-self.since)
-    self.rows.append(dict(epoch=self.epoch, step=self.step, loss=round(sums[0].item()/self.acc.num_processes, 5), accuracy=round((sums[1]/sums[2]).item(), 4), lr=self.opt.param_groups[0]['lr']))
-    self.bar.set_postfix(loss=f'{self.rows[-1]["loss"]:.3f}', accuracy=f'{self.rows[-1]["accuracy"]:.2f}', images_s=f'{self.rate:.0f}')
-    if self.on_log and self.acc.is_main_process: self.on_log(self.rows, self.rate)
+    sums = torch.tensor(
+        [float(losses.mean()), float(sum(x[4] for x in self.recent)), n], device=self.acc.device
+    )
+    if self.acc.num_processes > 1:
+        sums = self.acc.reduce(sums, "sum")
+    self.rate = n * self.size * self.acc.num_processes / (time.perf_counter() - self.since)
+    self.rows.append(
+        dict(
+            epoch=self.epoch,
+            step=self.step,
+            loss=round(sums[0].item() / self.acc.num_processes, 5),
+            accuracy=round((sums[1] / sums[2]).item(), 4),
+            lr=self.opt.param_groups[0]["lr"],
+        )
+    )
+    self.bar.set_postfix(
+        loss=f"{self.rows[-1]['loss']:.3f}",
+        accuracy=f"{self.rows[-1]['accuracy']:.2f}",
+        images_s=f"{self.rate:.0f}",
+    )
+    if self.on_log and self.acc.is_main_process:
+        self.on_log(self.rows, self.rate)
     self.recent, self.since = [], time.perf_counter()
 
-@patch
-def see_bad(self:Trainer, bad:list):
-    "Count and list unreadable photos; stop when there are too many."
-    known = {i for i, _ in self.bad}; self.bad += {int(i): str(why) for i, why in bad if i not in known}.items()
-    if len(self.bad) > max(1, self.recipe.max_bad*len(self.photos)):
-        raise TrainingError(f"{len(self.bad)} of {len(self.photos)} photos cannot be read, more than `max_bad` = {self.recipe.max_bad:g}: " + '; '.join(f'{self.photos.paths[i]} ({why})' for i, why in self.bad[:5]))
 
 @patch
-def share_bad(self:Trainer):
+def see_bad(self: Trainer, bad: list):
+    "Count and list unreadable photos; stop when there are too many."
+    known = {i for i, _ in self.bad}
+    self.bad += {int(i): str(why) for i, why in bad if i not in known}.items()
+    if len(self.bad) > max(1, self.recipe.max_bad * len(self.photos)):
+        raise TrainingError(
+            f"{len(self.bad)} of {len(self.photos)} photos cannot be read, more than `max_bad` = {self.recipe.max_bad:g}: "
+            + "; ".join(f"{self.photos.paths[i]} ({why})" for i, why in self.bad[:5])
+        )
+
+
+@patch
+def share_bad(self: Trainer):
     "Each of several processes met other unreadable photos; all are counted together."
     if self.acc.num_processes > 1:
         from accelerate.utils import gather_object
+
         self.see_bad(gather_object(self.bad))
 
 # %% ../../../nbs/parts/training/engine.ipynb #7959dc30
 @patch
-def evaluate(self:Trainer):
+def evaluate(self: Trainer):
     "Metrics after an epoch; the best model so far is kept."
     self.check_weights()
     if self.acc.is_main_process:
-        self.net.model.eval(); found = self.on_epoch(self.net.model, self.epoch-1)
+        self.net.model.eval()
+        found = self.on_epoch(self.net.model, self.epoch - 1)
         if found:
-            self.rows.append(dict(epoch=self.epoch-1, step=self.step, **found)); score = float(np.mean(list(found.values())))
-            if score > self.best: self.best = score; save_checkpoint(self.state_dir/'best.pt', dict(net=self.net.state_dict(), epoch=self.epoch-1, metrics=found))
-            if self.on_log: self.on_log(self.rows, self.rate)
+            self.rows.append(dict(epoch=self.epoch - 1, step=self.step, **found))
+            score = float(np.mean(list(found.values())))
+            if score > self.best:
+                self.best = score
+                save_checkpoint(
+                    self.state_dir / "best.pt",
+                    dict(net=self.net.state_dict(), epoch=self.epoch - 1, metrics=found),
+                )
+            if self.on_log:
+                self.on_log(self.rows, self.rate)
     self.acc.wait_for_everyone()
 
+
 @patch
-def best_state(self:Trainer)->dict: # model's state_dict, epoch, metrics; empty if epochs were not evaluated
+def best_state(
+    self: Trainer,
+) -> dict:  # model's state_dict, epoch, metrics; empty if epochs were not evaluated
     "The best evaluated epoch."
-    path = self.state_dir/'best.pt'
-    if not path.exists(): return {}
-    state = torch.load(path, map_location='cpu', weights_only=True)
-    return dict(model={k.removeprefix('model.'): v for k, v in state['net'].items() if k.startswith('model.')}, epoch=state['epoch'], metrics=state['metrics'])
+    path = self.state_dir / "best.pt"
+    if not path.exists():
+        return {}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(
+        model={k.removeprefix("model."): v for k, v in state["net"].items() if k.startswith("model.")},
+        epoch=state["epoch"],
+        metrics=state["metrics"],
+    )
 
 # %% ../../../nbs/parts/training/engine.ipynb #dd380df1
 @patch
-def check_weights(self:Trainer):
+def check_weights(self: Trainer):
     "Stop when a weight is not a number: a finite loss can have had a gradient that overflowed."
     lost = 1 - nn.utils.get_total_norm(self.net.parameters(), math.inf).isfinite().float()
-    if self.acc.num_processes > 1: lost = self.acc.reduce(lost, 'sum')             # all stop, or none
-    if lost: raise DivergenceError(f"After step {self.step} a weight is no number any more, though every loss was: the batch before may be the cause, if its gradient was too large for a number. Training stops, and the checkpoint stays as it was. Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16.")
+    if self.acc.num_processes > 1:
+        lost = self.acc.reduce(lost, "sum")  # all stop, or none
+    if lost:
+        raise DivergenceError(
+            f"After step {self.step} a weight is no number any more, though every loss was: the batch before may be the cause, if its gradient was too large for a number. Training stops, and the checkpoint stays as it was. Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16."
+        )
+
 
 @patch
-def save(self:Trainer):
+def save(self: Trainer):
     "Write the checkpoint; one of a training that has gone wrong would keep the next run from going right."
     self.share_bad()
-    if self.recent: check_losses([x[:4] for x in self.recent], self.photos.paths)
+    if self.recent:
+        check_losses([x[:4] for x in self.recent], self.photos.paths)
     self.check_weights()
     if self.acc.is_main_process:
         scaler = self.acc.scaler.state_dict() if self.acc.scaler else {}
         plan = [torch.as_tensor(b) for b in self.plan] if self.tuples and self.plan is not None else None
-        save_checkpoint(self.state_dir/'last.pt', dict(net=self.net.state_dict(), optimizer=self.opt.state_dict(), scaler=scaler, epoch=self.epoch, at=self.at, step=self.step,
-                                                       plan=plan, rows=self.rows, bad=self.bad, best=self.best, recipe=asdict(self.recipe)))
+        save_checkpoint(
+            self.state_dir / "last.pt",
+            dict(
+                net=self.net.state_dict(),
+                optimizer=self.opt.state_dict(),
+                scaler=scaler,
+                epoch=self.epoch,
+                at=self.at,
+                step=self.step,
+                plan=plan,
+                rows=self.rows,
+                bad=self.bad,
+                best=self.best,
+                recipe=asdict(self.recipe),
+            ),
+        )
     self.acc.wait_for_everyone()
 
+
 @patch
-def restore(self:Trainer):
+def restore(self: Trainer):
     "Go to the place where the checkpoint was written."
-    state = load_checkpoint(self.state_dir/'last.pt', self.net, self.recipe)
-    if not state: return
-    self.net.load_state_dict(state['net']); self.opt.load_state_dict(state['optimizer'])
-    if self.acc.scaler and state['scaler']: self.acc.scaler.load_state_dict(state['scaler'])
-    for k in ('epoch', 'at', 'step', 'rows', 'best'): setattr(self, k, state[k])
-    self.bad, self.plan = [tuple(b) for b in state['bad']], [b.numpy() for b in state['plan']] if state['plan'] is not None else None
+    state = load_checkpoint(self.state_dir / "last.pt", self.net, self.recipe)
+    if not state:
+        return
+    self.net.load_state_dict(state["net"])
+    self.opt.load_state_dict(state["optimizer"])
+    if self.acc.scaler and state["scaler"]:
+        self.acc.scaler.load_state_dict(state["scaler"])
+    for k in ("epoch", "at", "step", "rows", "best"):
+        setattr(self, k, state[k])
+    self.bad, self.plan = (
+        [tuple(b) for b in state["bad"]],
+        [b.numpy() for b in state["plan"]] if state["plan"] is not None else None,
+    )

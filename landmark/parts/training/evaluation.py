@@ -18,50 +18,84 @@ from ..metrics import revisited
 # %% ../../../nbs/parts/training/evaluation.ipynb #7a26b8ea
 def _refuse(bad, n, max_bad):
     "Stop when more images than allowed cannot be read; one always may. `bad` holds (path, reason)."
-    if len(bad) > max(1, max_bad*n): raise ParameterError(f"{len(bad)} of {n} images to be described cannot be read, more than `max_bad` = {max_bad:g}: " + '; '.join(f'{p} ({why})' for p, why in bad[:5]))
+    if len(bad) > max(1, max_bad * n):
+        raise ParameterError(
+            f"{len(bad)} of {n} images to be described cannot be read, more than `max_bad` = {max_bad:g}: "
+            + "; ".join(f"{p} ({why})" for p, why in bad[:5])
+        )
+
 
 def describe_images(
-    model,             # a RetrievalModel in evaluation mode
-    df:pd.DataFrame,   # images with `path`, and x0, y0, x1, y1 if they are cropped
-    max_side:int,      # longest side of the network input
-    batch_size:int=32, # images at a time
-    n_loaders:int=0,   # worker processes that load images
-    max_bad:float=0.01, # largest share of unreadable images; one is always allowed
-)->np.ndarray: # descriptors, zeros where an image cannot be read [n, d]
+    model,  # a RetrievalModel in evaluation mode
+    df: pd.DataFrame,  # images with `path`, and x0, y0, x1, y1 if they are cropped
+    max_side: int,  # longest side of the network input
+    batch_size: int = 32,  # images at a time
+    n_loaders: int = 0,  # worker processes that load images
+    max_bad: float = 0.01,  # largest share of unreadable images; one is always allowed
+) -> np.ndarray:  # descriptors, zeros where an image cannot be read [n, d]
     "Descriptors at one scale, as a glance at a model needs them."
-    boxes, paths = df[['x0', 'y0', 'x1', 'y1']].to_numpy(float) if 'x0' in df else None, df.path.tolist()
+    boxes, paths = df[["x0", "y0", "x1", "y1"]].to_numpy(float) if "x0" in df else None, df.path.tolist()
     wh = scan_sizes(paths) if boxes is None else boxes[:, 2:] - boxes[:, :2]
-    x, at, bad = extract(model, paths, side_sizes(wh, max_side), boxes, scales=(1,), multiple=16, min_side=16, batch_size=batch_size, n_loaders=n_loaders)
-    bad = [(paths[i], why) for i, why in bad]; _refuse(bad, len(df), max_bad)
-    for p, why in bad: log(f'{p} cannot be read ({why}): it is found by nobody')
-    if not np.isfinite(x).all(): raise DivergenceError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} descriptors are no numbers: the training has gone wrong, though its loss was one. Lower `lr`, or set `clip`.")
-    out = np.zeros((len(df), x.shape[1]), np.float32); out[at] = x
+    x, at, bad = extract(
+        model,
+        paths,
+        side_sizes(wh, max_side),
+        boxes,
+        scales=(1,),
+        multiple=16,
+        min_side=16,
+        batch_size=batch_size,
+        n_loaders=n_loaders,
+    )
+    bad = [(paths[i], why) for i, why in bad]
+    _refuse(bad, len(df), max_bad)
+    for p, why in bad:
+        log(f"{p} cannot be read ({why}): it is found by nobody")
+    if not np.isfinite(x).all():
+        raise DivergenceError(
+            f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} descriptors are no numbers: the training has gone wrong, though its loss was one. Lower `lr`, or set `clip`."
+        )
+    out = np.zeros((len(df), x.shape[1]), np.float32)
+    out[at] = x
     return out
 
+
 def benchmark_maps(
-    model,             # a RetrievalModel in evaluation mode
-    world:Path,        # folder of a world
-    max_side:int,      # longest side of the network input
-    batch_size:int=32, # images at a time
-    n_loaders:int=0,   # worker processes that load images
-    max_bad:float=0.01, # largest share of unreadable images in each set
-)->dict: # "rnorth M" → mAP
+    model,  # a RetrievalModel in evaluation mode
+    world: Path,  # folder of a world
+    max_side: int,  # longest side of the network input
+    batch_size: int = 32,  # images at a time
+    n_loaders: int = 0,  # worker processes that load images
+    max_bad: float = 0.01,  # largest share of unreadable images in each set
+) -> dict:  # "rnorth M" → mAP
     "mAP Medium of plain search on each revisited benchmark."
-    describe = lambda split: describe_images(model, read_images(world, split), max_side, batch_size, n_loaders, max_bad)
+    describe = lambda split: describe_images(
+        model, read_images(world, split), max_side, batch_size, n_loaders, max_bad
+    )
     found = {}
     for name in benchmarks(world):
-        ranks = (-describe(f'{name}_query') @ describe(f'{name}_index').T).argsort(1, kind='stable')
-        found[f'{name} M'] = round(float(revisited(ranks, read_revisited(world, name)['gnd'])['M']['map']), 4)
+        ranks = (-describe(f"{name}_query") @ describe(f"{name}_index").T).argsort(1, kind="stable")
+        found[f"{name} M"] = round(float(revisited(ranks, read_revisited(world, name)["gnd"])["M"]["map"]), 4)
     return found
 
 # %% ../../../nbs/parts/training/evaluation.ipynb #90a56056
 def check_benchmarks(
-    world:Path,        # folder of a world
-    max_bad:float=0.01, # largest share of unreadable images in each set
-)->list: # names of the benchmarks
+    world: Path,  # folder of a world
+    max_bad: float = 0.01,  # largest share of unreadable images in each set
+) -> list:  # names of the benchmarks
     "See that the benchmarks of a world can be searched; a world without any is only told of."
     names = benchmarks(world)
-    for df in (read_images(world, f'{name}_{kind}') for name in names for kind in ('query', 'index')):
-        _refuse([(df.path[i], 'header not readable') for i in np.flatnonzero(scan_sizes(df.path.tolist()).min(1) == 0)], len(df), max_bad)
-    if not names: log(f'nothing to evaluate in {world}: there is no revisited/*/gnd_*.pkl, so there will be no mAP and no best epoch')
+    for df in (read_images(world, f"{name}_{kind}") for name in names for kind in ("query", "index")):
+        _refuse(
+            [
+                (df.path[i], "header not readable")
+                for i in np.flatnonzero(scan_sizes(df.path.tolist()).min(1) == 0)
+            ],
+            len(df),
+            max_bad,
+        )
+    if not names:
+        log(
+            f"nothing to evaluate in {world}: there is no revisited/*/gnd_*.pkl, so there will be no mAP and no best epoch"
+        )
     return names

@@ -20,86 +20,101 @@ from ..images.loading import make_loader
 @dataclass(frozen=True)
 class Recipe:
     "How to train; the defaults are the original's."
-    epochs:int=5               # epochs at the usual size
-    batch_size:int=32          # images in a batch, over all devices
-    lr:float=1e-3              # learning rate at the start
-    lr_end:float=3e-6          # and at the very end
-    warmup:float=0.            # share of the steps in which the rate rises from 0
-    optimizer:str='sgd'        # sgd or adamw
-    momentum:float=0.9         # of sgd
-    weight_decay:float=1e-5    # of both
-    clip:float=0.              # largest length of the gradient; 0: any
-    accumulate:int=1           # batches whose gradients are added before a step
-    precision:str='fp32'       # fp32, bf16 or fp16
-    compile:bool=False         # compile the network (pays on a GPU with few image sizes)
-    drop_uneven:bool=True      # leave out batches that are not full
-    min_batch:int=8            # otherwise: leave out those smaller than this
-    rising:tuple=()            # size groups, from first epochs to last; empty: the one the photos have
-    scale_up:str=''            # size group of the last epochs, with batch norm frozen; empty: none
-    scale_up_epochs:int=1      # how many
-    stop_after:int=0           # stop after this many epochs although the cosine is planned for more; 0: no
-    frozen_bn:bool=False       # batch norm frozen all the time
-    n_negatives:int=5          # per tuple (contrastive and tuple triplet)
-    pool_share:float=0.25      # share of the photos among which negatives are mined
-    n_loaders:int=0            # worker processes that load images
-    checkpoint_every:int=1000  # steps between checkpoints
-    log_every:int=20           # steps between rows of the table
-    max_bad:float=0.01         # largest share of unreadable photos; one is always allowed
-    seed:int=1                 # seed of everything
+
+    epochs: int = 5  # epochs at the usual size
+    batch_size: int = 32  # images in a batch, over all devices
+    lr: float = 1e-3  # learning rate at the start
+    lr_end: float = 3e-6  # and at the very end
+    warmup: float = 0.0  # share of the steps in which the rate rises from 0
+    optimizer: str = "sgd"  # sgd or adamw
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 1e-5  # of both
+    clip: float = 0.0  # largest length of the gradient; 0: any
+    accumulate: int = 1  # batches whose gradients are added before a step
+    precision: str = "fp32"  # fp32, bf16 or fp16
+    compile: bool = False  # compile the network (pays on a GPU with few image sizes)
+    drop_uneven: bool = True  # leave out batches that are not full
+    min_batch: int = 8  # otherwise: leave out those smaller than this
+    rising: tuple = ()  # size groups, from first epochs to last; empty: the one the photos have
+    scale_up: str = ""  # size group of the last epochs, with batch norm frozen; empty: none
+    scale_up_epochs: int = 1  # how many
+    stop_after: int = 0  # stop after this many epochs although the cosine is planned for more; 0: no
+    frozen_bn: bool = False  # batch norm frozen all the time
+    n_negatives: int = 5  # per tuple (contrastive and tuple triplet)
+    pool_share: float = 0.25  # share of the photos among which negatives are mined
+    n_loaders: int = 0  # worker processes that load images
+    checkpoint_every: int = 1000  # steps between checkpoints
+    log_every: int = 20  # steps between rows of the table
+    max_bad: float = 0.01  # largest share of unreadable photos; one is always allowed
+    seed: int = 1  # seed of everything
+
     def __post_init__(self):
         for k, least in dict(epochs=1, batch_size=2, accumulate=1, log_every=1, checkpoint_every=1).items():
-            if getattr(self, k) < least: raise ValueError(f"`{k}` is {getattr(self, k)}; it must be at least {least}.")
-        if self.precision not in ('fp32', 'bf16', 'fp16'): raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
+            if getattr(self, k) < least:
+                raise ValueError(f"`{k}` is {getattr(self, k)}; it must be at least {least}.")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
 
 # %% ../../../nbs/parts/training/recipe.ipynb #6b45b349
 def cosine_rate(
-    step:int,            # number of the step, from 0
-    total:int,           # steps of the whole run
-    recipe:Recipe,       # lr, lr_end, warmup
-)->float: # learning rate
+    step: int,  # number of the step, from 0
+    total: int,  # steps of the whole run
+    recipe: Recipe,  # lr, lr_end, warmup
+) -> float:  # learning rate
     "The learning rate of a step."
-    rising = round(recipe.warmup*total)
-    if step < rising: return recipe.lr*(step+1)/rising
-    t = (step-rising)/max(1, total-1-rising)
-    return recipe.lr_end + (recipe.lr-recipe.lr_end)*(1+math.cos(math.pi*min(1, t)))/2
+    rising = round(recipe.warmup * total)
+    if step < rising:
+        return recipe.lr * (step + 1) / rising
+    t = (step - rising) / max(1, total - 1 - rising)
+    return recipe.lr_end + (recipe.lr - recipe.lr_end) * (1 + math.cos(math.pi * min(1, t))) / 2
 
 # %% ../../../nbs/parts/training/recipe.ipynb #f69d87bb
 def mine_tuples(
-    queries:torch.Tensor,       # positions of the query photos [q]
-    positives:torch.Tensor,     # a photo of the same landmark each [q]
-    pool:torch.Tensor,          # positions the negatives are taken from [p]
-    x_queries:torch.Tensor,     # unit descriptors of the queries [q, d]
-    x_pool:torch.Tensor,        # unit descriptors of the pool [p, d]
-    labels:torch.Tensor,        # class id of every photo of the training set [n]
-    n_negatives:int=5,          # negatives per query, all of different classes
-    block:int=512,              # queries at a time; bounds the memory, of a GPU by the size of the pool, too
-)->torch.Tensor: # positions: query, positive, negatives, on the CPU [q, 2+n_negatives]
+    queries: torch.Tensor,  # positions of the query photos [q]
+    positives: torch.Tensor,  # a photo of the same landmark each [q]
+    pool: torch.Tensor,  # positions the negatives are taken from [p]
+    x_queries: torch.Tensor,  # unit descriptors of the queries [q, d]
+    x_pool: torch.Tensor,  # unit descriptors of the pool [p, d]
+    labels: torch.Tensor,  # class id of every photo of the training set [n]
+    n_negatives: int = 5,  # negatives per query, all of different classes
+    block: int = 512,  # queries at a time; bounds the memory, of a GPU by the size of the pool, too
+) -> torch.Tensor:  # positions: query, positive, negatives, on the CPU [q, 2+n_negatives]
     "Hardest negatives of different classes, with the current descriptors."
     dev, least, rows = x_pool.device, torch.iinfo(torch.int64).min, []
     classes, of = (t.to(dev) for t in labels[pool].unique(return_inverse=True))
-    if len(classes) <= n_negatives: raise ValueError(f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives.")
-    if dev.type != 'cpu': block = max(1, min(block, 2**26//len(pool)))
-    place = torch.arange(len(pool)-1, -1, -1, device=dev)                                            # the first is the largest
+    if len(classes) <= n_negatives:
+        raise ValueError(
+            f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives."
+        )
+    if dev.type != "cpu":
+        block = max(1, min(block, 2**26 // len(pool)))
+    place = torch.arange(len(pool) - 1, -1, -1, device=dev)  # the first is the largest
     for q, p, x in zip(*(v.split(block) for v in (queries, positives, x_queries))):
-        bits = ((x @ x_pool.T).float() + 0.).view(torch.int32)                                       # [b, p]; + 0 makes −0 the same as 0
-        key = (bits ^ (bits >> 31 & 0x7fffffff)).long() << 32 | place                                # in the order of the similarities, negative ones too
-        best = torch.full((len(q), len(classes)), least, device=dev).scatter_reduce_(1, of.expand_as(key), key, 'amax')
-        best[classes == labels[q].to(dev)[:, None]] = least                                          # not the query's own
-        hardest = len(pool)-1 - (best.topk(n_negatives).values & 0xffffffff)
+        bits = ((x @ x_pool.T).float() + 0.0).view(torch.int32)  # [b, p]; + 0 makes −0 the same as 0
+        key = (
+            bits ^ (bits >> 31 & 0x7FFFFFFF)
+        ).long() << 32 | place  # in the order of the similarities, negative ones too
+        best = torch.full((len(q), len(classes)), least, device=dev).scatter_reduce_(
+            1, of.expand_as(key), key, "amax"
+        )
+        best[classes == labels[q].to(dev)[:, None]] = least  # not the query's own
+        hardest = len(pool) - 1 - (best.topk(n_negatives).values & 0xFFFFFFFF)
         rows.append(torch.cat([q[:, None], p[:, None], pool[hardest.cpu()]], 1))
-    return torch.cat(rows) if rows else torch.zeros(0, 2+n_negatives, dtype=torch.long)
+    return torch.cat(rows) if rows else torch.zeros(0, 2 + n_negatives, dtype=torch.long)
 
 # %% ../../../nbs/parts/training/recipe.ipynb #7b6045a0
 def draw_pairs(
-    labels:torch.Tensor,   # class id of every photo [n]
-    n_pairs:int,           # pairs wanted (fewer where the set is smaller)
-    gen:torch.Generator,   # source of chance
-)->tuple: # positions of queries [q] and of a positive each [q]
+    labels: torch.Tensor,  # class id of every photo [n]
+    n_pairs: int,  # pairs wanted (fewer where the set is smaller)
+    gen: torch.Generator,  # source of chance
+) -> tuple:  # positions of queries [q] and of a positive each [q]
     "Query–positive pairs: random photos of classes with at least two, each with another photo of its class."
     order = torch.randperm(len(labels), generator=gen)
-    by_class = labels[order].argsort(stable=True)                        # photos in random order inside a class
-    photos = order[by_class]; c = labels[photos]
-    first = torch.searchsorted(c, c); size = torch.searchsorted(c, c, right=True) - first
+    by_class = labels[order].argsort(stable=True)  # photos in random order inside a class
+    photos = order[by_class]
+    c = labels[photos]
+    first = torch.searchsorted(c, c)
+    size = torch.searchsorted(c, c, right=True) - first
     partner = photos[first + (torch.arange(len(c)) - first + 1) % size]  # the next one of the class, round
     keep = torch.nonzero(size > 1)[:, 0]
     keep = keep[torch.randperm(len(keep), generator=gen)[:n_pairs]]
@@ -107,89 +122,165 @@ def draw_pairs(
 
 # %% ../../../nbs/parts/training/recipe.ipynb #5c48bac4
 def plan_batches(
-    photos,          # Photos
-    recipe:Recipe,   # batch size and what happens to uneven batches
-    epoch:int,       # number of the epoch
-)->list: # positions of each batch
+    photos,  # Photos
+    recipe: Recipe,  # batch size and what happens to uneven batches
+    epoch: int,  # number of the epoch
+) -> list:  # positions of each batch
     "The batches of an epoch of photos."
-    return [b[photos.readable[b]] for b in GroupedBatchSampler(photos.groups, recipe.batch_size, recipe.seed, recipe.drop_uneven, min(recipe.min_batch, recipe.batch_size)).batches(epoch)]
+    return [
+        b[photos.readable[b]]
+        for b in GroupedBatchSampler(
+            photos.groups,
+            recipe.batch_size,
+            recipe.seed,
+            recipe.drop_uneven,
+            min(recipe.min_batch, recipe.batch_size),
+        ).batches(epoch)
+    ]
+
 
 @torch.inference_mode()
 def describe(
-    model:nn.Module,       # images to descriptors
-    photos,                # Photos
-    positions,             # which, all of one aspect group
-    recipe:Recipe,         # precision and loaders
-    device,                # where the model is
-)->torch.Tensor: # unit descriptors on that device, zeros where a photo could not be read [n, d]
+    model: nn.Module,  # images to descriptors
+    photos,  # Photos
+    positions,  # which, all of one aspect group
+    recipe: Recipe,  # precision and loaders
+    device,  # where the model is
+) -> torch.Tensor:  # unit descriptors on that device, zeros where a photo could not be read [n, d]
     "Descriptors of photos at training size, unchanged."
-    learning, device, dtype = [m for m in model.modules() if m.training], torch.device(device), PRECISIONS[recipe.precision]; model.eval()     # without those that are frozen
-    out, row = torch.zeros(len(positions), model.d, device=device), {int(p): i for i, p in enumerate(positions)}
-    for images, at, _ in make_loader(photos, np.array_split(positions, math.ceil(len(positions)/64)), n_loaders=recipe.n_loaders, pin=device.type == 'cuda'):
-        if not len(at): continue
-        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext(): x = model(images.to(device, non_blocking=True)).float()
+    learning, device, dtype = (
+        [m for m in model.modules() if m.training],
+        torch.device(device),
+        PRECISIONS[recipe.precision],
+    )
+    model.eval()  # without those that are frozen
+    out, row = (
+        torch.zeros(len(positions), model.d, device=device),
+        {int(p): i for i, p in enumerate(positions)},
+    )
+    for images, at, _ in make_loader(
+        photos,
+        np.array_split(positions, math.ceil(len(positions) / 64)),
+        n_loaders=recipe.n_loaders,
+        pin=device.type == "cuda",
+    ):
+        if not len(at):
+            continue
+        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+            x = model(images.to(device, non_blocking=True)).float()
         out[[row[int(p)] for p in at]] = nn.functional.normalize(x)
-    for m in learning: m.training = True
+    for m in learning:
+        m.training = True
     return out
 
+
 def plan_tuples(
-    model:nn.Module,       # the network as it is
-    photos,                # Photos
-    labels:torch.Tensor,   # class of each photo [n]
-    recipe:Recipe,         # negatives, pool
-    epoch:int,             # number of the epoch
-    device,                # where the model is
-)->list: # positions of each batch, tuple after tuple
+    model: nn.Module,  # the network as it is
+    photos,  # Photos
+    labels: torch.Tensor,  # class of each photo [n]
+    recipe: Recipe,  # negatives, pool
+    epoch: int,  # number of the epoch
+    device,  # where the model is
+) -> list:  # positions of each batch, tuple after tuple
     "Tuples mined with the current descriptors, as batches."
-    gen, groups, size, out = torch.Generator().manual_seed(recipe.seed*1_000_003 + epoch), photos.groups, 2+recipe.n_negatives, []
+    gen, groups, size, out = (
+        torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch),
+        photos.groups,
+        2 + recipe.n_negatives,
+        [],
+    )
     for g in np.unique(groups):
         here = torch.as_tensor(np.flatnonzero((groups == g) & photos.readable))
-        queries, positives = draw_pairs(labels[here], math.ceil(len(here)/size), gen)
-        pool = torch.randperm(len(here), generator=gen)[:max(16*recipe.n_negatives, int(recipe.pool_share*len(here)))]
-        if not len(queries) or len(labels[here[pool]].unique()) <= recipe.n_negatives: continue       # too few photos of this shape
-        both = torch.unique(torch.cat([here[queries], here[pool]])); x = describe(model, photos, both.numpy(), recipe, device)
+        queries, positives = draw_pairs(labels[here], math.ceil(len(here) / size), gen)
+        pool = torch.randperm(len(here), generator=gen)[
+            : max(16 * recipe.n_negatives, int(recipe.pool_share * len(here)))
+        ]
+        if not len(queries) or len(labels[here[pool]].unique()) <= recipe.n_negatives:
+            continue  # too few photos of this shape
+        both = torch.unique(torch.cat([here[queries], here[pool]]))
+        x = describe(model, photos, both.numpy(), recipe, device)
         of = lambda positions: x[torch.searchsorted(both, positions).to(x.device)]
-        tuples = mine_tuples(here[queries], here[positives], here[pool], of(here[queries]), of(here[pool]), labels, recipe.n_negatives)
-        out += [t.reshape(-1).numpy() for t in tuples[torch.randperm(len(tuples), generator=gen)].split(max(1, recipe.batch_size//size))]
-    if not out: raise ValueError(f"No tuples can be mined: no aspect group has pairs of photos and more than {recipe.n_negatives} classes; lower `n_negatives`.")
+        tuples = mine_tuples(
+            here[queries],
+            here[positives],
+            here[pool],
+            of(here[queries]),
+            of(here[pool]),
+            labels,
+            recipe.n_negatives,
+        )
+        out += [
+            t.reshape(-1).numpy()
+            for t in tuples[torch.randperm(len(tuples), generator=gen)].split(
+                max(1, recipe.batch_size // size)
+            )
+        ]
+    if not out:
+        raise ValueError(
+            f"No tuples can be mined: no aspect group has pairs of photos and more than {recipe.n_negatives} classes; lower `n_negatives`."
+        )
     return [out[i] for i in torch.randperm(len(out), generator=gen)]
 
 # %% ../../../nbs/parts/training/recipe.ipynb #58002e28
 def plan_landmarks(
-    photos,                # Photos
-    labels:torch.Tensor,   # class of each photo [n]
-    recipe:Recipe,         # batch size and what happens to uneven batches
-    epoch:int,             # number of the epoch
-    k:int=4,               # photos of a class that stay together; fewer in small batches
-)->list: # positions of each batch, class after class
+    photos,  # Photos
+    labels: torch.Tensor,  # class of each photo [n]
+    recipe: Recipe,  # batch size and what happens to uneven batches
+    epoch: int,  # number of the epoch
+    k: int = 4,  # photos of a class that stay together; fewer in small batches
+) -> list:  # positions of each batch, class after class
     "Batches of several classes with 2 to `k` photos each."
-    rng, groups, labels, out = np.random.default_rng([recipe.seed, epoch]), photos.groups, np.asarray(labels), []
-    k = min(k, recipe.batch_size//2); least = recipe.batch_size-k+1 if recipe.drop_uneven else min(recipe.min_batch, recipe.batch_size)
+    rng, groups, labels, out = (
+        np.random.default_rng([recipe.seed, epoch]),
+        photos.groups,
+        np.asarray(labels),
+        [],
+    )
+    k = min(k, recipe.batch_size // 2)
+    least = recipe.batch_size - k + 1 if recipe.drop_uneven else min(recipe.min_batch, recipe.batch_size)
     for g in np.unique(groups) if k > 1 else ():
-        here = rng.permutation(np.flatnonzero((groups == g) & photos.readable)); here = here[np.argsort(labels[here], kind='stable')]
-        _, of, n = np.unique(labels[here], return_inverse=True, return_counts=True); n_parts = -(-n//k)
-        part = (np.cumsum(n_parts)-n_parts)[of] + (np.arange(len(here)) - (np.cumsum(n)-n)[of])*n_parts[of]//n[of]        # of each photo; parts of a class differ by one at most
+        here = rng.permutation(np.flatnonzero((groups == g) & photos.readable))
+        here = here[np.argsort(labels[here], kind="stable")]
+        _, of, n = np.unique(labels[here], return_inverse=True, return_counts=True)
+        n_parts = -(-n // k)
+        part = (np.cumsum(n_parts) - n_parts)[of] + (np.arange(len(here)) - (np.cumsum(n) - n)[of]) * n_parts[
+            of
+        ] // n[of]  # of each photo; parts of a class differ by one at most
         here, part = here[n[of] > 1], part[n[of] > 1]
-        at = rng.permutation(n_parts.sum())[part]; by_part = here[np.argsort(at, kind='stable')]                          # parts in random order
-        out += [b for b in np.split(by_part, _ends(np.unique(at, return_counts=True)[1], recipe.batch_size)) if len(b) >= least and len(np.unique(labels[b])) > 1]
-    if not out: raise ValueError(f"No batch of {recipe.batch_size} photos can be filled with two landmarks of two photos each: no aspect group has enough; lower `batch_size` (4 is the least), set `drop_uneven: false`, or take another `loss`.")
+        at = rng.permutation(n_parts.sum())[part]
+        by_part = here[np.argsort(at, kind="stable")]  # parts in random order
+        out += [
+            b
+            for b in np.split(by_part, _ends(np.unique(at, return_counts=True)[1], recipe.batch_size))
+            if len(b) >= least and len(np.unique(labels[b])) > 1
+        ]
+    if not out:
+        raise ValueError(
+            f"No batch of {recipe.batch_size} photos can be filled with two landmarks of two photos each: no aspect group has enough; lower `batch_size` (4 is the least), set `drop_uneven: false`, or take another `loss`."
+        )
     return [out[i] for i in rng.permutation(len(out))]
+
 
 def _ends(sizes, batch_size):
     "Where batches end that are filled with parts of these sizes."
     ends, n, total = [], 0, 0
     for s in sizes.tolist():
-        if n+s > batch_size: ends.append(total); n = 0
-        n += s; total += s
+        if n + s > batch_size:
+            ends.append(total)
+            n = 0
+        n += s
+        total += s
     return ends
 
+
 def share_of(
-    batch:np.ndarray,        # positions of a batch
-    rank:int,                # number of this process
-    world:int,               # processes
-    tuple_size:int=1,        # photos that stay together, one after another
-    labels:np.ndarray=None,  # if classes stay together: class of each photo of the batch
-)->np.ndarray: # positions
+    batch: np.ndarray,  # positions of a batch
+    rank: int,  # number of this process
+    world: int,  # processes
+    tuple_size: int = 1,  # photos that stay together, one after another
+    labels: np.ndarray = None,  # if classes stay together: class of each photo of the batch
+) -> np.ndarray:  # positions
     "A process's share of a batch; tuples, or the photos of a class, stay together."
-    if labels is not None: return batch[np.unique(labels, return_inverse=True)[1] % world == rank]
+    if labels is not None:
+        return batch[np.unique(labels, return_inverse=True)[1] % world == rank]
     return batch.reshape(-1, tuple_size)[rank::world].reshape(-1)

@@ -13,60 +13,107 @@ import pandas as pd
 # %% ../../../nbs/parts/training/watching.ipynb #9fd5e0e2
 class Watch:
     "Writes down a training while it runs: live.csv, and TensorBoard if asked for."
-    def __init__(self,
-        log_dir:Path,           # folder for live.csv and the event files
-        tensorboard:bool=False, # write event files, too
+
+    def __init__(
+        self,
+        log_dir: Path,  # folder for live.csv and the event files
+        tensorboard: bool = False,  # write event files, too
     ):
-        self.path, self.told, self.writer = Path(log_dir)/'live.csv', 0, None
+        self.path, self.told, self.writer = Path(log_dir) / "live.csv", 0, None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.speed = {} if not self.path.exists() else pd.read_csv(self.path).set_index('step').images_per_s.dropna().to_dict()
+        self.speed = (
+            {}
+            if not self.path.exists()
+            else pd.read_csv(self.path).set_index("step").images_per_s.dropna().to_dict()
+        )
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(log_dir))
+
     def __call__(self, rows, images_per_s):
-        new, first = rows[self.told:], not self.told; self.told = len(rows); self.speed[rows[-1]['step']] = round(images_per_s, 1)
-        lines = [[r['epoch'], r['step'], r.get('loss', ''), r.get('accuracy', ''), r.get('lr', ''), self.speed.get(r['step'], '')] for r in new]
-        with open(self.path, 'w' if first else 'a', encoding='utf-8') as f:
-            if first: f.write('epoch,step,loss,accuracy,lr,images_per_s\n')
-            f.writelines(','.join(map(str, l)) + '\n' for l in lines)
+        new, first = rows[self.told :], not self.told
+        self.told = len(rows)
+        self.speed[rows[-1]["step"]] = round(images_per_s, 1)
+        lines = [
+            [
+                r["epoch"],
+                r["step"],
+                r.get("loss", ""),
+                r.get("accuracy", ""),
+                r.get("lr", ""),
+                self.speed.get(r["step"], ""),
+            ]
+            for r in new
+        ]
+        with open(self.path, "w" if first else "a", encoding="utf-8") as f:
+            if first:
+                f.write("epoch,step,loss,accuracy,lr,images_per_s\n")
+            f.writelines(",".join(map(str, l)) + "\n" for l in lines)
         if self.writer:
             for r in new:
                 for k, v in r.items():
-                    if k not in ('epoch', 'step') and v == v: self.writer.add_scalar(k, v, r['step'])
-            self.writer.add_scalar('images_per_s', images_per_s, rows[-1]['step']); self.writer.flush()
+                    if k not in ("epoch", "step") and v == v:
+                        self.writer.add_scalar(k, v, r["step"])
+            self.writer.add_scalar("images_per_s", images_per_s, rows[-1]["step"])
+            self.writer.flush()
 
 # %% ../../../nbs/parts/training/watching.ipynb #d76f840d
 def live_figure(
-    out:Path, # a run's directory
-    names:list, # its models
+    out: Path,  # a run's directory
+    names: list,  # its models
 ):  # a figure, or None while there is nothing to show
     "Loss, accuracy, rate and throughput so far."
-    from matplotlib.figure import Figure                   # without pyplot: this is drawn in a thread
-    tables = {n: pd.read_csv(p) for n in names if (p := Path(out)/'.logs'/n/'live.csv').exists() and p.stat().st_size > 50}
-    if not tables: return None
-    fig = Figure(figsize=(11, 2.4)); axs = fig.subplots(1, 4)
+    from matplotlib.figure import Figure  # without pyplot: this is drawn in a thread
+
+    tables = {
+        n: pd.read_csv(p)
+        for n in names
+        if (p := Path(out) / ".logs" / n / "live.csv").exists() and p.stat().st_size > 50
+    }
+    if not tables:
+        return None
+    fig = Figure(figsize=(11, 2.4))
+    axs = fig.subplots(1, 4)
     for n, table in tables.items():
-        for ax, k in zip(axs, ('loss', 'accuracy', 'lr', 'images_per_s')): ax.plot(*table[['step', k]].dropna().to_numpy().T, label=n); ax.set(xlabel='step', ylabel=k.replace('_', ' '))
-    axs[0].legend(fontsize=6); fig.tight_layout()
+        for ax, k in zip(axs, ("loss", "accuracy", "lr", "images_per_s")):
+            ax.plot(*table[["step", k]].dropna().to_numpy().T, label=n)
+            ax.set(xlabel="step", ylabel=k.replace("_", " "))
+    axs[0].legend(fontsize=6)
+    fig.tight_layout()
     return fig
 
 # %% ../../../nbs/parts/training/watching.ipynb #0306d450
 @contextlib.contextmanager
 def watching(
-    out:Path,       # a run's directory
-    names:list,     # its models
-    every:float=5., # seconds between two pictures
+    out: Path,  # a run's directory
+    names: list,  # its models
+    every: float = 5.0,  # seconds between two pictures
 ):
     "In a notebook: show the curves while the block runs, as one picture that is renewed."
-    ip = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
-    if ip is None or not hasattr(ip, 'kernel'): yield; return
+    ip = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    if ip is None or not hasattr(ip, "kernel"):
+        yield
+        return
     from IPython.display import Image, Markdown, display
-    handle, stop = display(Markdown('*training starts …*'), display_id=True), threading.Event()
+
+    handle, stop = display(Markdown("*training starts …*"), display_id=True), threading.Event()
+
     def renew():
-        with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):      # a line is half written
-            if (fig := live_figure(out, names)): fig.savefig(png := io.BytesIO()); handle.update(Image(png.getvalue()))
+        with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):  # a line is half written
+            if fig := live_figure(out, names):
+                fig.savefig(png := io.BytesIO())
+                handle.update(Image(png.getvalue()))
+
     def loop():
-        while not stop.wait(every): renew()
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(loop,), daemon=True); thread.start()   # the context says which cell the picture belongs to
-    try: yield
-    finally: stop.set(); thread.join(); renew()
+        while not stop.wait(every):
+            renew()
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(loop,), daemon=True)
+    thread.start()  # the context says which cell the picture belongs to
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        renew()
