@@ -8,7 +8,11 @@ from setuptools import find_packages, setup
 cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-lines = lambda key: [l.strip() for l in cfg.get(key, "").splitlines() if l.strip()]
+
+
+def lines(key):
+    return [l.strip() for l in cfg.get(key, "").splitlines() if l.strip()]
+
 
 setup(
     name=cfg["lib_name"],

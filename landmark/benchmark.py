@@ -7,15 +7,21 @@ __all__ = ['Config', 'collect', 'chosen', 'run_benchmarks', 'line', 'read_rows',
            'draw_growth', 'run', 'machine', 'main']
 
 # %% ../nbs/08_benchmark.ipynb #a81fe445
-import argparse, importlib, json, pkgutil, re, sys
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 import landmark.parts.bench
-from .parts.bench.side_by_side import FAMILIES, REGISTRY, Row, device_name
 from .parts.artifacts import code_files, open_stage
+from .parts.bench.side_by_side import FAMILIES, REGISTRY, Row, device_name
 from .parts.core import ParameterError, log, pick_device, project_root, stage_config, write_text
 from .parts.plots import to_markdown
 
@@ -113,7 +119,10 @@ def table(
 ) -> str:  # Markdown
     "The committed figures as one table."
     rows = read_rows(home)
-    t = lambda s: "–" if s is None else f"{s:.3g} s" if s >= 1 else f"{1000 * s:.3g} ms"
+
+    def t(s):
+        return "–" if s is None else f"{s:.3g} s" if s >= 1 else f"{1000 * s:.3g} ms"
+
     df = pd.DataFrame(
         [
             dict(

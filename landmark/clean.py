@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .parts.artifacts import artifact, open_stage
+from .parts.core import ParameterError, is_tiny, read_json, stage_config, stage_main, write_csv
+from .parts.data.layout import read_images, read_truth
+from .parts.data.worlds import find_world, make_world
 from landmark.parts.local.cleaning import (
     clean_images,
     clean_table,
@@ -26,10 +30,6 @@ from landmark.parts.local.cleaning import (
     threshold_grid,
     write_pairs,
 )
-from .parts.artifacts import artifact, open_stage
-from .parts.core import ParameterError, is_tiny, read_json, stage_config, stage_main, write_csv
-from .parts.data.layout import read_images, read_truth
-from .parts.data.worlds import find_world, make_world
 from .parts.local.features import extract_many, open_local
 from .parts.local.verification import verify_pairs
 

@@ -29,9 +29,9 @@ from landmark.parts.core import (
 from .parts.data.layout import read_images, read_table, read_truth, splits
 from .parts.images.reading import ImageError, image_size, read_image
 from .parts.local.features import extract
-from .parts.minigld.world import WORLDS, draw_world, shuffle_labels
-from .parts.minigld.plan import scaled
 from .parts.local.verification import verify
+from .parts.minigld.plan import scaled
+from .parts.minigld.world import WORLDS, draw_world, shuffle_labels
 
 # %% ../nbs/00_data.ipynb #9bcd6b56
 @stage_config

@@ -8,7 +8,11 @@ __all__ = ['Config', 'drawn_folder', 'drawn_photos', 'link', 'photo_folder', 'mo
            'write_report', 'explore', 'main']
 
 # %% ../nbs/09_explore.ipynb #fb19ba12
-import html, os, re, sys, tempfile
+import html
+import os
+import re
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.local.cleaning import clean_table
-from landmark.parts.photos.collection import (
-    choose_pairs,
-    clean_labels,
-    groups_of,
-    nearest_photos,
-    verify_both_ways,
-    vote,
-)
 from .parts.artifacts import artifact, open_stage, stage_dir
 from landmark.parts.core import (
     ParameterError,
@@ -41,11 +36,21 @@ from landmark.parts.core import (
 )
 from .parts.data.layout import read_images
 from .parts.data.worlds import make_world
-from .parts.photos.gallery import data_uri, move_pictures
+from .parts.descriptors.store import open_store, write_store
 from .parts.images.reading import ImageError, image_path, read_image
-from .parts.search.knn import search
+from .parts.local.cleaning import clean_table
 from .parts.local.features import extract_many, open_local
+from .parts.local.verification import verify_pairs
+from landmark.parts.photos.collection import (
+    choose_pairs,
+    clean_labels,
+    groups_of,
+    nearest_photos,
+    verify_both_ways,
+    vote,
+)
 from .parts.photos.describing import describe_by_network, describe_by_words
+from .parts.photos.gallery import data_uri, move_pictures
 from landmark.parts.photos.importing import (
     copy_groups,
     find_copies,
@@ -54,8 +59,7 @@ from landmark.parts.photos.importing import (
     scan_folder,
     shown_name,
 )
-from .parts.descriptors.store import open_store, write_store
-from .parts.local.verification import verify_pairs
+from .parts.search.knn import search
 
 # %% ../nbs/09_explore.ipynb #910b4aad
 @stage_config
@@ -226,9 +230,8 @@ def read_csv(path: Path) -> pd.DataFrame:  # text columns keep empty text and na
     return pd.read_csv(
         path,
         keep_default_na=False,
-        dtype={
-            k: str
-            for k in (
+        dtype=dict.fromkeys(
+            (
                 "image_id",
                 "copy_of",
                 "image",
@@ -241,8 +244,9 @@ def read_csv(path: Path) -> pd.DataFrame:  # text columns keep empty text and na
                 "pixels",
                 "reason",
                 "state",
-            )
-        },
+            ),
+            str,
+        ),
     )
 
 
@@ -480,14 +484,17 @@ class Answer:
     def __repr__(self):
         if not len(self.landmarks):
             return f"{Path(self.photo).name}: no known landmark ({len(self.matches)} photos compared, at most {self.matches.n_inliers.max() if len(self.matches) else 0} inliers)"
-        said = lambda l: ", ".join(
-            f"{f} ({n})"
-            for f, n in self.matches.loc[
-                self.matches.votes & (self.matches.landmark == l), ["file", "n_inliers"]
-            ]
-            .head(3)
-            .values
-        )
+
+        def said(l):
+            return ", ".join(
+                f"{f} ({n})"
+                for f, n in self.matches.loc[
+                    self.matches.votes & (self.matches.landmark == l), ["file", "n_inliers"]
+                ]
+                .head(3)
+                .values
+            )
+
         return "\n".join(
             [f"{Path(self.photo).name}:"]
             + [
@@ -633,7 +640,9 @@ def write_report(
     tables: Path | None = None,  # folder with the collection's tables, which are put beside the page
 ) -> Path:  # the page
     "Render the pages of an explored collection."
-    import importlib, nbformat
+    import importlib
+
+    import nbformat
 
     render = importlib.import_module(
         "landmark.report"
@@ -712,7 +721,9 @@ def explore(
 
 def main():
     "`landmark_explore FOLDER [PHOTO] [-p NAME VALUE]` explores a folder and prints where the report is; with -p or -f alone it is the stage's command."
-    import argparse, yaml
+    import argparse
+
+    import yaml
 
     if len(sys.argv) > 1 and sys.argv[1] in ("-f", "-p", "--file", "--parameter"):
         return stage_main(Config, run)

@@ -7,11 +7,18 @@ __all__ = ['STAGES', 'Step', 'profiles', 'read_profile', 'references', 'plan', '
            'main']
 
 # %% ../nbs/graph.ipynb #18de8932
-import dataclasses, importlib, os, shlex, sys, time
+import dataclasses
+import importlib
+import os
+import shlex
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd, yaml
+import pandas as pd
+import yaml
+
 from .parts.artifacts import changed, code_hash, identity, stage_dir
 from landmark.parts.core import (
     ParameterError,
@@ -217,7 +224,10 @@ def command(
     step: Step,  # a step
 ) -> str:  # a shell command
     "How a step runs: its notebook, headless, with its parameters; the stamp is set last, and not while other machines have work left."
-    q = lambda p: shlex.quote(str(p))
+
+    def q(p):
+        return shlex.quote(str(p))
+
     nb = project_root() / "nbs" / f"{STAGES[step.stage]}.ipynb"
     run = on_gpus(
         step.cfg,

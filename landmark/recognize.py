@@ -9,8 +9,10 @@ __all__ = ['BEYOND', 'Config', 'inputs_of', 'check_local', 'rule_of', 'describer
 # %% ../nbs/06_recognize.ipynb #ab72a94f
 from dataclasses import field
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from .parts.artifacts import artifact, digest_of, open_stage
 from landmark.parts.core import (
     ParameterError,
@@ -30,16 +32,16 @@ from landmark.parts.data.layout import (
     read_truth,
     train_set,
 )
+from .parts.data.submission import write_recognition
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.ensemble import choose_models, join_models
-from .parts.search.knn import search
+from .parts.descriptors.store import Rows, l2n, rows_of, write_store
 from .parts.local.features import UNIT, extract_many, open_local
 from .parts.local.matching import rule_for
+from .parts.local.verification import verify_pairs
 from .parts.metrics import gap
 from .parts.rerank.voting import choose_limit, distractor_rule, minus_non_landmarks, recognise
-from .parts.descriptors.store import Rows, l2n, rows_of, write_store
-from .parts.data.submission import write_recognition
-from .parts.local.verification import verify_pairs
+from .parts.search.knn import search
 
 # %% ../nbs/06_recognize.ipynb #91e633e5
 @stage_config
@@ -178,8 +180,8 @@ def describer(
         return lambda paths, ids, out_dir: open_local(
             extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers)
         )
-    from landmark.parts.nets.checkpoints import load_model
     from landmark.parts.local.delf import extract_many_delf, load_delf
+    from landmark.parts.nets.checkpoints import load_model
 
     ref = read_json(delf / "delf" / "card.json")["trunk"]
     trunk = artifact(cfg, ref) if ref.startswith("@") else project_root() / ref
@@ -247,7 +249,10 @@ def recognise_beyond(
     voters, at = np.unique(idxs, return_inverse=True)
     at, how = at.reshape(idxs.shape), dict(device=cfg.device, memory_mib=cfg.memory_mib)
     for queries, non in pools:
-        near = lambda x: search(x, test[non], min(cfg.n_non_landmarks, len(non)), **how)[0]
+
+        def near(x):
+            return search(x, test[non], min(cfg.n_non_landmarks, len(non)), **how)[0]
+
         adjusted, order = minus_non_landmarks(
             sims[queries], at[queries], near(Rows(test, queries)), near(Rows(train, voters))
         )

@@ -7,7 +7,13 @@ __all__ = ['page', 'with_contents', 'fold', 'save_png', 'screen', 'render', 'wor
            'render_pages', 'stale', 'write_searches', 'readme', 'main']
 
 # %% ../nbs/report.ipynb #34866144
-import html, io, posixpath, re, shutil, sys, tempfile
+import html
+import io
+import posixpath
+import re
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 from .graph import STAGES, plan
@@ -162,8 +168,13 @@ def screen(
 def _parameters(table: str) -> str:  # HTML
     "A config's table: first what was changed."
     head, line, *rows = table.splitlines()
-    is_changed = lambda r: "| **" in r
-    show = lambda rows: _markdown("\n".join([head, line, *rows]))
+
+    def is_changed(r):
+        return "| **" in r
+
+    def show(rows):
+        return _markdown("\n".join([head, line, *rows]))
+
     changed, same = [r for r in rows if is_changed(r)], [r for r in rows if not is_changed(r)]
     return (
         show(changed) if changed else ""
@@ -308,11 +319,14 @@ def _index(profile: str, seeds, steps: list, shown: dict, home: Path) -> str:  #
     for stage in dict.fromkeys(s.stage for s in sorted(steps, key=lambda s: STAGES[s.stage])):
         of = sorted((s for s in steps if s.stage == stage), key=lambda s: key(s) not in shown)
         man = {s.name: read_json(s.dir / "manifest.json") for s in of}
-        link = lambda s: (
-            f'<a href="{shown[key(s)][0]}">{html.escape(s.name)}</a>'
-            if key(s) in shown
-            else html.escape(s.name)
-        )
+
+        def link(s):
+            return (
+                f'<a href="{shown[key(s)][0]}">{html.escape(s.name)}</a>'
+                if key(s) in shown
+                else html.escape(s.name)
+            )
+
         first = of[0]
         url, title = shown[key(first)]
         title = html.escape(title)
@@ -375,7 +389,10 @@ def render_pages(
 ):
     "All pages of a report and their index."
     chosen = sorted(pages_of(steps), key=lambda s: STAGES[s.stage])
-    name = lambda s: f"{STAGES[s.stage]}-{s.name}.html"
+
+    def name(s):
+        return f"{STAGES[s.stage]}-{s.name}.html"
+
     shown = {}
     for k, s in enumerate(chosen):
         beside = [

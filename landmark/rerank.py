@@ -12,8 +12,10 @@ import time
 from dataclasses import field
 from functools import partial
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
 from landmark.parts.core import (
     ParameterError,
@@ -34,13 +36,13 @@ from landmark.parts.data.layout import (
     read_truth,
     train_set,
 )
+from .parts.data.submission import write_retrieval
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.ensemble import choose_models, join_models
-from .parts.metrics import map_at_k, mean_of, revisited
-from .parts.rerank.methods import METHODS, Problem, rank
-from .parts.rerank import beyond  # registers the methods beyond the paper
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
-from .parts.data.submission import write_retrieval
+from .parts.metrics import map_at_k, mean_of, revisited
+from .parts.rerank import beyond  # noqa: F401  registers its methods
+from .parts.rerank.methods import METHODS, Problem, rank
 
 # %% ../nbs/05_rerank.ipynb #687b78c7
 @stage_config
@@ -412,7 +414,10 @@ def run(
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     clean = artifact(cfg, cfg.clean) if cfg.clean else None
     params = {k: getattr(cfg, k) for k in PARAMS}
-    models = lambda: join_models(cfg, extracted, choose_models(cfg, extracted))
+
+    def models():
+        return join_models(cfg, extracted, choose_models(cfg, extracted))
+
     if cfg.n_shards > 1 and not made_up and not (stage_dir("rerank", cfg) / "manifest.json").exists():
         search_lists(cfg, world, models(), clean, params)
     with open_stage("rerank", cfg, inputs=[world, extracted, clean], code=__name__) as st:

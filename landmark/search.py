@@ -7,11 +7,21 @@ __all__ = ['KNOWN', 'draw', 'expand', 'read_search', 'trials', 'Trial', 'plan', 
            'search', 'main']
 
 # %% ../nbs/search.ipynb #8ea7d6d1
-import dataclasses, itertools, math, os, shlex, subprocess, sys, time
+import dataclasses
+import itertools
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
+
 from . import graph, train
 from .parts.artifacts import code_hash
 from landmark.parts.core import (
@@ -28,11 +38,11 @@ from landmark.parts.core import (
 )
 from .parts.data.layout import read_images, read_retrieval_solution
 from .parts.data.worlds import find_world
+from .parts.metrics import map_at_k
 from .parts.nets.checkpoints import load_model
+from .parts.search.knn import search as nearest
 from .parts.training.engine import DivergenceError
 from .parts.training.evaluation import describe_images
-from .parts.search.knn import search as nearest
-from .parts.metrics import map_at_k
 
 # %% ../nbs/search.ipynb #91a8144a
 def draw(
@@ -72,7 +82,10 @@ def expand(
     n, seed = specs.pop("n", 0), specs.pop("seed", 1)
     if not n >= 1 or not specs:
         raise ParameterError("`random` needs `n`, the number of draws, and parameters to draw")
-    chance = lambda i, k: np.random.default_rng([seed, i, int(hash8(k), 16)])
+
+    def chance(i, k):
+        return np.random.default_rng([seed, i, int(hash8(k), 16)])
+
     return [{k: draw(v, chance(i, k)) for k, v in specs.items()} for i in range(n)]
 
 # %% ../nbs/search.ipynb #52ecafd3
@@ -146,9 +159,10 @@ def plan(
         graph.plan(profile, seeds, [f"train/{t}" for t in found], more),
         [search.get("n_index", 0), code_hash("landmark.search")],
     )
-    as_trial = lambda s: Trial(
-        s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), how[0]
-    )
+
+    def as_trial(s):
+        return Trial(s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), how[0])
+
     return [as_trial(s) if s.name in found and s.stage == "train" else s for s in steps]
 
 
@@ -158,7 +172,10 @@ def command(
     "How a step runs; a trial trains, is judged, and sets its stamp."
     if not isinstance(step, Trial):
         return graph.command(step)
-    q = lambda p: shlex.quote(str(p))
+
+    def q(p):
+        return shlex.quote(str(p))
+
     run = graph.on_gpus(
         step.cfg,
         f'{q(sys.executable)} -c "from landmark.search import main; main()" trial {q(step.params_path)} {q(step.score_path)} {step.n_index}',
@@ -187,7 +204,10 @@ def public_map(
     if n_index:
         index = _sample(index, {i for images in truth.images for i in images}, n_index)
     queries = tests.set_index("image_id").loc[truth.image_id].reset_index()
-    of = lambda df: describe_images(model, df, max_side, batch_size, n_loaders, max_bad)
+
+    def of(df):
+        return describe_images(model, df, max_side, batch_size, n_loaders, max_bad)
+
     _, ranks = nearest(of(queries), of(index), min(100, len(index)))
     at = {i: k for k, i in enumerate(index.image_id)}
     return float(map_at_k(ranks, [[at[i] for i in images if i in at] for images in truth.images]))
@@ -212,7 +232,10 @@ def run_trial(
         out = train.run(dataclasses.replace(cfg, n_workers=1))
         seconds = read_json(out / "manifest.json")["seconds"]
         models, side = pd.read_csv(out / "models.csv"), train.longest_side(train.listed(cfg.sizes)[-1])
-        load = lambda name: load_model(out / name, pick_device(cfg.device))
+
+        def load(name):
+            return load_model(out / name, pick_device(cfg.device))
+
         rows = [
             dict(
                 r._asdict(),
@@ -283,7 +306,10 @@ def table(
     df = pd.DataFrame(
         rows, columns=[*names, "score", "loss", "accuracy", "seconds", "seeds", "diverged"]
     ).astype(dict.fromkeys(("score", "loss", "accuracy"), float))
-    mean = lambda v: v.mean(skipna=False)
+
+    def mean(v):
+        return v.mean(skipna=False)
+
     df = (
         df.groupby(names, dropna=False, sort=False)
         .agg(dict(score=mean, loss=mean, accuracy=mean, seconds="sum", seeds="sum", diverged="max"))

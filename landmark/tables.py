@@ -13,7 +13,9 @@ import tempfile
 from dataclasses import field
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
+
 from .parts.artifacts import artifact, open_stage
 from landmark.parts.core import (
     ParameterError,

@@ -7,13 +7,20 @@ __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_
            'start_model', 'train_model', 'card_of', 'run', 'launch', 'main']
 
 # %% ../nbs/03_train.ipynb #2df261a3
-import json, os, re, subprocess, sys, tempfile
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict, field
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
-from .parts.nets.backbones import make_model
+import numpy as np
+import pandas as pd
+import torch
+
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
 from landmark.parts.core import (
     ParameterError,
@@ -27,13 +34,14 @@ from landmark.parts.core import (
 )
 from .parts.data.layout import train_set as read_train_set
 from .parts.data.worlds import make_world
+from .parts.images.batching import size_table
 from .parts.images.decoding import EncodedPhotos, why_not
+from .parts.images.loading import Photos, read_all
+from .parts.nets.backbones import make_model
 from .parts.nets.checkpoints import load_model, save_model
+from .parts.nets.losses import LOSSES, check_head, make_head
 from .parts.training.engine import DivergenceError, Recipe, Trainer, Training
 from .parts.training.evaluation import benchmark_maps, check_benchmarks
-from .parts.images.batching import size_table
-from .parts.images.loading import Photos, read_all
-from .parts.nets.losses import LOSSES, check_head, make_head
 from .parts.training.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
@@ -270,14 +278,17 @@ def train_model(
             )
         recipe = recipe_of(cfg)
         watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
-        look = lambda model, epoch: benchmark_maps(
-            model,
-            make_world(cfg.world, cfg.seed),
-            longest_side(listed(cfg.sizes)[-1]),
-            cfg.batch_size,
-            cfg.n_loaders,
-            cfg.max_bad,
-        )
+
+        def look(model, epoch):
+            return benchmark_maps(
+                model,
+                make_world(cfg.world, cfg.seed),
+                longest_side(listed(cfg.sizes)[-1]),
+                cfg.batch_size,
+                cfg.n_loaders,
+                cfg.max_bad,
+            )
+
         trainer = Trainer(
             net,
             photos,

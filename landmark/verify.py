@@ -7,20 +7,15 @@ __all__ = ['Config', 'cut_chunks', 'own_chunks', 'descriptor_dir', 'Partners', '
            'trunk_dir', 'delf_dir', 'extract_local', 'config_rule', 'run', 'main']
 
 # %% ../nbs/01_verify.ipynb #bc9d40c2
-import os, tempfile, time
+import os
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from landmark.parts.local.cleaning import (
-    first_copies,
-    partners_among_all,
-    partners_within,
-    read_pairs,
-    write_pairs,
-)
 from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
 from landmark.parts.core import (
     ParameterError,
@@ -36,7 +31,15 @@ from landmark.parts.core import (
 )
 from .parts.data.layout import read_images, read_truth
 from .parts.data.worlds import find_world, make_world
+from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
+from landmark.parts.local.cleaning import (
+    first_copies,
+    partners_among_all,
+    partners_within,
+    read_pairs,
+    write_pairs,
+)
 from .parts.local.features import extract, extract_many, open_local, open_meta, write_shard
 from .parts.local.matching import rule_for
 from landmark.parts.local.separation import (
@@ -46,7 +49,6 @@ from landmark.parts.local.separation import (
     separation_row,
     spread_labels,
 )
-from .parts.descriptors.store import open_store, rows_of
 from .parts.local.verification import verify_pairs
 
 # %% ../nbs/01_verify.ipynb #43f65eff

@@ -1,6 +1,10 @@
 "Export every notebook into a copy of the tree and compare: exits 1 and names what differs. `make export` mends it."
 
-import filecmp, shutil, subprocess, sys, tempfile
+import filecmp
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent

@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 
 HOME = Path(__file__).parent / "golden"
-f32 = lambda x: np.asarray(x.detach() if torch.is_tensor(x) else x, np.float32)
-unit = lambda x: f32(x / np.linalg.norm(x, axis=-1, keepdims=True))
-flat = lambda rows, kind=np.int64: (
-    np.concatenate([np.asarray(r, kind) for r in rows]),
-    np.r_[0, np.cumsum([len(r) for r in rows])],
-)
+
+
+def f32(x):
+    return np.asarray(x.detach() if torch.is_tensor(x) else x, np.float32)
+
+
+def unit(x):
+    return f32(x / np.linalg.norm(x, axis=-1, keepdims=True))
+
+
+def flat(rows, kind=np.int64):
+    return (np.concatenate([np.asarray(r, kind) for r in rows]), np.r_[0, np.cumsum([len(r) for r in rows])])
 
 
 def top(q, x, k):
@@ -51,7 +57,8 @@ def losses(rng, b=21, c=43, d=48):
             out["weight"].astype(np.float64), requires_grad=True
         )
 
-    cosine = lambda x, w: F.normalize(x) @ F.normalize(w).T
+    def cosine(x, w):
+        return F.normalize(x) @ F.normalize(w).T
 
     def keep(key, logits, x, w, call="", grads=True):
         ce = -(logits.log_softmax(1) * hot).sum(1).mean()
@@ -95,7 +102,10 @@ def losses(rng, b=21, c=43, d=48):
                 x, w = both("features" if call == 1 else "features2")
                 v = cosine(x, w).clamp(-1 + 1e-7, 1 - 1e-7)
                 angle = v.arccos()
-                B = lambda s: torch.where(mask < 1, (s * v).exp(), 0).sum().item() / b
+
+                def B(s):
+                    return torch.where(mask < 1, (s * v).exp(), 0).sum().item() / b
+
                 t = math.log(B(t)) / math.cos(min(theta, angle[hot > 0].median().item()))
                 s = math.log(B(s)) / math.cos(min(theta, angle.median().item()))
                 out[f"{key}_s{call}"] = f32(s)
@@ -108,20 +118,28 @@ def losses(rng, b=21, c=43, d=48):
             for kind in ("hard", "all"):
                 e = torch.tensor(out["trip_emb"].astype(np.float64), requires_grad=True)
                 y = out["trip_labels"]
-                D = lambda i, j: (e[i] - e[j]).square().sum() if dist == "sq" else (e[i] - e[j]).norm()
+
+                def D(i, j):
+                    return (e[i] - e[j]).square().sum() if dist == "sq" else (e[i] - e[j]).norm()
+
                 pos, neg = (
                     [[j for j in range(b) if j != i and y[j] == y[i]] for i in range(b)],
                     [[j for j in range(b) if y[j] != y[i]] for i in range(b)],
                 )
-                far = lambda i: max(
-                    (D(i, j) for j in pos[i]), default=torch.zeros(()).double(), key=lambda v: v.item()
-                )
-                hard = lambda m: torch.stack(
-                    [
-                        F.relu(far(i) - min((D(i, j) for j in neg[i]), key=lambda v: v.item()) + m)
-                        for i in range(b)
-                    ]
-                ).mean()
+
+                def far(i):
+                    return max(
+                        (D(i, j) for j in pos[i]), default=torch.zeros(()).double(), key=lambda v: v.item()
+                    )
+
+                def hard(m):
+                    return torch.stack(
+                        [
+                            F.relu(far(i) - min((D(i, j) for j in neg[i]), key=lambda v: v.item()) + m)
+                            for i in range(b)
+                        ]
+                    ).mean()
+
                 if kind == "hard":
                     value = hard(0.1)
                 else:
@@ -195,14 +213,17 @@ def pooling(rng):
         )
     )
     out |= dict(bn_weight=w, bn_bias=b, bn_mean=m, bn_var=s, bn_x=f32(rng.normal(size=(2, c, 3, 6))))
-    norm = lambda eps: f32(
-        (
-            (out["bn_x"].astype(np.float64).transpose(0, 2, 3, 1) - m)
-            / np.sqrt(s.astype(np.float64) + eps)
-            * w
-            + b
-        ).transpose(0, 3, 1, 2)
-    )
+
+    def norm(eps):
+        return f32(
+            (
+                (out["bn_x"].astype(np.float64).transpose(0, 2, 3, 1) - m)
+                / np.sqrt(s.astype(np.float64) + eps)
+                * w
+                + b
+            ).transpose(0, 3, 1, 2)
+        )
+
     return out | dict(bn_eval=norm(1e-5), bn_frozen=norm(0))
 
 
@@ -355,9 +376,10 @@ def qe_dba(rng, q=18, n=110, d=24, k=14, m=8, alpha=3.0):
     U = np.concatenate([Q, X])
     sims, idx = top(U, U, k)
     out = dict(feats_test=Q, feats_index=X, sims=sims, topk_idx=idx, alpha=f32(alpha), n_qe=np.array(m))
-    mix = lambda base, s, i, a=alpha: unit(
-        (np.maximum(s, 0).astype(np.float64)[..., None] ** a * base[i].astype(np.float64)).sum(1)
-    )
+
+    def mix(base, s, i, a=alpha):
+        return unit((np.maximum(s, 0).astype(np.float64)[..., None] ** a * base[i].astype(np.float64)).sum(1))
+
     whole, rows = mix(U, sims[:, :m], idx[:, :m]), mix(U, sims[:m], idx[:m])
     for which in ("qe", "dba", "both"):
         for pre, x in (("fixed", whole), ("orig", rows)):
@@ -365,9 +387,10 @@ def qe_dba(rng, q=18, n=110, d=24, k=14, m=8, alpha=3.0):
                 f"{pre}_{which}_test": x[:q] if which != "dba" else Q,
                 f"{pre}_{which}_index": x[q:] if which != "qe" else X,
             }
-    plus = lambda q, x, s, i, a=alpha: unit(
-        q + (s.astype(np.float64)[..., None] ** a * x[i].astype(np.float64)).sum(1)
-    )
+
+    def plus(q, x, s, i, a=alpha):
+        return unit(q + (s.astype(np.float64)[..., None] ** a * x[i].astype(np.float64)).sum(1))
+
     s, i = top(Q, X, m)
     out |= dict(
         textbook_nb_test=i,
@@ -496,8 +519,13 @@ def diffusion(rng, n=230, nq=21, d=20, kd=24, t=90):
 
 def rerank(rng, q=33, n=640, t=410, d=24, k=3):
     centres = rng.normal(size=(15, d))
-    draw = lambda m: rng.integers(0, 15, m)
-    at = lambda l, noise=0.7: unit(centres[l] + noise * rng.normal(size=(len(l), d)))
+
+    def draw(m):
+        return rng.integers(0, 15, m)
+
+    def at(l, noise=0.7):
+        return unit(centres[l] + noise * rng.normal(size=(len(l), d)))
+
     lq, lx, lt = draw(q), np.where(np.arange(n) < n // 5, -1, draw(n)), draw(t)
     Q, X, T = at(lq), at(np.maximum(lx, 0)), at(lt)
     X[lx < 0] = unit(rng.normal(size=(n // 5, d)))
@@ -711,7 +739,10 @@ def batching(rng, n=131, size=6):
 
 def extract(rng, n=15):
     hw, scales = rng.integers(20, 1200, (29, 2)), ((0.75, 1.0, 1.25), (2**-0.5, 1.0, 2**0.5))
-    side = lambda x, s, least: max(least, int(x * s // 32) * 32)
+
+    def side(x, s, least):
+        return max(least, int(x * s // 32) * 32)
+
     ids, out = (
         np.array([f"{i:04d}" for i in rng.permutation(n)]),
         dict(hw=hw, predict_scales=f32(scales[0]), eval_scales=f32(scales[1]), weights=f32([0.5, 1.0, 0.25])),
@@ -725,7 +756,10 @@ def extract(rng, n=15):
         at = rng.permutation(n)
         out |= {f"ids_in{i}": ids[at], f"feats_in{i}": f32(x[at])}
         columns.append(unit(f32(x[np.argsort(ids)]).astype(np.float64)).astype(np.float64))
-    join = lambda w: np.concatenate([c * v for c, v in zip(columns, w)], 1)
+
+    def join(w):
+        return np.concatenate([c * v for c, v in zip(columns, w)], 1)
+
     return out | dict(
         ids_out=names,
         feats_out=unit(join(out["weights"])),

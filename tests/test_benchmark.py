@@ -1,6 +1,9 @@
 "Benchmarks are measured by command and by notebook, in one form, and say plainly what they cannot do."
 
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -74,23 +77,26 @@ def test_every_family_has_a_benchmark():
 def test_the_notebook_is_a_stage(tmp_path):
     "papermill with one parameter; a misspelt one stops before anything is measured; figures that are there are not measured again."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LANDMARK_RUNS": str(tmp_path / "runs")}
-    run = lambda *p: subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            "nbs/08_benchmark.ipynb",
-            str(tmp_path / "out.ipynb"),
-            "-k",
-            "python3",
-            "--no-progress-bar",
-            *p,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=env,
-    )
+
+    def run(*p):
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "papermill",
+                "nbs/08_benchmark.ipynb",
+                str(tmp_path / "out.ipynb"),
+                "-k",
+                "python3",
+                "--no-progress-bar",
+                *p,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=env,
+        )
+
     r = run("-p", "only", "data")
     assert r.returncode == 0, r.stderr[-3000:]
     (home,) = (tmp_path / "runs").glob("*/seed1/benchmark/default-*")

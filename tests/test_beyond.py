@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from landmark.parts.rerank.beyond import k_reciprocal_distances, superglobal_scores
-from landmark.parts.nets.losses import MarginHead, frequency_margins, make_head
-from landmark.parts.rerank.voting import minus_non_landmarks, recognise
-from landmark.parts.rerank.methods import METHODS, Problem, first_self, rank
-from landmark.parts.search.knn import search
 from landmark.parts.descriptors.store import l2n
+from landmark.parts.nets.losses import MarginHead, frequency_margins, make_head
+from landmark.parts.rerank.beyond import k_reciprocal_distances, superglobal_scores
+from landmark.parts.rerank.methods import METHODS, Problem, first_self, rank
+from landmark.parts.rerank.voting import minus_non_landmarks, recognise
+from landmark.parts.search.knn import search
 
 
 def clusters(n, seed, d=12, noise=0.8):
@@ -111,7 +111,10 @@ def test_superglobal_like_torch(m, k):
 def test_superglobal_as_a_method():
     "Batches change nothing, and only the first m images are reordered."
     x = clusters(80, 1)
-    p = lambda: Problem(x[:10], x[10:])
+
+    def p():
+        return Problem(x[:10], x[10:])
+
     a, b = (rank(p(), "superglobal", 70, m_superglobal=15, batch=n) for n in (3, 64))
     a15 = METHODS["superglobal"].fn(p(), 70, 15, 9, 0.15, 3)
     np.testing.assert_array_equal(a, b)
@@ -185,7 +188,10 @@ def test_subtracting_non_landmarks_by_loops():
     rng = np.random.default_rng(0)
     q, train, non, labels = clusters(8, 1), clusters(25, 2), clusters(10, 3), rng.integers(0, 6, 25)
     sims, idxs = search(q, train, 4, "cpu")
-    top = lambda v: np.sort(non @ v)[::-1][:3].mean()
+
+    def top(v):
+        return np.sort(non @ v)[::-1][:3].mean()
+
     adjusted, order = minus_non_landmarks(
         sims, idxs, search(q, non, 3, "cpu")[0], search(train, non, 3, "cpu")[0]
     )

@@ -1,6 +1,8 @@
 "A headless browser opens every committed report page, and test_photos the report of a folder: no console error, no missing image. Skips where there is no Chromium."
 
-import re, shutil, subprocess
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest

@@ -15,7 +15,6 @@ from landmark.parts.local.cleaning import (
     partners_among_all,
     partners_within,
     quality_table,
-    threshold_grid,
 )
 
 
@@ -83,6 +82,7 @@ def test_partners_need_few_passes_over_all_images(monkeypatch):
 
 def test_partners_keep_to_the_memory():
     from pathlib import Path
+
     from landmark.parts.bench.side_by_side import PeakMemory
 
     if not Path("/proc/self/status").exists():
@@ -247,8 +247,9 @@ def test_wrong_parameters_stop_at_once(world, runs):
 def delf_world(world, tmp_path_factory):
     "The same photos, four more as the v1 training set, and an untrained model."
     from test_verification import VIEWS, moved, wall
-    from landmark.parts.nets.checkpoints import save_model
+
     from landmark.parts.nets.backbones import make_model
+    from landmark.parts.nets.checkpoints import save_model
 
     d = tmp_path_factory.mktemp("delf") / "world"
     shutil.copytree(world, d)
@@ -317,8 +318,9 @@ def test_a_few_labels_and_how_well_they_separate(world, runs):
 
 def test_what_the_nearest_of_all_leave_out(world, runs):
     from dataclasses import replace
-    from landmark.parts.local.cleaning import read_pairs
+
     from landmark.parts.descriptors.store import write_store
+    from landmark.parts.local.cleaning import read_pairs
 
     ids = pd.read_csv(world / "v2" / "train.csv", dtype={"id": str})
     x = np.random.default_rng(3).normal(size=(len(ids), 8)).astype(np.float32)

@@ -29,24 +29,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from landmark import graph
-from landmark.parts.local import cleaning
-from landmark.parts.nets import losses, pooling
-from landmark.parts.nets.backbones import freeze_batch_norm, make_model, train_mode
-from landmark.parts.images.batching import GroupedBatchSampler, grouped_batches
 from landmark.parts.artifacts import code_files
 from landmark.parts.core import project_root
+from landmark.parts.descriptors.store import l2n
+from landmark.parts.descriptors.whitening import learn_pca
+from landmark.parts.images.batching import GroupedBatchSampler, grouped_batches
+from landmark.parts.local import cleaning
+from landmark.parts.local.features import LocalFeatures, open_local, open_meta, write_shard
+from landmark.parts.local.matching import ransac, rule_for, sample_stream
+from landmark.parts.local.verification import verify_pairs
+from landmark.parts.metrics import judge, map_at_k, revisited
+from landmark.parts.nets import losses, pooling
+from landmark.parts.nets.backbones import freeze_batch_norm, make_model, train_mode
 from landmark.parts.nets.checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
 from landmark.parts.rerank.expansion import alpha_qe, augment_index, expand
 from landmark.parts.rerank.graph import affinity, egt
-from landmark.parts.search.knn import search
-from landmark.parts.local.features import LocalFeatures, open_local, open_meta, write_shard
-from landmark.parts.local.matching import rule_for, sample_stream, ransac
-from landmark.parts.metrics import judge, map_at_k, revisited
-from landmark.parts.rerank.voting import distractor_rule, inliers_of, recognise
 from landmark.parts.rerank.methods import Problem, rank, sort_insert
-from landmark.parts.descriptors.store import l2n
-from landmark.parts.local.verification import verify_pairs
-from landmark.parts.descriptors.whitening import learn_pca
+from landmark.parts.rerank.voting import distractor_rule, inliers_of, recognise
+from landmark.parts.search.knn import search
 
 rng = np.random.default_rng(0)
 
@@ -388,8 +388,8 @@ def test_defect_8_the_power_law_runs():
     check(pooling.power_law)
 
     def powerlaw(x, eps=1e-6):
-        x = x + self.eps
-        return x.abs().sqrt().mul(x.sign())  # noqa: F821  its free function refers to `self`
+        x = x + self.eps  # noqa: F821  its free function refers to `self`
+        return x.abs().sqrt().mul(x.sign())
 
     assert fails(check, powerlaw, NameError)
 

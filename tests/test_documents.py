@@ -1,12 +1,12 @@
 "README and reports say what the code and the runs say."
 
-import json, re
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from landmark import report
-from landmark.parts.core import project_root
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = sorted(p.parent for p in (ROOT / "reports").glob("*/report.json"))

@@ -2,12 +2,15 @@
 
 import json
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
+
 from landmark import recognize, rerank
-from landmark.parts.descriptors import ensemble
 from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_truth
 from landmark.parts.data.worlds import make_world
+from landmark.parts.descriptors import ensemble
 from landmark.parts.descriptors import ensemble as join_rows
 from landmark.parts.descriptors.store import l2n, open_store, write_store
 
@@ -68,8 +71,13 @@ def test_ranking_and_recognition_search_the_same_ensemble(extracted):
 
 def test_other_weights_models_whitening_or_descriptors_are_another_ensemble(extracted):
     cfg = ensemble.Config(world="tiny", weights=WEIGHTS)
-    join = lambda c, models="ab", of=extracted: ensemble.join_models(c, of, list(models))["ensemble"]["index"]
-    with_ = lambda **more: ensemble.Config(world="tiny", **{"weights": WEIGHTS, **more})
+
+    def join(c, models="ab", of=extracted):
+        return ensemble.join_models(c, of, list(models))["ensemble"]["index"]
+
+    def with_(**more):
+        return ensemble.Config(world="tiny", **{"weights": WEIGHTS, **more})
+
     first = join(cfg)
     others = [
         join(with_(weights=[1, 1])),

@@ -4,7 +4,8 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

@@ -12,20 +12,20 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_train import folder_world
 
 from landmark import extract
-from landmark.parts.images import batching
-from landmark.parts.images.augment import change
-from landmark.parts.nets.backbones import make_model
-from landmark.parts.nets.checkpoints import load_model, save_model
 from landmark.parts.core import ParameterError, parallel_map, write_json
 from landmark.parts.data.layout import image_paths, read_boxes, read_ids
 from landmark.parts.data.worlds import make_world
 from landmark.parts.descriptors.extraction import describe_scales
-from landmark.parts.images.reading import image_path
-from landmark.parts.images.loading import Crops
 from landmark.parts.descriptors.store import open_store
-from test_train import folder_world
+from landmark.parts.images import batching
+from landmark.parts.images.augment import change
+from landmark.parts.images.loading import Crops
+from landmark.parts.images.reading import image_path
+from landmark.parts.nets.backbones import make_model
+from landmark.parts.nets.checkpoints import load_model, save_model
 
 
 @pytest.fixture

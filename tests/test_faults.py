@@ -1,6 +1,10 @@
 "What goes wrong is said in plain words, at once, and nothing half-written is taken for finished."
 
-import errno, json, os, subprocess, sys
+import errno
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,10 +100,9 @@ def test_made_up_numbers_reach_no_table(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("old")
-    with pytest.raises(OSError, match="the disk is full"):
-        with core.atomic_path(path) as tmp:
-            tmp.write_text("ha")
-            raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="the disk is full"), core.atomic_path(path) as tmp:
+        tmp.write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.csv"]
 
 
@@ -200,7 +203,8 @@ def test_a_gpu_that_is_not_there():
 
 def test_workers_end_with_their_parent(tmp_path):
     "SIGKILL to a run takes its worker processes along."
-    import signal, time
+    import signal
+    import time
 
     code = 'import sys, time\nfrom landmark.parts.core import parallel_map\nif __name__ == "__main__":\n    print("up", flush=True); parallel_map(time.sleep, [60]*4, n_workers=2)'
     script = tmp_path / "pool.py"
@@ -214,11 +218,14 @@ def test_workers_end_with_their_parent(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     p.stdout.readline()
-    children = lambda: [
-        int(d.name)
-        for d in Path("/proc").iterdir()
-        if d.name.isdigit() and _parent(d) == p.pid and b"spawn_main" in (d / "cmdline").read_bytes()
-    ]
+
+    def children():
+        return [
+            int(d.name)
+            for d in Path("/proc").iterdir()
+            if d.name.isdigit() and _parent(d) == p.pid and b"spawn_main" in (d / "cmdline").read_bytes()
+        ]
+
     for _ in range(100):
         kids = children()
         if len(kids) >= 2:

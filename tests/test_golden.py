@@ -7,19 +7,18 @@ test reads. Prefixes: `orig_` as published although wrong, `fixed_` with the sma
 
 import math
 
+import golden_data
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import golden_data
 from conftest import left_out
 from golden_data import load
-from landmark.parts.nets import losses
-from landmark.parts.nets import pooling as P
-from landmark.parts.nets.backbones import freeze_batch_norm, train_mode
+from torch import nn
+
+from landmark.parts.descriptors.store import concat_stores, ensemble, write_store
+from landmark.parts.descriptors.whitening import learn_pca, learn_whitening
 from landmark.parts.images.batching import (
     BINS3,
     BINS5,
@@ -35,6 +34,13 @@ from landmark.parts.local.cleaning import (
     needed_pairs,
     threshold_grid,
 )
+from landmark.parts.local.features import LocalFeatures
+from landmark.parts.local.matching import ORIGINAL, Prepared, match, rule_for
+from landmark.parts.local.verification import verify, verify_prepared
+from landmark.parts.metrics import accuracy, gap, judge, map_at_k, relevant_mask, revisited, trapezoid_ap
+from landmark.parts.nets import losses
+from landmark.parts.nets import pooling as P
+from landmark.parts.nets.backbones import freeze_batch_norm, train_mode
 from landmark.parts.rerank.expansion import alpha_qe, augment_index, expand
 from landmark.parts.rerank.graph import (
     _diffuse_dense,
@@ -45,22 +51,19 @@ from landmark.parts.rerank.graph import (
     gallery_scores,
     laplacian,
 )
-from landmark.parts.search.knn import search
-from landmark.parts.local.features import LocalFeatures
-from landmark.parts.local.matching import ORIGINAL, Prepared, match, rule_for
-from landmark.parts.metrics import accuracy, gap, judge, map_at_k, relevant_mask, revisited, trapezoid_ap
-from landmark.parts.rerank.voting import distractor_rule, inliers_of, recognise
 from landmark.parts.rerank.methods import Problem, rank, soft_vote, sort_insert
-from landmark.parts.descriptors.store import concat_stores, ensemble, write_store
-from landmark.parts.local.verification import verify, verify_prepared
-from landmark.parts.descriptors.whitening import learn_pca, learn_whitening
+from landmark.parts.rerank.voting import distractor_rule, inliers_of, recognise
+from landmark.parts.search.knn import search
 
 TOL = dict(atol=1e-6, rtol=0)
 
 
 def same_neighbours(idxs, want, queries, index):
     "Equal lists, but where two images are equally near to within 1e-6."
-    near = lambda rows: np.einsum("qd,qkd->qk", queries, index[rows])
+
+    def near(rows):
+        return np.einsum("qd,qkd->qk", queries, index[rows])
+
     assert ((idxs == want) | (np.abs(near(idxs) - near(want)) < 1e-6)).all()
 
 
@@ -378,7 +381,10 @@ def test_pca_is_what_the_original_meant():
 
 def test_defect_5_pca_output_is_white():
     y = learn_pca(WX)(WX, normalise=False)
-    white = lambda y: np.abs(np.cov(y.T, bias=True) - np.eye(y.shape[1])).max() < 1e-3
+
+    def white(y):
+        return np.abs(np.cov(y.T, bias=True) - np.eye(y.shape[1])).max() < 1e-3
+
     assert white(y)
     assert not white(WHITE["orig_wpca_apply"])  # the original's own output
     np.testing.assert_allclose(
@@ -976,7 +982,10 @@ def test_the_planted_map_is_found(floats):
 
 def test_degenerate_cases():
     desc, loc = RANSAC["edge_desc"].astype(np.float32), RANSAC["edge_loc"]
-    f = lambda d, rows: LocalFeatures(loc[rows], d[rows], np.ones(len(loc[rows])), (800, 800), "delf")
+
+    def f(d, rows):
+        return LocalFeatures(loc[rows], d[rows], np.ones(len(loc[rows])), (800, 800), "delf")
+
     everything, two = slice(None), slice(2)
     got = [
         verify(f(desc, a), f(d, a), ORIGINAL, quantize=q).n_inliers

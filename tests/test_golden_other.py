@@ -5,11 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import golden_data
+import numpy as np
 import other_golden
+import pytest
 
 HERE = Path(__file__).parent
 

@@ -3,10 +3,18 @@
 The run of this module is made once and looked at from all sides. LANDMARK_TEST_RUNS=folder keeps it between calls.
 """
 
-import json, os, re, signal, subprocess, sys, time
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,9 +139,9 @@ def test_search_beats_chance(runs):
 def named(runs, name, model):
     "How many index and test photos get their landmark's name from the 3 nearest training photos; (hit or miss) each, and the labels that voted."
     from landmark.parts.data.layout import read_images, read_recognition_solution, read_table
-    from landmark.parts.search.knn import search
-    from landmark.parts.rerank.methods import soft_vote
     from landmark.parts.descriptors.store import open_store
+    from landmark.parts.rerank.methods import soft_vote
+    from landmark.parts.search.knn import search
 
     world, home = (
         next(runs.glob(f"tiny/seed1/data/{'shuffled' if name == 'shuffled' else 'main'}-*/world")),
@@ -171,10 +179,12 @@ def test_labels_matter(runs):
     sd = np.sqrt(chance * (1 - chance) / len(right))
     assert right.mean() > chance + 3 * sd, (right.mean(), chance, sd)
     assert shuffled.mean() < chance + 2 * sd, (shuffled.mean(), chance, sd)
-    gain = lambda name: (
-        overall(table(runs, "rerank", name, "metrics.csv"), "sort+insert")
-        - overall(table(runs, "rerank", name, "metrics.csv"), "baseline")
-    )
+
+    def gain(name):
+        return overall(table(runs, "rerank", name, "metrics.csv"), "sort+insert") - overall(
+            table(runs, "rerank", name, "metrics.csv"), "baseline"
+        )
+
     assert gain("shuffled") < 0.02, gain("shuffled")
 
 

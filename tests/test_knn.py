@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from landmark.parts.search import knn, knn_torch
 from landmark.parts.core import ParameterError
+from landmark.parts.descriptors.store import Rows, l2n, write_store
+from landmark.parts.search import knn, knn_torch
 from landmark.parts.search.knn import (
     Seen,
     error_bound,
@@ -18,8 +20,7 @@ from landmark.parts.search.knn import (
     slow_search,
     without_self,
 )
-from landmark.parts.search.knn_torch import SearchError, plain_products, settle_on_device, top_of_rows
-from landmark.parts.descriptors.store import Rows, l2n, write_store
+from landmark.parts.search.knn_torch import SearchError, settle_on_device, top_of_rows
 
 METHODS = ["numpy", "torch", "torch32"] + (["faiss"] if has_faiss() else [])
 rng = np.random.default_rng(0)
@@ -349,7 +350,10 @@ def test_rounding_that_hides_the_true_neighbours():
     """True neighbours that bfloat16 takes as much off as it can, some it makes larger, and between them in its eyes a crowd it sees as it is.
     The list looks finished: the fifth is better than the last candidate by more than a rounded result can be wrong. Only the bound of both factors knows."""
     d, k, down, up = 64, 5, 1 + 2**-8 * 0.98, 1 + 2**-8 * 1.02  # rounds to 1, rounds to 1 + 2**-7
-    row = lambda x, rest: np.float32([x] * 62 + [rest] * 2)
+
+    def row(x, rest):
+        return np.float32([x] * 62 + [rest] * 2)
+
     good, larger, crowd = row(down, 143 / 256), row(up, 136 / 256), row(1, 160 / 256)
     queries, base = (
         np.full((1, d), down, np.float32),

@@ -1,6 +1,8 @@
 "The same training, started in the three ways that people start one on several devices."
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest

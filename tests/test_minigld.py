@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from landmark.parts.data import layout
-
 from landmark.parts.minigld import world
 from landmark.parts.minigld.plan import Knobs, plan_world
 
@@ -134,7 +133,7 @@ def test_impossible_knobs_are_refused(wrong, says):
 
 
 def test_an_existing_world_is_complete_or_absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(minigld, "write_tables", lambda *a: 1 / 0)
+    monkeypatch.setattr(world, "write_tables", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         world.draw_world(tmp_path / "world", SMALL, seed=3, n_workers=1)
     assert list(tmp_path.iterdir()) == []

@@ -1,28 +1,43 @@
 "Neighbour lists: known before the first method runs, searched once, kept piece by piece for other runs and machines."
 
-import json, os, subprocess, sys, threading
+import json
+import os
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
+
 from landmark import rerank
-from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
-from landmark.parts.search import kept_lists  # noqa: F401  the first registers its methods
 from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_truth
 from landmark.parts.data.worlds import make_world
-from landmark.parts.rerank.expansion import augment_index
-from landmark.parts.search.knn import search
-from landmark.parts.rerank.methods import METHODS, Problem, needs_of, rank
 from landmark.parts.descriptors.store import Rows, l2n, write_store
+from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
+from landmark.parts.rerank.expansion import augment_index
+from landmark.parts.rerank.methods import METHODS, Problem, needs_of, rank
+from landmark.parts.search import kept_lists  # noqa: F401  the first registers its methods
+from landmark.parts.search.knn import search
 
 ROOT, TOPK = Path(__file__).resolve().parent.parent, 30
 rng = np.random.default_rng(3)
 centres = l2n(rng.normal(size=(12, 16)))
-some = lambda n: l2n(centres[rng.integers(0, 12, n)] + 0.15 * rng.normal(size=(n, 16)))
+
+
+def some(n):
+    return l2n(centres[rng.integers(0, 12, n)] + 0.15 * rng.normal(size=(n, 16)))
+
+
 QUERIES, INDEX, TRAIN, LABELS = some(23), some(90), some(60), rng.integers(0, 12, 60)
-problem = lambda **more: Problem(QUERIES, INDEX, TRAIN, LABELS, dict(device="cpu"), **more)
+
+
+def problem(**more):
+    return Problem(QUERIES, INDEX, TRAIN, LABELS, dict(device="cpu"), **more)
 
 
 @pytest.fixture
@@ -34,7 +49,7 @@ def searches(monkeypatch):
         done.append((len(queries), len(base), k))
         return search(queries, base, k, **how)
 
-    monkeypatch.setattr(neighbours, "search", counted)
+    monkeypatch.setattr(kept_lists, "search", counted)
     return done
 
 
@@ -87,7 +102,7 @@ def test_a_longer_list_begins_with_the_shorter_one(tmp_path):
 
 
 def test_a_killed_search_goes_on_with_the_next_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 5)
+    monkeypatch.setattr(kept_lists, "BLOCK", 5)
     code = f"""if True:
         import os, numpy as np; from landmark.parts.search import kept_lists; from landmark.parts.search.knn import search
         kept_lists.BLOCK, n = 5, [0]
@@ -111,7 +126,7 @@ def test_a_killed_search_goes_on_with_the_next_piece(tmp_path, monkeypatch):
     assert [p.stem for p in there] == ["00000", "00001", "00002"]
     made = []
     monkeypatch.setattr(
-        neighbours, "search", lambda q, x, k, **how: (made.append(len(q)), search(q, x, k, **how))[1]
+        kept_lists, "search", lambda q, x, k, **how: (made.append(len(q)), search(q, x, k, **how))[1]
     )
     sims, idxs, _ = kept_lists.find_neighbours(QUERIES, INDEX, 9, tmp_path / "lists")
     want = search(QUERIES, INDEX, 9)
@@ -121,10 +136,10 @@ def test_a_killed_search_goes_on_with_the_next_piece(tmp_path, monkeypatch):
 
 
 def test_machines_share_the_pieces_and_do_a_lost_ones_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 2)
+    monkeypatch.setattr(kept_lists, "BLOCK", 2)
     made = []
     monkeypatch.setattr(
-        neighbours, "search", lambda q, x, k, **how: (made.append(q.tobytes()), search(q, x, k, **how))[1]
+        kept_lists, "search", lambda q, x, k, **how: (made.append(q.tobytes()), search(q, x, k, **how))[1]
     )
     with ThreadPoolExecutor(3) as pool:
         found = list(
@@ -249,7 +264,7 @@ def test_a_killed_run_keeps_its_times_and_its_searches(args, searches, monkeypat
 
 
 def test_machines_share_the_searches_of_a_run(args, searches, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 2)
+    monkeypatch.setattr(kept_lists, "BLOCK", 2)
     with pytest.raises(ParameterError, match="`shard` is 2 of 2; it counts from 0"):
         rerank.run(rerank.Config(**args, shard=2, n_shards=2))
     cfg = rerank.Config(**args, methods=["baseline", "sort+insert"])
@@ -267,7 +282,7 @@ def test_machines_share_the_searches_of_a_run(args, searches, monkeypatch):
         return counted(*a, **how)
 
     searches.clear()
-    monkeypatch.setattr(neighbours, "search", meets)
+    monkeypatch.setattr(kept_lists, "search", meets)
     with ThreadPoolExecutor(2) as pool:
         a, b = pool.map(lambda s: rerank.run(replace(cfg, shard=s, n_shards=2)), range(2))
     assert a == b and len(came) == 2 and len(searches) == n, "each piece by one of them"

@@ -1,18 +1,21 @@
 "A folder of photos as people have them: whatever is wrong with a file is listed, and the rest gets its report."
 
-import os, re, shutil, subprocess, sys
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
+from test_browser import CHROMIUM, complaints, pictures
 
 from landmark import explore
-from landmark.parts.core import ParameterError, read_json
+from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import landmark_names, read_images, train_set
 from landmark.parts.images.reading import ImageError, read_image
-from test_browser import CHROMIUM, complaints, pictures
 from landmark.parts.photos.importing import choose, find_copies, import_folder, scan_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -671,9 +674,12 @@ def test_real_photos_verify_by_place(collection):
     "Most pairs of one façade verify, pairs of different places do not."
     p = collection.pairs
     file = collection.photos.file
-    within = lambda l: p[
-        file[p.image].str.startswith(l).to_numpy() & file[p.partner].str.startswith(l).to_numpy()
-    ].verified.mean()
+
+    def within(l):
+        return p[
+            file[p.image].str.startswith(l).to_numpy() & file[p.partner].str.startswith(l).to_numpy()
+        ].verified.mean()
+
     assert within("sacre_coeur/") > 0.5 and within("sceaux_castle/") > 0.6
     other = p[~p.same_label]
     assert len(other) > 3000 and other.verified.mean() < 0.001

@@ -3,19 +3,22 @@
 import json
 from dataclasses import replace
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
+from test_ensemble import made
+
 from landmark import recognize, verify
-from landmark.parts.nets.backbones import make_model
-from landmark.parts.nets.checkpoints import load_model, save_model
 from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_images
 from landmark.parts.data.worlds import make_world
-from landmark.parts.local.delf import load_delf
 from landmark.parts.images.reading import read_image
+from landmark.parts.local.delf import load_delf
 from landmark.parts.local.features import LocalFeatures, pack
 from landmark.parts.local.matching import rule_for
 from landmark.parts.local.verification import verify as verify_one
-from test_ensemble import made
+from landmark.parts.nets.backbones import make_model
+from landmark.parts.nets.checkpoints import load_model, save_model
 
 SIZE = dict(world="tiny", max_keypoints=100, max_side=160)
 

@@ -10,10 +10,10 @@ from landmark import benchmark, recognize, rerank, tables
 from landmark.parts.bench import rerank as bench_methods
 from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_ids, read_recognition_solution, read_retrieval_solution
+from landmark.parts.data.submission import read_recognition, read_retrieval
 from landmark.parts.data.worlds import make_world
 from landmark.parts.metrics import map_of_submission
 from landmark.parts.rerank.methods import METHODS, Problem, method, rank
-from landmark.parts.data.submission import read_recognition, read_retrieval
 
 
 @pytest.fixture

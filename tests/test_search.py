@@ -1,9 +1,15 @@
 "Search for hyper-parameters: trials through Snakemake, killed and started again, finished ones skipped."
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import pandas as pd, pytest
+import pandas as pd
+import pytest
 
 from landmark import graph, search, train
 from landmark.parts.core import ParameterError

@@ -1,9 +1,16 @@
 "The shape of the house: imports go down only, stages have one parameters cell, notebooks carry no outputs."
 
-import ast, dataclasses, importlib, json, os, re, subprocess, sys
+import ast
+import dataclasses
+import importlib
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -35,7 +42,10 @@ def imports(name):
 
 
 GRAPH = {m: imports(m) for m in MODULES}
-is_part = lambda m: m.startswith("landmark.parts.")
+
+
+def is_part(m):
+    return m.startswith("landmark.parts.")
 
 
 def test_no_cycles():
@@ -64,7 +74,10 @@ def test_parts_know_no_stages_and_stages_meet_through_artifacts():
 
 def test_folders_have_no_circle():
     "What `parts/a` takes from `parts/b`, `parts/b` does not take back, on whatever way round."
-    folder = lambda m: m.split(".")[2] if m.count(".") > 2 else "flat"
+
+    def folder(m):
+        return m.split(".")[2] if m.count(".") > 2 else "flat"
+
     edges = {(folder(m), folder(n)) for m in GRAPH if is_part(m) for n in GRAPH[m]}
     below = {}
     for a, b in edges:
@@ -145,7 +158,10 @@ def test_parameters_cell_is_the_config(stage):
     assert not any("nbdev_export" in c.source for c in nb.cells if c.cell_type == "code")
     cell = {k: ast.literal_eval(v["default"]) for k, v in papermill.inspect_notebook(str(path)).items()}
     cfg = importlib.import_module(f"landmark.{stage}").Config()
-    plain = lambda v: list(v) if isinstance(v, tuple) else v
+
+    def plain(v):
+        return list(v) if isinstance(v, tuple) else v
+
     want = {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     assert list(cell) == list(want)
     assert {k: plain(v) for k, v in cell.items()} == want

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from landmark import train
 from landmark.parts.core import ParameterError
-from landmark.parts.training.engine import Trainer, TrainingError, Training
 from landmark.parts.images.reading import image_path
+from landmark.parts.training.engine import Trainer, Training, TrainingError
 
 SMALL = dict(
     backbone="test_resnet",
@@ -403,6 +403,7 @@ def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
 def test_benchmarks_without_images_give_no_figures(tmp_path, monkeypatch, capfd):
     "It is said before the first step; a world without benchmarks is trained all the same."
     import shutil
+
     from landmark.parts.data.worlds import make_world
 
     tiny = Path(shutil.copytree(make_world("tiny", 1), tmp_path / "world"))
@@ -439,10 +440,10 @@ def stripes(n=24):
 
 def train_stripes(state_dir, stop_at=None, dropout=0.3, loss="arcface", **kw):
     "A training of a few steps, with dropout, that may die after a step."
-    from landmark.parts.nets.backbones import make_model
-    from landmark.parts.training.recipe import Recipe
     from landmark.parts.images.loading import Photos
+    from landmark.parts.nets.backbones import make_model
     from landmark.parts.nets.losses import make_head
+    from landmark.parts.training.recipe import Recipe
 
     class Killed(BaseException):
         pass
@@ -572,7 +573,9 @@ def test_a_size_that_only_the_last_epoch_has_is_refused_before_the_first(tmp_pat
 
 def test_two_runs_in_one_folder_wait_for_each_other(world, capfd):
     import threading
+
     from filelock import FileLock
+
     from landmark.parts.artifacts import stage_dir
 
     cfg = train.Config(world=str(world), name="shared", **SMALL)
@@ -592,7 +595,6 @@ def test_two_runs_in_one_folder_wait_for_each_other(world, capfd):
 
 def test_a_checkpoint_of_something_else(world):
     "A state folder that holds another network's checkpoint, or half of one, stops the run with a sentence."
-    from landmark.parts.artifacts import stage_dir
 
     whole = train.run(train.Config(world=str(world), name="whole", **SMALL))
     state = whole / ".state" / "arcface_v1" / "last.pt"
@@ -742,6 +744,7 @@ def test_bf16_follows_fp32(tmp_path):
 def test_every_training_of_a_process_has_its_own_device(monkeypatch):
     "Accelerate keeps the first one unless told; a GPU that is only said to be there is enough to see it."
     from accelerate.state import AcceleratorState
+
     from landmark.parts.training.engine import _accelerator
     from landmark.parts.training.recipe import Recipe
 
@@ -796,10 +799,10 @@ def test_weights_that_are_no_numbers_reach_no_checkpoint(tmp_path, evaluated):
     seen = []
 
     def train_once(cls):
-        from landmark.parts.training.recipe import Recipe
         from landmark.parts.images.loading import Photos
-        from landmark.parts.nets.losses import make_head
         from landmark.parts.nets.backbones import make_model
+        from landmark.parts.nets.losses import make_head
+        from landmark.parts.training.recipe import Recipe
 
         images, labels = stripes()
         torch.manual_seed(0)
@@ -829,10 +832,12 @@ def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(worl
     path = [
         image_path(world / "v1" / "train", i) for i in pd.read_csv(world / "v1" / "train.csv", dtype=str).id
     ]
-    cfg = lambda **kw: dict(world=str(world), in_memory=False, **{**SMALL, **kw})
-    from landmark.parts.images.loading import Photos
-    from landmark.parts.nets.losses import make_head
+
+    def cfg(**kw):
+        return dict(world=str(world), in_memory=False, **{**SMALL, **kw})
+
     from landmark.parts.nets.backbones import make_model
+    from landmark.parts.nets.losses import make_head
 
     photos, classes, _ = train.load_photos(train.Config(**cfg()), "v1")
     for p in path[:3]:
@@ -853,8 +858,8 @@ def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(worl
 @pytest.mark.parametrize("loss", ["arcface", "triplet", "contrastive"])
 def test_a_step_asks_no_device_for_a_number(tmp_path, monkeypatch, loss):
     "On the device `meta` there are no numbers: whoever asks for one fails. So runs a step of one of two processes, but for the steps of the optimizer."
-    from landmark.parts.nets.backbones import make_model
     from landmark.parts.images.loading import Photos
+    from landmark.parts.nets.backbones import make_model
     from landmark.parts.nets.losses import make_head
     from landmark.parts.training.recipe import Recipe
 

@@ -170,11 +170,12 @@ def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
     from landmark.parts.local import verification_triton as kernels
 
-    made = lambda fn, names, **const: ASTSource(
-        fn=fn, signature={**names, **{k: "constexpr" for k in const}}, constexprs=const
-    )
+    def made(fn, names, **const):
+        return ASTSource(fn=fn, signature={**names, **dict.fromkeys(const, "constexpr")}, constexprs=const)
+
     count = made(
         kernels._count,
         dict(maps="*fp32", p="*fp32", q="*fp32", limit="*fp32", out="*i32", t="i32", m="i32"),
@@ -187,9 +188,10 @@ def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
         D=64,
         B=64,
     )
-    compile = lambda src, **options: triton.compile(
-        src, target=GPUTarget("cuda", 90, 32), options=options
-    ).asm["ptx"]
+
+    def compile(src, **options):
+        return triton.compile(src, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
     try:
         plain, fused, ptx = compile(count, enable_fp_fusion=False), compile(count), compile(near)
     except Exception as e:

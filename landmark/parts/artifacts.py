@@ -7,7 +7,20 @@ __all__ = ['UNHASHED', 'code_files', 'code_hash', 'changed', 'identity', 'stage_
            'git_commit', 'make_room', 'Stage', 'open_stage']
 
 # %% ../../nbs/parts/artifacts.ipynb #dbdfe2cf
-import ast, contextlib, dataclasses, functools, importlib.metadata, importlib.util, io, os, platform, shutil, subprocess, sys, time, tokenize
+import ast
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import tokenize
 from pathlib import Path
 
 from landmark.parts.core import (
@@ -25,7 +38,7 @@ from landmark.parts.core import (
 )
 
 # %% ../../nbs/parts/artifacts.ipynb #5a9f6546
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parsed(
     path: Path, changed_at: int
 ) -> tuple:  # source without comments and blank lines, import statements
@@ -207,7 +220,19 @@ def _outputs(d: Path) -> dict:
 def environment() -> dict:  # versions, hardware
     "Library versions and hardware, for the manifest."
     libs = {}
-    for lib in "torch torchvision timm numpy pandas opencv-python-headless faiss-gpu faiss-cpu numba nbdev papermill".split():
+    for lib in [
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "pandas",
+        "opencv-python-headless",
+        "faiss-gpu",
+        "faiss-cpu",
+        "numba",
+        "nbdev",
+        "papermill",
+    ]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             libs[lib] = importlib.metadata.version(lib)
     torch = sys.modules.get("torch")

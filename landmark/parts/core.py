@@ -9,13 +9,27 @@ __all__ = ['project_root', 'runs_dir', 'default_world', 'is_tiny', 'ParameterErr
            'stage_main']
 
 # %% ../../nbs/parts/core.ipynb #33b7dbd5
-import contextlib, dataclasses, difflib, errno, hashlib, inspect, json, os, random, re, shutil, sys, threading, time
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import pydantic, yaml
+import pydantic
+import yaml
 from tqdm import tqdm
 
 # %% ../../nbs/parts/core.ipynb #fc2127c0

@@ -6,7 +6,12 @@
 __all__ = ['visible_gpus', 'take_gpus', 'main']
 
 # %% ../../nbs/parts/gpus.ipynb #08d02813
-import fcntl, os, re, subprocess, sys, time
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 # %% ../../nbs/parts/gpus.ipynb #5c078e1b

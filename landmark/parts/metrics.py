@@ -8,6 +8,7 @@ __all__ = ['PROTOCOLS', 'MetricError', 'ap_at_k', 'relevant_mask', 'map_at_k', '
 
 # %% ../../nbs/parts/metrics.ipynb #6e8664da
 from itertools import chain, islice
+
 import numpy as np
 import pandas as pd
 from numba import njit
@@ -231,7 +232,10 @@ def revisited(
         raise MetricError(f"{len(ranks)} rankings but {len(gnd)} queries in the ground truth")
     out = {}
     for name, (good, bad) in PROTOCOLS.items():
-        gather = lambda g, kinds: np.concatenate([np.asarray(g.get(x, ()), np.int64) for x in kinds])
+
+        def gather(g, kinds):
+            return np.concatenate([np.asarray(g.get(x, ()), np.int64) for x in kinds])
+
         rows = [judge(r, gather(g, good), gather(g, bad), kappas) for r, g in zip(ranks, gnd)]
         aps, pk = (
             np.array([r[0] for r in rows]),

@@ -6,7 +6,8 @@
 __all__ = ['COLOURS', 'tile', 'contact_sheet', 'to_markdown']
 
 # %% ../../nbs/parts/plots.ipynb #ca07eab0
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../nbs/parts/plots.ipynb #b16d6999
 COLOURS = dict(

@@ -6,7 +6,8 @@
 __all__ = ['bootstrap_interval', 'verdict', 'differences']
 
 # %% ../../nbs/parts/verdicts.ipynb #6e8664da
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../../nbs/parts/verdicts.ipynb #40902c27
 def bootstrap_interval(
@@ -22,7 +23,10 @@ def bootstrap_interval(
     if any(not np.isfinite(d).all() for d in diffs):
         raise ValueError("a difference is not finite")
     rng, n = np.random.default_rng(seed), len(diffs)
-    resampled = lambda d: d[rng.integers(len(d), size=(n_boot, len(d)))].mean(1)
+
+    def resampled(d):
+        return d[rng.integers(len(d), size=(n_boot, len(d)))].mean(1)
+
     means = np.stack(
         [[resampled(d) for d in diffs] for _ in range(n)]
     )  # [draw, seed, n_boot]: a seed drawn twice gets fresh queries

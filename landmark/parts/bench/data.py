@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from .side_by_side import benchmark, compare
 
 # %% ../../../nbs/parts/bench/data.ipynb #b11b8914
@@ -37,6 +38,7 @@ def photos_of_noise(
 def sizes_and_decoding(quick: bool, device: str):
     "Header-only sizes, reduced decoding."
     import cv2
+
     from landmark.parts.images.reading import image_size, read_image
 
     with tempfile.TemporaryDirectory() as d:
@@ -63,7 +65,9 @@ def sizes_and_decoding(quick: bool, device: str):
                 )
             return out
 
-        off = lambda a, b: int(a.shape != b.shape or np.abs(a.astype(int) - b).mean() > 12)
+        def off(a, b):
+            return int(a.shape != b.shape or np.abs(a.astype(int) - b).mean() > 12)
+
         yield compare(
             "data/decoding at 256 px",
             f"{len(few)} JPEGs",
@@ -94,7 +98,9 @@ def map_and_gap(quick: bool, device: str):
             total += ap / min(len(pos), 100)
         return total / q
 
-    same = lambda a, b: (1, int(abs(a - b) > 1e-12))
+    def same(a, b):
+        return (1, int(abs(a - b) > 1e-12))
+
     yield compare(
         "metrics/mAP@100", f"{q:,} queries × 100", lambda: map_at_k(ranks, positives), slow_map, agree=same
     )

@@ -9,13 +9,14 @@ __all__ = ['listed', 'plain_sort_insert', 'sort_and_insert', 'clustered', 'plain
 # %% ../../../nbs/parts/bench/rerank.ipynb #0f1618a6
 import numpy as np
 import pandas as pd
+
 from .side_by_side import benchmark, compare
+from ..descriptors.store import l2n
+from ..rerank import beyond  # noqa: F401  registers its methods
 from ..rerank.expansion import alpha_qe
 from ..rerank.graph import affinity, diffuse, egt, laplacian
-from ..search.knn import search
-from ..rerank import beyond  # registers the methods beyond the paper
 from ..rerank.methods import METHODS, Problem, rank, soft_vote, sort_insert
-from ..descriptors.store import l2n
+from ..search.knn import search
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #10d079ec
 def listed(
@@ -27,7 +28,10 @@ def listed(
 ) -> tuple:  # ranks, query labels, query scores, index labels, index scores
     "Made-up lists and predictions of any size."
     rng = np.random.default_rng(seed)
-    tail = lambda m: np.minimum((n_labels * rng.random(m) ** 2).astype(np.int64), n_labels - 1)
+
+    def tail(m):
+        return np.minimum((n_labels * rng.random(m) ** 2).astype(np.int64), n_labels - 1)
+
     index_labels, q_labels = tail(n), tail(q)
     ranks = rng.integers(0, n, (q, k), dtype=np.int32)
     order = np.argsort(index_labels, kind="stable")
@@ -164,10 +168,10 @@ def truncated_diffusion(quick: bool, device: str):
         sims, idxs = search(x, x, t, "cpu")
         L, rows = laplacian(affinity(sims[:, :50], idxs[:, :50])), min(n, 2000)
         m = min(rows, 100)
-        close = lambda a, b: (
-            m,
-            int((np.abs(a[0][:m] - b) > 2e-6 * np.abs(b).max(1, keepdims=True)).any(1).sum()),
-        )
+
+        def close(a, b):
+            return (m, int((np.abs(a[0][:m] - b) > 2e-6 * np.abs(b).max(1, keepdims=True)).any(1).sum()))
+
         yield compare(
             f"rerank/diffusion, truncated at {t}",
             f"{rows:,} of {n:,} images",
@@ -268,9 +272,12 @@ def every_method(quick: bool, device: str):
         l2n(index[::2] + 0.05 * rng.normal(size=(len(index[::2]), index.shape[1]))),
     )
     for name, m in METHODS.items():
-        work = lambda: rank(
-            Problem(queries, index, train, np.arange(len(train)) // 15, dict(device=device)), name
-        )
+
+        def work():
+            return rank(
+                Problem(queries, index, train, np.arange(len(train)) // 15, dict(device=device)), name
+            )
+
         yield compare(
             f"rerank/method: {m.title}",
             f"{q:,} queries × {n:,} index images",

@@ -9,11 +9,10 @@ __all__ = ['random_descriptors', 'plain_search', 'same_neighbours', 'exact_searc
 # %% ../../../nbs/parts/bench/search.ipynb #a495fc07
 import tempfile
 from pathlib import Path
+
 import numpy as np
+
 from .side_by_side import benchmark, compare
-from ..search.knn import has_faiss, search
-from ..search.knn_approximate import build_approximate, neighbours_found, search_approximately
-from ..rerank.methods import soft_vote
 from ..core import log, write_json
 from ..descriptors.rows import l2n
 from landmark.parts.descriptors.store import (
@@ -24,6 +23,9 @@ from landmark.parts.descriptors.store import (
     write_shard,
     write_store,
 )
+from ..rerank.methods import soft_vote
+from ..search.knn import has_faiss, search
+from ..search.knn_approximate import build_approximate, neighbours_found, search_approximately
 
 # %% ../../../nbs/parts/bench/search.ipynb #9bc9a671
 def random_descriptors(
@@ -179,9 +181,12 @@ def approximate(quick: bool, device: str):
     n, q, d, k = (2_000, 100, 64, 10) if quick else (100_000, 1_000, 128, 100)
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((n // 30, d), dtype=np.float32)
-    draw = lambda m: l2n(
-        centres[rng.integers(0, len(centres), m)] + 0.9 * rng.standard_normal((m, d), dtype=np.float32)
-    )
+
+    def draw(m):
+        return l2n(
+            centres[rng.integers(0, len(centres), m)] + 0.9 * rng.standard_normal((m, d), dtype=np.float32)
+        )
+
     base, queries = draw(n), draw(q)
     exact = search(queries, base, k, "cpu")[1]
     for name, effort in (
@@ -234,7 +239,10 @@ def store_costs(quick: bool, device: str):
             for s, x in enumerate(xs)
         ]
         turn = iter(range(99))
-        plain = lambda: l2n(np.concatenate([x * w for x, w in zip(xs, (1, 0.5, 1))], 1))
+
+        def plain():
+            return l2n(np.concatenate([x * w for x, w in zip(xs, (1, 0.5, 1))], 1))
+
         yield compare(
             "search/ensemble of 3",
             f"{m:,} × {3 * d}",

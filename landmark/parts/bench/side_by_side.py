@@ -6,7 +6,11 @@
 __all__ = ['FAMILIES', 'REGISTRY', 'use_threads', 'own_mib', 'PeakMemory', 'Row', 'device_name', 'compare', 'benchmark']
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #c7f95655
-import contextlib, platform, sys, threading, time
+import contextlib
+import platform
+import sys
+import threading
+import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,7 +21,8 @@ def use_threads(
     n: int,  # threads for torch, faiss, numba and OpenCV
 ):
     "Give every library the same number of threads, and put it back afterwards."
-    import cv2, torch
+    import cv2
+    import torch
 
     old = torch.get_num_threads(), cv2.getNumThreads()
     put_back = []
@@ -149,7 +154,10 @@ def compare(
     note: str = "",
 ) -> Row:
     "Time ours against the plain version and compare their results."
-    sync = lambda: None
+
+    def sync():
+        return None
+
     if str(device).startswith("cuda"):
         import torch
 

@@ -9,7 +9,9 @@ __all__ = ['plain_arcface', 'onehot_loss', 'margin_head', 'PlainPhotos', 'Clock'
 # %% ../../../nbs/parts/bench/train.ipynb #97763ea7
 import tempfile
 from pathlib import Path
+
 import numpy as np
+
 from .side_by_side import benchmark, compare
 
 # %% ../../../nbs/parts/bench/train.ipynb #df954856
@@ -23,7 +25,7 @@ def plain_arcface(x, weight, labels, s: float = 30.0, m: float = 0.3):
 
 def onehot_loss(x, weight, labels, s: float = 30.0, m: float = 0.3):
     "ArcFace as the original writes it."
-    import torch, torch.nn.functional as F
+    import torch.nn.functional as F
 
     cos = F.linear(F.normalize(x), F.normalize(weight))
     phi = cos * np.cos(m) - (1 - cos**2).clamp_min(1e-12).sqrt() * np.sin(m)
@@ -35,7 +37,6 @@ def onehot_loss(x, weight, labels, s: float = 30.0, m: float = 0.3):
 @benchmark("train")
 def margin_head(quick: bool, device: str):
     "Forward and backward of ArcFace over many classes."
-    import torch
     from landmark.parts.nets.losses import MarginHead
 
     dev = torch.device("cuda" if device != "cpu" else "cpu")
@@ -51,8 +52,12 @@ def margin_head(quick: bool, device: str):
         loss.backward()
         return loss.item(), v.grad.cpu().numpy()
 
-    plain = lambda: plain_arcface(x, head.weight, labels)
-    agree = lambda a, p: (1, int(abs(a[0] - p[0]) > 1e-4 or np.abs(a[1] - p[1]).max() > 1e-5))
+    def plain():
+        return plain_arcface(x, head.weight, labels)
+
+    def agree(a, p):
+        return (1, int(abs(a[0] - p[0]) > 1e-4 or np.abs(a[1] - p[1]).max() > 1e-5))
+
     row = compare(
         "train/margin head",
         f"{b} × {c:,} classes, {d}-d",
@@ -68,7 +73,6 @@ def margin_head(quick: bool, device: str):
 
 def _peak(fn, dev, head):
     "Memory a function needs above what is there, in MiB."
-    import torch
     from landmark.parts.bench.side_by_side import PeakMemory
 
     head.weight.grad = None
@@ -93,7 +97,7 @@ class PlainPhotos:
         return len(self.paths)
 
     def __getitem__(self, i):
-        import cv2, torch
+        import cv2
 
         x = cv2.resize(cv2.imread(self.paths[i])[..., ::-1], self.size, interpolation=cv2.INTER_AREA)
         return i, torch.from_numpy(
@@ -108,7 +112,7 @@ class Clock:
         self.first, self.device, self.n = first, device, 0
 
     def tick(self):
-        import time, torch
+        import time
 
         self.n += 1
         if self.device.type == "cuda" and self.n >= self.first:
@@ -127,7 +131,6 @@ def plain_training(
     clock: Clock,  # what is timed
 ) -> np.ndarray:  # loss of every step
     "Train in fp32 with the one-hot head."
-    import torch
 
     weight = weight.detach().clone().to(device).requires_grad_()
     model = model.to(device).train()
@@ -157,8 +160,8 @@ def our_training(
     precision: str = "fp32",
 ) -> np.ndarray:  # loss of every step
     "The same steps by the engine."
-    from landmark.parts.training.engine import Trainer, Training
     from landmark.parts.nets.losses import MarginHead
+    from landmark.parts.training.engine import Trainer, Training
     from landmark.parts.training.recipe import Recipe
 
     head = MarginHead(model.d, len(weight))
@@ -208,7 +211,6 @@ def on_device(paths, sizes, images):
         collate = staticmethod(take)
 
         def finish(self, loader):
-            import torch
 
             for at in loader:
                 at = torch.tensor(at)
@@ -228,7 +230,7 @@ def _files(folder, n, side):
 # %% ../../../nbs/parts/bench/train.ipynb #33805bf2
 def _setting(device: str, quick: bool):
     "What is trained where."
-    import os, torch
+    import os
 
     dev = torch.device("cuda" if device != "cpu" else "cpu")
     if dev.type == "cuda":
@@ -265,13 +267,15 @@ def _setting(device: str, quick: bool):
 @benchmark("train")
 def training_rate(quick: bool, device: str):
     "Photos per second of a whole training loop, with data on the device and from files."
-    import copy, torch
+    import copy
+
     from torch.utils.data import DataLoader
-    from landmark.parts.nets.backbones import make_model
+
     from landmark.parts.bench.side_by_side import PeakMemory, Row, device_name, use_threads
     from landmark.parts.images.batching import aspect_groups, size_table
     from landmark.parts.images.decoding import EncodedPhotos, why_not
     from landmark.parts.images.loading import Photos
+    from landmark.parts.nets.backbones import make_model
 
     dev, o = _setting(device, quick)
     gpu, n = dev.type == "cuda", o["steps"] * o["b"]
@@ -295,12 +299,17 @@ def training_rate(quick: bool, device: str):
         normal = (pixels / 255 - torch.tensor(model.backbone.mean, device=dev).view(3, 1, 1)) / torch.tensor(
             model.backbone.std, device=dev
         ).view(3, 1, 1)  # float32
-        ready = lambda: ((torch.tensor(b), normal[[i % len(files) for i in b]]) for b in batches)
-        from_files = lambda: DataLoader(
-            PlainPhotos(paths, size, model.backbone.mean, model.backbone.std),
-            batch_sampler=batches,
-            num_workers=o["loaders"],
-        )
+
+        def ready():
+            return ((torch.tensor(b), normal[[i % len(files) for i in b]]) for b in batches)
+
+        def from_files():
+            return DataLoader(
+                PlainPhotos(paths, size, model.backbone.mean, model.backbone.std),
+                batch_sampler=batches,
+                num_workers=o["loaders"],
+            )
+
         sources = {
             "on the device": (lambda: on_device(paths, o["sizes"], pixels), ready, 0),
             "from files": (lambda: Photos(paths, o["sizes"]), from_files, o["loaders"]),
@@ -365,7 +374,7 @@ def colour_fields(
     device,  # where to
 ):  # uint8 [n, 3, h, w]
     "Photos that a network can tell apart: a few large patches of colour."
-    import torch, torch.nn.functional as F
+    import torch.nn.functional as F
 
     patches = 255 * torch.rand(n, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     return torch.cat(
@@ -385,9 +394,10 @@ def extraction_row(
     **sides,  # multiple, min_side
 ):  # a `Row`
     "Descriptors at three scales: ours in batches, plain one photo after another."
-    import copy, torch
-    from landmark.parts.nets.backbones import make_model
+    import copy
+
     from landmark.parts.descriptors.extraction import describe_scales
+    from landmark.parts.nets.backbones import make_model
 
     torch.manual_seed(0)
     model = make_model(name, "gem", d).eval().to(device)
@@ -396,12 +406,16 @@ def extraction_row(
         colour_fields(n, h, w, device),
         {},
     )
-    ours = lambda: (
-        torch.cat([describe_scales(fast, x, precision=precision, **sides) for x in images.split(32)])
-        .cpu()
-        .numpy()
-    )
-    plain = lambda: torch.cat([describe_scales(model, x, **sides) for x in images.split(1)]).cpu().numpy()
+
+    def ours():
+        return (
+            torch.cat([describe_scales(fast, x, precision=precision, **sides) for x in images.split(32)])
+            .cpu()
+            .numpy()
+        )
+
+    def plain():
+        return torch.cat([describe_scales(model, x, **sides) for x in images.split(1)]).cpu().numpy()
 
     def agree(a, b):
         if device != "cpu":

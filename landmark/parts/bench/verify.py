@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from .side_by_side import benchmark, compare
 from ..local.features import LocalFeatures, open_local, open_meta, write_shard
 from ..local.matching import Prepared, rule_for
@@ -25,7 +26,10 @@ def structured_views(
 ) -> list:  # LocalFeatures, neighbours 0 and 1, 2 and 3 … show one scene
     "Views with repeated structure, mapped by an affine map with 2 px of noise."
     rng = np.random.default_rng(seed)
-    unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+    def unit(x):
+        return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
     words = unit(rng.normal(size=(n_words, 40)))
     out = []
     for scene in range(-(-n_views // 2)):
@@ -133,9 +137,12 @@ def batches(quick: bool, device: str):
             Path(tmp) / "00000", [(f, 1, "") for f in structured_views(n, k, n_shared=k // 4)], "delf", 40
         )
         store = open_local(tmp)
-        ours = lambda: verify_pairs(
-            store, many, rule, device=device if gpu else "torch", memory_mib=8192 if gpu else 256, desc=""
-        )[1]
+
+        def ours():
+            return verify_pairs(
+                store, many, rule, device=device if gpu else "torch", memory_mib=8192 if gpu else 256, desc=""
+            )[1]
+
         row = compare(
             "verify/batches",
             f"{len(many)} pairs, {k} × 40-d",
@@ -155,7 +162,9 @@ def batches(quick: bool, device: str):
 @benchmark("verify")
 def delf_extraction(quick: bool, device: str):
     "DELF at seven scales over a ResNet-50 (quick: a ResNet-10), random weights, images in memory; per image."
-    import timm, torch
+    import timm
+    import torch
+
     from landmark.parts.local.delf import Attention, Delf, Trunk
 
     gpu = str(device).startswith("cuda")

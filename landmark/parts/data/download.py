@@ -6,9 +6,15 @@
 __all__ = ['BUCKET', 'N_TARS', 'TABLES', 'DownloadError', 'fetch', 'md5_of', 'fetch_tar', 'unpack', 'download']
 
 # %% ../../../nbs/parts/data/download.ipynb #0f192e3c
-import hashlib, re, tarfile, time, urllib.error, urllib.request
+import hashlib
+import re
+import tarfile
+import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 from ..core import ParameterError, atomic_path, log, progress, write_text
 
 # %% ../../../nbs/parts/data/download.ipynb #5d18b413

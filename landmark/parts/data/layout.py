@@ -7,11 +7,13 @@ __all__ = ['read_table', 'benchmarks', 'splits', 'read_ids', 'image_paths', 'rea
            'read_truth', 'train_set', 'read_retrieval_solution', 'read_recognition_solution', 'read_revisited']
 
 # %% ../../../nbs/parts/data/layout.ipynb #0333b7b9
-import io, pickle
+import io
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from ..core import ParameterError
 from ..images.reading import image_path
 

@@ -7,8 +7,10 @@ __all__ = ['SubmissionError', 'write_retrieval', 'read_retrieval', 'write_recogn
 
 # %% ../../../nbs/parts/data/submission.ipynb #9d315356
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from ..core import atomic_path
 from .layout import read_table
 

@@ -8,6 +8,7 @@ __all__ = ['Config', 'whiten_store', 'stores_of', 'models_in', 'choose_models', 
 # %% ../../../nbs/parts/descriptors/ensemble.ipynb #96a8818d
 from dataclasses import field
 from pathlib import Path
+
 from ..artifacts import open_stage
 from ..core import ParameterError, stage_config
 from landmark.parts.descriptors.store import (

@@ -6,13 +6,17 @@
 __all__ = ['PRECISIONS', 'group_sizes', 'side_sizes', 'describe_scales', 'same_size_batches', 'Unfinished', 'extract']
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #f79fb1e9
-import contextlib, hashlib, time
+import contextlib
+import hashlib
+import time
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..images.batching import aspect_groups, scaled_size, size_table
+
 from ..core import atomic_path
+from ..images.batching import aspect_groups, scaled_size, size_table
 from ..images.loading import Crops, make_loader
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #9675b2e5

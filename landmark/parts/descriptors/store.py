@@ -7,11 +7,15 @@ __all__ = ['STORE_VERSION', 'fingerprint', 'write_shard', 'missing_shards', 'fin
            'Rows', 'check_store', 'concat_stores', 'read_h5', 'write_h5']
 
 # %% ../../../nbs/parts/descriptors/store.ipynb #5d3511bc
-import errno, hashlib, json
+import errno
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+
 import numpy as np
+
 from ..core import atomic_path, read_json, sha256_of, write_json
 from .rows import StoreError, check_rows, ensemble, l2n, rows_of
 

@@ -7,7 +7,9 @@ __all__ = ['Whitening', 'learn_pca', 'learn_whitening']
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #d6f202d2
 from dataclasses import dataclass
+
 import numpy as np
+
 from ..core import log
 from .store import check_rows
 

@@ -7,6 +7,7 @@ __all__ = ['AUGMENTS', 'Augment', 'change', 'augment']
 
 # %% ../../../nbs/parts/images/augment.ipynb #8d8be9f6
 from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
@@ -27,7 +28,10 @@ class Augment:
         "What happens to one photo."
         keep = 1 - self.crop * rng.random(2)
         x0, y0 = (1 - keep) * rng.random(2)
-        near = lambda limit: limit * (2 * rng.random() - 1)
+
+        def near(limit):
+            return limit * (2 * rng.random() - 1)
+
         return dict(
             box=(x0, y0, x0 + keep[0], y0 + keep[1]),
             shear=near(self.shear),

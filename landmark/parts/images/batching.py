@@ -10,7 +10,9 @@ __all__ = ['BINS5', 'BINS3', 'SIZES', 'size_table', 'aspect_groups', 'grouped_ba
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
+
 from ..core import atomic_path, locked
 from .reading import ImageError, image_size
 
@@ -140,5 +142,8 @@ def scaled_size(
     min_side: int = 128,  # and at least this
 ) -> tuple:  # (height, width) of the network input
     "Size of the network input of one scale of multi-scale extraction."
-    down = lambda side: max(min_side, multiple, int(side * scale // multiple) * multiple)
+
+    def down(side):
+        return max(min_side, multiple, int(side * scale // multiple) * multiple)
+
     return down(h), down(w)

@@ -6,16 +6,20 @@
 __all__ = ['is_plain_jpeg', 'why_not', 'decode_batch', 'change_tensor', 'collate_encoded', 'EncodedPhotos']
 
 # %% ../../../nbs/parts/images/decoding.ipynb #4c5cb6a9
-import contextlib, io, warnings
+import contextlib
+import io
+import warnings
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
 from .augment import AUGMENTS
 from .batching import aspect_groups
-from .reading import ImageError, read_image
 from .loading import Photos
+from .reading import ImageError, read_image
 
 # %% ../../../nbs/parts/images/decoding.ipynb #1c604135
 def is_plain_jpeg(

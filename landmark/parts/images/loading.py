@@ -8,9 +8,11 @@ __all__ = ['Photos', 'read_all', 'collate', 'make_loader', 'Crops']
 # %% ../../../nbs/parts/images/loading.ipynb #4d8c4519
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+
 from .augment import augment, change
 from .batching import aspect_groups, scan_sizes, size_table
 from .reading import ImageError, read_image

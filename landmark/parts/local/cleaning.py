@@ -95,7 +95,10 @@ def write_pairs(
     n_inliers: np.ndarray,  # inliers of each pair [m]
 ):
     "Keep the counts of some pairs."
-    small = lambda x: np.minimum(x, 65535).astype(np.uint16)
+
+    def small(x):
+        return np.minimum(x, 65535).astype(np.uint16)
+
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
         np.savez(
             f,

@@ -347,7 +347,10 @@ def make_delf(
         seed=seed,
         device=device,
     )
-    first = lambda n: (images for _, (images, _) in zip(range(n), batches(epochs)))
+
+    def first(n):
+        return (images for _, (images, _) in zip(range(n), batches(epochs)))
+
     delf = Delf(trunk, attention, min_score=min_score).to(device)
     delf.unit = average_attention(delf, first(min(2, n_pca)))
     return fit_pca(delf, first(n_pca), d), losses
@@ -447,11 +450,14 @@ def extract_many_delf(
     n = open_meta(out_dir, ids, shard_size, kind="delf", max_keypoints=max_keypoints, max_side=max_side)
     todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir) / f"{s:05d}").exists()]
     with ThreadPoolExecutor(n_threads) as pool:  # the next shard is read while the device works on this one
-        start = lambda k: [
-            pool.submit(_read_hashed, p, max_side)
-            for s in todo[k : k + 1]
-            for p in paths[s * shard_size : (s + 1) * shard_size]
-        ]
+
+        def start(k):
+            return [
+                pool.submit(_read_hashed, p, max_side)
+                for s in todo[k : k + 1]
+                for p in paths[s * shard_size : (s + 1) * shard_size]
+            ]
+
         ahead = start(0)
         for k, s in progress(list(enumerate(todo)), "DELF", len(todo)):
             read, ahead = [f.result() for f in ahead], start(k + 1)

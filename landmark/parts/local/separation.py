@@ -42,7 +42,10 @@ def pairs_to_separate(
     i, j = np.triu_indices(len(rows), 1)
     a, b = rows[i], rows[j]
     shows = (place[a] >= 0) & (place[b] >= 0)
-    some = lambda m: (lambda k: np.stack([a[k], b[k]], 1))(np.sort(rng.permutation(np.flatnonzero(m))[:n]))
+
+    def some(m):
+        return (lambda k: np.stack([a[k], b[k]], 1))(np.sort(rng.permutation(np.flatnonzero(m))[:n]))
+
     return some(shows & (place[a] == place[b])), some(shows & (landmark[a] != landmark[b]))
 
 # %% ../../../nbs/parts/local/separation.ipynb #99faa42a
@@ -113,7 +116,10 @@ def restriction_table(
     "What is left when only the nearest of all images are asked."
     good = n_inliers >= min_inliers
     rows = [(k, ranks < k) for k in n_neighbors] + [("label", ranks >= 0)]
-    share = lambda a, b: float(a) / b if b else float("nan")
+
+    def share(a, b):
+        return float(a) / b if b else float("nan")
+
     return pd.DataFrame(
         [
             dict(

@@ -6,7 +6,8 @@
 __all__ = ['Verified', 'verify_prepared', 'verify', 'draw_matches', 'check_pairs', 'verify_pairs']
 
 # %% ../../../nbs/parts/local/verification.ipynb #c3a40906
-import os, threading
+import os
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -228,7 +228,10 @@ def fit_batch(
     "The map over all inliers of each pair, term by term as `matching.fit_affine`."
     w = mask.double()
     (x, y), (u, v) = p.double().unbind(-1), q.double().unbind(-1)
-    total = lambda z: (z * w).sum(1)
+
+    def total(z):
+        return (z * w).sum(1)
+
     n, sx, sy, su, sv = w.sum(1), total(x), total(y), total(u), total(v)
     xx, xy, yy = n * total(x * x) - sx * sx, n * total(x * y) - sx * sy, n * total(y * y) - sy * sy
     xu, yu, xv, yv = (
@@ -264,13 +267,21 @@ def verify_batch(
     order = torch.argsort((~ok).int(), dim=1, stable=True)[:, :m]  # matches first, ascending
     if order.shape[1] < m:
         order = torch.nn.functional.pad(order, (0, m - order.shape[1]))
-    place = lambda xy, k: xy.gather(1, k[..., None].expand(-1, -1, 2))
+
+    def place(xy, k):
+        return xy.gather(1, k[..., None].expand(-1, -1, 2))
+
     p, q = place(xa, idx.gather(1, order)), place(xb, order)
     real = torch.arange(m, device=n.device) < n[:, None]
     picks = three_of(torch.from_numpy(sample_stream(rule.n_trials)).to(n.device), n).clamp(max=m - 1)
-    three = lambda z: (
-        z.double().gather(1, picks.reshape(len(n), -1)[..., None].expand(-1, -1, 2)).reshape(*picks.shape, 2)
-    )
+
+    def three(z):
+        return (
+            z.double()
+            .gather(1, picks.reshape(len(n), -1)[..., None].expand(-1, -1, 2))
+            .reshape(*picks.shape, 2)
+        )
+
     maps, allowed = affine_of(three(p), three(q), rule)
     limit = torch.square(rule.residual * side).float()
     allowed &= (n >= 3)[:, None]

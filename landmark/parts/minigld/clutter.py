@@ -8,8 +8,9 @@ __all__ = ['PAINTERS', 'paste', 'people', 'food', 'map_sheet', 'landscape', 'ani
 # %% ../../../nbs/parts/minigld/clutter.ipynb #1e72a871
 import cv2
 import numpy as np
-from .paint import BRIGHT, STONE, Surface, carve, glyph, masonry, noise
+
 from .facade import inscription
+from .paint import BRIGHT, STONE, Surface, carve, glyph, masonry, noise
 from .weather import person, rgba, sky_picture, tree
 
 # %% ../../../nbs/parts/minigld/clutter.ipynb #eabef113

@@ -8,6 +8,7 @@ __all__ = ['frieze', 'rose', 'clock', 'inscription', 'niche', 'portal', 'facade'
 # %% ../../../nbs/parts/minigld/facade.ipynb #a3b6f881
 import cv2
 import numpy as np
+
 from landmark.parts.minigld.paint import (
     BRIGHT,
     STONE,

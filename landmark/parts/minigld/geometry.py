@@ -9,6 +9,7 @@ __all__ = ['Camera', 'look_at', 'Face', 'Round', 'Sprite', 'Body', 'vec', 'body'
 
 # %% ../../../nbs/parts/minigld/geometry.ipynb #4ba41330
 from dataclasses import dataclass, field
+
 import cv2
 import numpy as np
 

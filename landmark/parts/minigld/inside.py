@@ -8,6 +8,8 @@ __all__ = ['ART', 'flooring', 'ceiling', 'hall_wall', 'canvas', 'artwork']
 # %% ../../../nbs/parts/minigld/inside.ipynb #8c54064e
 import cv2
 import numpy as np
+
+from .facade import frieze, inscription, niche, pilaster, portal, rose
 from landmark.parts.minigld.paint import (
     BRIGHT,
     STONE,
@@ -20,7 +22,6 @@ from landmark.parts.minigld.paint import (
     weathered,
     window,
 )
-from .facade import frieze, inscription, niche, pilaster, portal, rose
 
 # %% ../../../nbs/parts/minigld/inside.ipynb #28df5ac7
 def flooring(r, width: float, depth: float, ppm: float, pal: dict) -> Surface:

@@ -9,6 +9,7 @@ __all__ = ['STONE', 'ROOF', 'BRIGHT', 'WINDOWS', 'Surface', 'finish', 'noise', '
 # %% ../../../nbs/parts/minigld/paint.ipynb #ad0205a9
 import cv2
 import numpy as np
+
 from .plan import rng_of
 
 # %% ../../../nbs/parts/minigld/paint.ipynb #56626837

@@ -10,6 +10,7 @@ __all__ = ['WORLDS', 'STYLES', 'ASPECTS', 'CLUTTER', 'BENCHMARKS', 'Knobs', 'sca
 # %% ../../../nbs/parts/minigld/plan.ipynb #a0662f94
 import hashlib
 from dataclasses import dataclass, replace
+
 import numpy as np
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #f1c4e9ae
@@ -89,10 +90,100 @@ def hex_id(seed: int, *key) -> str:
     return hashlib.sha256(repr(("id", int(seed), *map(str, key))).encode()).hexdigest()[:16]
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #92e62463
-_FIRST = "Al Bel Cor Dar El Fen Gal Hal Is Kel Lor Mar Nor Or Pel Quin Ros Sel Tam Ul Ver Win Yar Zel".split()
-_MIDDLE = "a an ar e en i in o or u al ia io ana eri olo und est".split()
-_LAST = "bridge burg dal dorf feld ford gar grad ham holm mar mont mouth na nia ra sand stad stein ta thal ton vik wick".split()
-_SAINT = "Amela Brenn Corvin Delio Edra Fenna Gerol Halda Isolt Jorun Kelda Lioba Maron Nevin Odela Perrin Rovan Sunna Tilda Ulric".split()
+_FIRST = [
+    "Al",
+    "Bel",
+    "Cor",
+    "Dar",
+    "El",
+    "Fen",
+    "Gal",
+    "Hal",
+    "Is",
+    "Kel",
+    "Lor",
+    "Mar",
+    "Nor",
+    "Or",
+    "Pel",
+    "Quin",
+    "Ros",
+    "Sel",
+    "Tam",
+    "Ul",
+    "Ver",
+    "Win",
+    "Yar",
+    "Zel",
+]
+_MIDDLE = [
+    "a",
+    "an",
+    "ar",
+    "e",
+    "en",
+    "i",
+    "in",
+    "o",
+    "or",
+    "u",
+    "al",
+    "ia",
+    "io",
+    "ana",
+    "eri",
+    "olo",
+    "und",
+    "est",
+]
+_LAST = [
+    "bridge",
+    "burg",
+    "dal",
+    "dorf",
+    "feld",
+    "ford",
+    "gar",
+    "grad",
+    "ham",
+    "holm",
+    "mar",
+    "mont",
+    "mouth",
+    "na",
+    "nia",
+    "ra",
+    "sand",
+    "stad",
+    "stein",
+    "ta",
+    "thal",
+    "ton",
+    "vik",
+    "wick",
+]
+_SAINT = [
+    "Amela",
+    "Brenn",
+    "Corvin",
+    "Delio",
+    "Edra",
+    "Fenna",
+    "Gerol",
+    "Halda",
+    "Isolt",
+    "Jorun",
+    "Kelda",
+    "Lioba",
+    "Maron",
+    "Nevin",
+    "Odela",
+    "Perrin",
+    "Rovan",
+    "Sunna",
+    "Tilda",
+    "Ulric",
+]
 _KINDS = dict(
     cathedral=["Cathedral of {s}, {p}", "{s} Church, {p}", "Minster of {p}"],
     palace=["{p} Palace", "Old Residence ({p})", "Palais {s}, {p}"],

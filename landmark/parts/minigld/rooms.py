@@ -7,8 +7,9 @@ __all__ = ['hall_of', 'detail_of']
 
 # %% ../../../nbs/parts/minigld/rooms.ipynb #f3cdd7d2
 import numpy as np
-from .geometry import Face, box, cylinder, dome, vec
+
 from .facade import facade
+from .geometry import Face, box, cylinder, dome, vec
 from .inside import ART, artwork, ceiling, flooring, hall_wall
 from .paint import Surface, masonry
 from .plan import rng_of

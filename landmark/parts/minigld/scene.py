@@ -8,11 +8,13 @@ __all__ = ['SUPER', 'house_surface', 'street', 'Scene', 'outdoor_camera', 'indoo
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #95d6abf6
 from functools import lru_cache
+
 import cv2
 import numpy as np
-from .geometry import Canvas, Sprite, body, box, draw_bodies, draw_face, gable, look_at
+
 from .clutter import PAINTERS
 from .facade import building_palette, facade, roofing
+from .geometry import Canvas, Sprite, body, box, draw_bodies, draw_face, gable, look_at
 from .paint import finish, palette
 from .plan import rng_of
 from .rooms import detail_of, hall_of
@@ -306,7 +308,10 @@ def take_street(r, row: dict, w: int, h: int) -> tuple:
     cv, bodies = Canvas(cam, light["sun"]), street(r, -50, 40, 2)
     sky = sky_picture(r, w, h, h / 2, row["light"], row["weather"])
     draw_ground(cv, str(r.choice(GROUNDS)), bodies, light["strength"] > 0.5)
-    surface = lambda key: house_surface(int(key[5:].split(".")[0]), key.split(".")[1])
+
+    def surface(key):
+        return house_surface(int(key[5:].split(".")[0]), key.split(".")[1])
+
     draw_bodies(
         cv,
         bodies

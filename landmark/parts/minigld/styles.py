@@ -8,9 +8,10 @@ __all__ = ['BUILDERS', 'style_of', 'Landmark', 'cathedral', 'palace', 'mosque', 
 
 # %% ../../../nbs/parts/minigld/styles.ipynb #c6dcabaa
 import numpy as np
-from .paint import BRIGHT, ROOF, STONE, finish, masonry, palette
+
 from .facade import building_palette, facade, roofing
 from .geometry import Body, box, cylinder, dome, gable, hip
+from .paint import BRIGHT, ROOF, STONE, finish, masonry, palette
 from .plan import STYLES, rng_of
 
 # %% ../../../nbs/parts/minigld/styles.ipynb #e254c577
@@ -52,7 +53,10 @@ class Landmark:
     def wall(self, key: str, width: float, height: float, role: str = "front", pointed: bool = False) -> str:
         "Plan a wall; returns its key."
         kept = None if self.name.startswith("look/") else self.pal_back if role == "back" else self.pal
-        palette_of = lambda: kept or (self.pal_back if role == "back" else self.pal)
+
+        def palette_of():
+            return kept or (self.pal_back if role == "back" else self.pal)
+
         ppm = self.fine * min(16.0, 500 / max(width, height))
         self.recipes[key] = lambda r: facade(
             r, max(width, 1.5), max(height, 1.5), ppm, palette_of(), role, pointed

@@ -7,8 +7,10 @@ __all__ = ['GROUNDS', 'light_of', 'sky_picture', 'draw_ground', 'rgba', 'person'
 
 # %% ../../../nbs/parts/minigld/weather.ipynb #a0277c0c
 from functools import lru_cache
+
 import cv2
 import numpy as np
+
 from .geometry import Body, Canvas, clip_near
 from .paint import BRIGHT, STONE, masonry, noise
 from .plan import rng_of
@@ -190,7 +192,10 @@ def draw_ground(cv: Canvas, kind: str, bodies: list, shadows: bool):
             _shadow(shade, cv, q, 70)
         if q.lo[2] < 0.2:
             _shadow(shade, cv, q, 150, 0.0)
-    up = lambda im: cv2.resize(im, (cam.w, cam.h - 2 * int(rows[0])), interpolation=cv2.INTER_LINEAR)
+
+    def up(im):
+        return cv2.resize(im, (cam.w, cam.h - 2 * int(rows[0])), interpolation=cv2.INTER_LINEAR)
+
     sun, mask, far = max(0.12, float(cv.sun[2])), up(below.astype(np.uint8) * 255), up(t)
     shade = cv2.blur(shade, (7, 7))[2 * rows[0] :]
     lit = cv2.merge(
@@ -370,7 +375,10 @@ def car(i: int) -> np.ndarray:  # RGBA [100, 260, 4]
 # %% ../../../nbs/parts/minigld/weather.ipynb #73d537f1
 def compose(cv: Canvas, sky: np.ndarray, L: dict, w: int, h: int) -> np.ndarray:  # float32 RGB [h, w, 3]
     "Buffers to colours, at the size of the photograph."
-    small = lambda a: cv2.resize(a, (w, h), interpolation=cv2.INTER_LINEAR)
+
+    def small(a):
+        return cv2.resize(a, (w, h), interpolation=cv2.INTER_LINEAR)
+
     rgb, (light, ambient, glow) = (
         small(cv.rgb).astype(np.float32),
         cv2.split(small(cv.lit).astype(np.float32) * np.float32(0.01)),

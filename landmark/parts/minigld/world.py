@@ -7,10 +7,15 @@ __all__ = ['VERSION', 'tasks_of', 'render_task', 'relation', 'ground_truth', 'so
            'shuffle_labels', 'draw_world']
 
 # %% ../../../nbs/parts/minigld/world.ipynb #8c053dc2
-import dataclasses, json, math, pickle
+import dataclasses
+import json
+import math
+import pickle
 from pathlib import Path
+
 import cv2
 import pandas as pd
+
 from ..core import atomic_path, parallel_map
 from .plan import BENCHMARKS, WORLDS, Knobs, landmark_name, plan_world, rng_of
 from .scene import photograph

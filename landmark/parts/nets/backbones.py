@@ -8,8 +8,10 @@ __all__ = ['Backbone', 'load_weights', 'hub_file', 'make_backbone', 'RetrievalMo
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #69057cc3
 from pathlib import Path
+
 import torch
 from torch import nn
+
 from ..core import sha256_of
 from .pooling import make_pooling, stage_letters
 
@@ -108,7 +110,8 @@ def hub_file(
     sha256: str,  # expected hash of its file, or the beginning
 ) -> Path:  # the file, fetched or from the cache
     "The weights that the hub has for a network, if they are the pinned ones."
-    import huggingface_hub, timm
+    import huggingface_hub
+    import timm
 
     cfg = timm.get_pretrained_cfg(name)
     if not (cfg and cfg.hf_hub_id):

@@ -8,10 +8,12 @@ __all__ = ['CHECKPOINT_VERSION', 'save_checkpoint', 'load_checkpoint', 'save_mod
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #f3ffa73c
 from dataclasses import asdict
 from pathlib import Path
+
 import torch
 from torch import nn
-from .backbones import make_model
+
 from ..core import atomic_path, read_json, write_json
+from .backbones import make_model
 
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #73f1870d
 CHECKPOINT_VERSION = 1

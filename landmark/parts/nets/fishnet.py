@@ -139,9 +139,10 @@ class FishNet(nn.Module):
 
     def __init__(self, n_blocks: tuple, n_refine: tuple):
         super().__init__()
-        conv = lambda a, b, stride=1: nn.Sequential(
-            nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
-        )
+
+        def conv(a, b, stride=1):
+            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
         self.conv1, self.conv2, self.conv3, self.pool1 = (
             conv(3, 32, 2),
             conv(32, 32),

@@ -9,6 +9,7 @@ __all__ = ['LOSSES', 'cosine_logits', 'cosface_margin', 'arcface_margin', 'frequ
 
 # %% ../../../nbs/parts/nets/losses.ipynb #c8efa8f3
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -8,6 +8,7 @@ __all__ = ['POOLINGS', 'mac', 'spoc', 'gem', 'l2n', 'power_law', 'rmac_regions',
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #c8efa8f3
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core import progress
 from landmark.parts.local.cleaning import (
     clean_images,
     count_verified,
@@ -20,9 +21,8 @@ from landmark.parts.local.cleaning import (
     reasons,
     write_pairs,
 )
-from ..core import progress
-from ..search.knn import search
 from ..local.verification import verify_pairs
+from ..search.knn import search
 
 # %% ../../../nbs/parts/photos/collection.ipynb #bae8f8fc
 def choose_pairs(

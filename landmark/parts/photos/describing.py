@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ..core import log, pick_device, read_json
-from ..nets.checkpoints import load_model
 from ..descriptors.extraction import extract, group_sizes
 from ..images.reading import image_size
 from ..local.features import extract_many, open_local
 from ..local.vlad import describe_store, learn_words, sample_descriptors
+from ..nets.checkpoints import load_model
 
 # %% ../../../nbs/parts/photos/describing.ipynb #4328a568
 def input_sizes(

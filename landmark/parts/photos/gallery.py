@@ -6,7 +6,11 @@
 __all__ = ['data_uri', 'card', 'strip', 'tiles', 'place', 'photo_graph', 'same_height', 'move_pictures']
 
 # %% ../../../nbs/parts/photos/gallery.ipynb #fb7c76e9
-import base64, hashlib, html, io, re
+import base64
+import hashlib
+import html
+import io
+import re
 from pathlib import Path
 
 import numpy as np

@@ -6,7 +6,9 @@
 __all__ = ['shown_name', 'scan_folder', 'choose', 'look', 'import_photo', 'import_folder', 'find_copies', 'copy_groups']
 
 # %% ../../../nbs/parts/photos/importing.ipynb #411690ea
-import hashlib, os, shutil
+import hashlib
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +18,8 @@ from PIL import Image
 
 from ..core import ParameterError, atomic_path, log, parallel_map, sha256_of, write_csv
 from ..images.reading import SUFFIXES, ImageError, image_path, image_size, read_image
-from ..search.knn import search
 from ..local.features import pixel_hash
+from ..search.knn import search
 
 # %% ../../../nbs/parts/photos/importing.ipynb #7939aa30
 def shown_name(
@@ -61,7 +63,10 @@ def scan_folder(
     files, skipped, seen, todo = [], [], {os.path.realpath(folder): "."}, [folder]
     while todo:
         d = todo.pop()
-        name = lambda e: shown_name(os.path.relpath(e.path, folder))
+
+        def name(e):
+            return shown_name(os.path.relpath(e.path, folder))
+
         try:
             dirs, others = _entries(d)
         except OSError as e:

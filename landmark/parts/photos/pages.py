@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .gallery import card, data_uri, photo_graph, same_height, strip, tiles
 from ..images.reading import read_image
 from ..local.features import extract
 from ..local.verification import draw_matches, verify
+from .gallery import card, data_uri, photo_graph, same_height, strip, tiles
 
 # %% ../../../nbs/parts/photos/pages.ipynb #482b8a00
 def frame_of(
@@ -54,7 +54,7 @@ def page_summary(c) -> str:  # HTML
             (f["skipped"], "file left out" if f["skipped"] == 1 else "files left out"),
         ]
     ) + (
-        f'<p style="color:#555">Candidates were found by '
+        '<p style="color:#555">Candidates were found by '
         + (
             f"the network {html.escape(c.cfg.weights)}"
             if c.cfg.weights
@@ -270,7 +270,7 @@ def page_dropped(c, n_labels: int = 60, n_photos: int = 14) -> str:  # HTML
             )
         )
     return (
-        "".join(some) + (f"<h3>Labels in which no two photos agree</h3>" + "".join(none) if none else "")
+        "".join(some) + ("<h3>Labels in which no two photos agree</h3>" + "".join(none) if none else "")
         or "<p>Nothing.</p>"
     )
 
@@ -336,15 +336,21 @@ def page_skipped(c, n: int = 200) -> str:  # HTML
     "Files that did not come along: counted, then listed."
     s = c.skipped
     count = s.reason.str.replace(r"\d[\d×,]*", "…", regex=True).value_counts()
-    cell = lambda *x: "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in x) + "</tr>"
+
+    def cell(*x):
+        return "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in x) + "</tr>"
+
     changed = c.photos[c.photos.changed != ""]
-    table = lambda head, rows: (
-        "<table><tr>"
-        + "".join(f"<th>{h}</th>" for h in head)
-        + "</tr>"
-        + "".join(cell(*r) for r in rows)
-        + "</table>"
-    )
+
+    def table(head, rows):
+        return (
+            "<table><tr>"
+            + "".join(f"<th>{h}</th>" for h in head)
+            + "</tr>"
+            + "".join(cell(*r) for r in rows)
+            + "</table>"
+        )
+
     out = (
         (
             f"<p>{said(len(s), 'file')}: "
@@ -388,14 +394,17 @@ def page_answer(c, a) -> str:  # HTML
             )
             + "</div>"
         )
-    one = lambda r, h: card(
-        c.uri(r.image_id),
-        pretty(r.landmark) + (f"\n{said(r.n_inliers, 'inlier')}" if r.verified else ""),
-        "junk" if r.is_copy else "right" if r.verified else "",
-        h,
-        f"{r.file}: {said(r.n_inliers, 'inlier')}",
-        faint=not r.verified,
-    )
+
+    def one(r, h):
+        return card(
+            c.uri(r.image_id),
+            pretty(r.landmark) + (f"\n{said(r.n_inliers, 'inlier')}" if r.verified else ""),
+            "junk" if r.is_copy else "right" if r.verified else "",
+            h,
+            f"{r.file}: {said(r.n_inliers, 'inlier')}",
+            faint=not r.verified,
+        )
+
     voters, others = a.matches[a.matches.votes], a.matches[~a.matches.verified]
     image = read_image(a.photo, max_side=c.cfg.local_side)
     out = (

@@ -9,8 +9,9 @@ __all__ = ['k_reciprocal_distances', 'k_reciprocal', 'superglobal_scores', 'supe
 import numpy as np
 import scipy.sparse as sp
 from numba import get_num_threads, njit, prange
-from .methods import fill_up, first_self, method
+
 from ..descriptors.store import l2n
+from .methods import fill_up, first_self, method
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #473ba0d8
 @njit(cache=True, nogil=True)

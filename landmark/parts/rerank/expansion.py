@@ -8,8 +8,9 @@ __all__ = ['expand', 'alpha_qe', 'augment_index']
 # %% ../../../nbs/parts/rerank/expansion.ipynb #a3067776
 import numpy as np
 from numba import njit, prange
-from ..search.knn import search, without_self
+
 from ..descriptors.store import l2n
+from ..search.knn import search, without_self
 
 # %% ../../../nbs/parts/rerank/expansion.ipynb #a67843e2
 @njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})

@@ -12,8 +12,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
 from numba import get_num_threads, njit, prange
+
 from .expansion import alpha_qe, augment_index
 from .graph import affinity, diffuse, diffusion_rank, egt, laplacian
 from ..search.kept_lists import Everything, find_neighbours
@@ -284,13 +286,16 @@ def fill_up(
     return out
 
 # %% ../../../nbs/parts/rerank/methods.ipynb #c098adf6
-_listed = lambda topk, **_: [("queries", "index", topk)]
-_around = lambda topk, n_qe, **_: [("index", "index", n_qe + 1)]
-_voted = lambda topk, voting_k, **_: [
-    ("queries", "index", topk),
-    ("queries", "train", voting_k),
-    ("index", "train", voting_k),
-]
+def _listed(topk, **_):
+    return [("queries", "index", topk)]
+
+
+def _around(topk, n_qe, **_):
+    return [("index", "index", n_qe + 1)]
+
+
+def _voted(topk, voting_k, **_):
+    return [("queries", "index", topk), ("queries", "train", voting_k), ("index", "train", voting_k)]
 
 
 @method("baseline", "retrieval", needs=_listed)

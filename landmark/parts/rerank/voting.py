@@ -7,6 +7,7 @@ __all__ = ['RecognitionError', 'recognise', 'inliers_of', 'distractor_rule', 'ch
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #8b03c8c7
 import numpy as np
+
 from ..metrics import gap
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #563e4ed4

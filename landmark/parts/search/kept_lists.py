@@ -6,12 +6,16 @@
 __all__ = ['BLOCK', 'Everything', 'digest', 'find_neighbours']
 
 # %% ../../../nbs/parts/search/kept_lists.ipynb #2390379a
-import hashlib, time, zipfile
+import hashlib
+import time
+import zipfile
 from pathlib import Path
+
 import numpy as np
+
 from ..core import atomic_path, locked, progress
-from .knn import search
 from ..descriptors.store import Rows, Store, StoreError, fingerprint, l2n
+from .knn import search
 
 # %% ../../../nbs/parts/search/kept_lists.ipynb #bb0d0d80
 class Everything:
@@ -113,7 +117,10 @@ def find_neighbours(
         sims, idxs = search(queries, base, k, **how)
         return sims, idxs.astype(np.int32), time.perf_counter() - start
     home, n = Path(folder) / f"{digest(queries)}-{digest(base)}", max(1, -(-len(queries) // BLOCK))
-    pieces = lambda k: [home / str(k) / f"{i:05d}.npz" for i in range(n)]
+
+    def pieces(k):
+        return [home / str(k) / f"{i:05d}.npz" for i in range(n)]
+
     kept = [
         w
         for w in sorted(int(p.name) for p in home.glob("[0-9]*"))

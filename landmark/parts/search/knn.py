@@ -8,8 +8,10 @@ __all__ = ['FAISS_GPU_K', 'METHODS', 'slow_search', 'keep_best', 'numpy_candidat
 
 # %% ../../../nbs/parts/search/knn.ipynb #c66bc358
 from dataclasses import dataclass, field
+
 import numpy as np
 from numba import njit, prange
+
 from ..core import log, progress
 from landmark.parts.search.knn_torch import (
     SearchError,
@@ -115,8 +117,9 @@ FAISS_GPU_K = 2048  # neighbours that faiss can keep on a GPU
 
 def _faiss_on_gpus(queries, x, k, gpus):
     "One block, spread over GPUs."
-    import faiss
     from concurrent.futures import ThreadPoolExecutor
+
+    import faiss
 
     cuts = np.linspace(0, len(x), len(gpus) + 1).astype(int)
 

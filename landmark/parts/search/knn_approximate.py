@@ -7,6 +7,7 @@ __all__ = ['build_approximate', 'search_approximately', 'neighbours_found', 'rer
 
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #4a730f8d
 import numpy as np
+
 from .knn import exact_dots
 from .knn_torch import SearchError, Seen, blocks_of
 

@@ -10,7 +10,9 @@ __all__ = ['SearchError', 'TooManyQueries', 'Seen', 'blocks_of', 'top_of_rows', 
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+
 from ..core import ParameterError, log, pick_device
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #6eace4f0

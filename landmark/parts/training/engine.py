@@ -6,19 +6,24 @@
 __all__ = ['Training', 'make_optimizer', 'TrainingError', 'DivergenceError', 'explain_memory', 'check_losses', 'Trainer']
 
 # %% ../../../nbs/parts/training/engine.ipynb #3bd9b757
-import contextlib, math, os, time
+import contextlib
+import math
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import nn
 from tqdm import tqdm
-from ..nets.backbones import freeze_batch_norm, make_model, train_mode
+
 from ..images.batching import size_table
-from ..nets.checkpoints import load_checkpoint, save_checkpoint
 from ..images.loading import make_loader
+from ..nets.backbones import freeze_batch_norm, make_model, train_mode
+from ..nets.checkpoints import load_checkpoint, save_checkpoint
 from ..nets.losses import MetricHead, make_head
 from landmark.parts.training.recipe import (
     Recipe,
@@ -87,7 +92,10 @@ def explain_memory(
     n_devices: int = 1,  # devices that share a batch
 ):
     "Turn *out of memory* into a sentence."
-    now = lambda: sizes() if callable(sizes) else sizes
+
+    def now():
+        return sizes() if callable(sizes) else sizes
+
     try:
         yield
     except RuntimeError as e:

@@ -7,13 +7,16 @@ __all__ = ['describe_images', 'benchmark_maps', 'check_benchmarks']
 
 # %% ../../../nbs/parts/training/evaluation.ipynb #68fd3ddb
 from pathlib import Path
-import numpy as np, pandas as pd
-from ..images.batching import scan_sizes
+
+import numpy as np
+import pandas as pd
+
 from ..core import ParameterError, log
 from ..data.layout import benchmarks, read_images, read_revisited
-from .engine import DivergenceError
 from ..descriptors.extraction import extract, side_sizes
+from ..images.batching import scan_sizes
 from ..metrics import revisited
+from .engine import DivergenceError
 
 # %% ../../../nbs/parts/training/evaluation.ipynb #7a26b8ea
 def _refuse(bad, n, max_bad):
@@ -69,9 +72,10 @@ def benchmark_maps(
     max_bad: float = 0.01,  # largest share of unreadable images in each set
 ) -> dict:  # "rnorth M" → mAP
     "mAP Medium of plain search on each revisited benchmark."
-    describe = lambda split: describe_images(
-        model, read_images(world, split), max_side, batch_size, n_loaders, max_bad
-    )
+
+    def describe(split):
+        return describe_images(model, read_images(world, split), max_side, batch_size, n_loaders, max_bad)
+
     found = {}
     for name in benchmarks(world):
         ranks = (-describe(f"{name}_query") @ describe(f"{name}_index").T).argsort(1, kind="stable")

@@ -7,13 +7,16 @@ __all__ = ['Recipe', 'cosine_rate', 'mine_tuples', 'draw_pairs', 'plan_batches',
            'share_of']
 
 # %% ../../../nbs/parts/training/recipe.ipynb #a8d184d2
-import contextlib, math
+import contextlib
+import math
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import nn
-from ..images.batching import GroupedBatchSampler
+
 from ..descriptors.extraction import PRECISIONS
+from ..images.batching import GroupedBatchSampler
 from ..images.loading import make_loader
 
 # %% ../../../nbs/parts/training/recipe.ipynb #5a93b924
@@ -199,7 +202,10 @@ def plan_tuples(
             continue  # too few photos of this shape
         both = torch.unique(torch.cat([here[queries], here[pool]]))
         x = describe(model, photos, both.numpy(), recipe, device)
-        of = lambda positions: x[torch.searchsorted(both, positions).to(x.device)]
+
+        def of(positions):
+            return x[torch.searchsorted(both, positions).to(x.device)]
+
         tuples = mine_tuples(
             here[queries],
             here[positives],

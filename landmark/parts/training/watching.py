@@ -6,8 +6,13 @@
 __all__ = ['Watch', 'live_figure', 'watching']
 
 # %% ../../../nbs/parts/training/watching.ipynb #e64d7937
-import contextlib, contextvars, io, sys, threading
+import contextlib
+import contextvars
+import io
+import sys
+import threading
 from pathlib import Path
+
 import pandas as pd
 
 # %% ../../../nbs/parts/training/watching.ipynb #9fd5e0e2
