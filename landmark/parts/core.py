@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['project_root', 'runs_dir', 'default_world', 'is_tiny', 'ParameterError', 'stage_config', 'make_config',
-           'open_parameters', 'read_parameters', 'atomic_path', 'write_text', 'write_json', 'read_json', 'write_csv',
-           'log', 'locked', 'sha256_of', 'hash8', 'set_seed', 'pick_device', 'progress', 'parallel_map', 'read_yaml',
-           'stage_main']
+           'own_parameters', 'open_parameters', 'read_parameters', 'atomic_path', 'write_text', 'write_json',
+           'read_json', 'write_csv', 'log', 'locked', 'sha256_of', 'hash8', 'set_seed', 'pick_device', 'progress',
+           'parallel_map', 'read_yaml', 'parameter_help', 'stage_main']
 
 # %% ../../nbs/parts/core.ipynb #33b7dbd5
+import ast
 import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -21,6 +23,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -62,26 +65,33 @@ class ParameterError(ValueError):
     "A parameter that does not exist, has the wrong type, or points to nothing."
 
 
+def _default(field):
+    "The default of a dataclass field; empty where it has none."
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else ""
+
+
 def _table(cfg) -> str:
-    rows = [
-        (
-            f.name,
-            getattr(cfg, f.name),
-            f.default
-            if f.default is not dataclasses.MISSING
-            else f.default_factory()
-            if f.default_factory is not dataclasses.MISSING
-            else "",
-        )
-        for f in dataclasses.fields(cfg)
-    ]
-    body = "\n".join(f"| {n} | {f'**{v}**' if v != d else v} | {d if v != d else ''} |" for n, v, d in rows)
-    return "| parameter | value | default |\n|---|---|---|\n" + body
+    "A config in Markdown: what was changed is bold, and stands beside its default."
+    lines = ["| parameter | value | default |", "|---|---|---|"]
+    for field in dataclasses.fields(cfg):
+        value, default = getattr(cfg, field.name), _default(field)
+        shown = (f"**{value}**", default) if value != default else (value, "")
+        lines.append(f"| {field.name} | {shown[0]} | {shown[1]} |")
+    return "\n".join(lines)
 
 
-def stage_config(cls):
+def stage_config(
+    cls=None,  # the class; its fields are the parameters
+    *,
+    options=None,  # () → {name: inspect.Parameter}: what registered functions take beyond the class's fields
+):  # the class, or a decorator
     "Class decorator: a frozen pydantic dataclass that refuses unknown names and shows itself as a table."
+    if cls is None:
+        return functools.partial(stage_config, options=options)
     cls._repr_markdown_ = _table
+    cls._options = staticmethod(options or dict)
     return pydantic.dataclasses.dataclass(
         cls,
         frozen=True,
@@ -94,24 +104,67 @@ def make_config(
     params: dict,  # parameter names and values
 ):  # the config
     "Check `params` against `Config`; every mistake is named together with what is allowed."
-    names = [f.name for f in dataclasses.fields(Config)]
+    names, extra = [f.name for f in dataclasses.fields(Config)], Config._options()
+    allowed = [n for n in names if n != "options"] + [n for n in extra if n not in names]
+    given = dict(params)
+    options = given.pop("options", {}) | {
+        n: given.pop(n) for n in list(given) if n in extra and n not in names
+    }
+    wrong = []
+    if extra:
+        given["options"], wrong = _checked(options, extra, allowed)
     try:
-        return Config(**params)
+        config = Config(**given)
     except pydantic.ValidationError as e:
-        lines = []
-        for err in e.errors():
-            name = str(err["loc"][0]) if err["loc"] else ""
-            if err["type"] == "unexpected_keyword_argument":
-                near = difflib.get_close_matches(name, names, 1)
-                lines.append(
-                    f"there is no parameter `{name}`"
-                    + (f", did you mean `{near[0]}`?" if near else "")
-                    + f" Allowed: {', '.join(names)}"
-                )
-            else:
-                lines.append(f"`{name}` is {params.get(name)!r}: {err['msg']}")
-        where = Config.__module__.rpartition(".")[2]
-        raise ParameterError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+        wrong += [_sentence(error, params, allowed) for error in e.errors()]
+    if wrong:
+        raise ParameterError(f"{Config.__module__.rpartition('.')[2]}: {'; '.join(dict.fromkeys(wrong))}")
+    return config
+
+
+def _checked(options, extra, allowed):
+    "Parameters of registered functions that differ from their default, and what is wrong with others."
+    good, wrong = {}, []
+    for name, value in options.items():
+        if name not in extra:
+            wrong.append(_no_parameter(name, allowed))
+            continue
+        try:
+            value = pydantic.TypeAdapter(extra[name].annotation).validate_python(value)
+        except pydantic.ValidationError as e:
+            wrong.append(f"`{name}` is {value!r}: {e.errors()[0]['msg']}")
+        if value != extra[name].default:
+            good[name] = value
+    return good, wrong
+
+
+def _no_parameter(name, allowed):
+    near = difflib.get_close_matches(name, allowed, 1)
+    hint = f", did you mean `{near[0]}`?" if near else ""
+    return f"there is no parameter `{name}`{hint} Allowed: {', '.join(allowed)}"
+
+
+def _sentence(error, params, allowed):
+    "What pydantic found, as one sentence."
+    name = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "unexpected_keyword_argument":
+        return _no_parameter(name, allowed)
+    return f"`{name}` is {params.get(name)!r}: {error['msg']}"
+
+# %% ../../nbs/parts/core.ipynb #7943095e
+def own_parameters(
+    functions,  # registered functions
+    given=(),  # names that a caller passes by itself
+) -> dict:  # name → inspect.Parameter
+    "The parameters with a default that functions take by name; two that share one agree on its default."
+    found = {}
+    for fn in functions:
+        for name, parameter in inspect.signature(fn).parameters.items():
+            if name in given or parameter.default is parameter.empty:
+                continue
+            if found.setdefault(name, parameter).default != parameter.default:
+                raise ValueError(f"{fn.__name__} has another default for `{name}` than another function")
+    return found
 
 # %% ../../nbs/parts/core.ipynb #c14a87df
 _ipython = re.compile(
@@ -253,7 +306,7 @@ def pick_device(
         i = int(device.partition(":")[2] or 0)
         if i >= n:
             raise ParameterError(
-                f"device {device} was asked for, but this machine shows {n} CUDA GPUs; use device: auto or cpu"
+                f"device {device} was asked for, but here are {n} CUDA GPUs; use device: auto or cpu"
             )
     return torch.device(device)
 
@@ -278,6 +331,11 @@ def _watch_parent(parent: int):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _n_cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def parallel_map(
     fn,  # a function of a module
     items,  # its arguments, one at a time
@@ -286,20 +344,14 @@ def parallel_map(
 ) -> list:  # results, in the order of the items
     "Map over processes, in order, with a progress bar."
     items = list(items)
-    n = min(
-        n_workers or len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else n_workers or os.cpu_count(),
-        len(items),
-    )
+    n = min(n_workers or _n_cores(), len(items))
     if n <= 1:
         return [fn(x) for x in progress(items, desc)]
     with ProcessPoolExecutor(
         n, mp_context=get_context("spawn"), initializer=_watch_parent, initargs=(os.getpid(),)
     ) as pool:
-        return list(
-            progress(pool.map(fn, items, chunksize=max(1, min(16, len(items) // (8 * n)))), desc, len(items))
-        )
+        some = max(1, min(16, len(items) // (8 * n)))  # items that travel together
+        return list(progress(pool.map(fn, items, chunksize=some), desc, len(items)))
 
 # %% ../../nbs/parts/core.ipynb #3d455f72
 def read_yaml(
@@ -313,6 +365,23 @@ def read_yaml(
     return params
 
 
+def parameter_help(
+    Config,  # a stage's config class
+) -> str:  # text
+    "Every parameter with its default and its comment, under the headings of the class."
+    source = textwrap.dedent(inspect.getsource(Config))
+    lines = source.splitlines()
+    out = [(n, text.strip().removeprefix("# ")) for n, text in enumerate(lines) if text.startswith("    # ")]
+    fields = {f.name: _default(f) for f in dataclasses.fields(Config)}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            name, comment = node.target.id, lines[node.end_lineno - 1][node.end_col_offset :]
+            out.append((node.lineno, f"  {name} = {fields[name]!r}  {comment.strip()}"))
+    own = [(name, p.default) for name, p in Config._options().items() if name not in fields]
+    out += [(len(lines), f"  {name} = {default!r}  # of a registered function") for name, default in own]
+    return "\n".join(text for _, text in sorted(out, key=lambda row: row[0]))
+
+
 def stage_main(
     Config,  # the stage's config class
     run,  # its run function
@@ -323,7 +392,7 @@ def stage_main(
     ap = argparse.ArgumentParser(
         description=inspect.getdoc(run),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="parameters:\n" + "\n".join(f"  {f.name} = {f.default!r}" for f in dataclasses.fields(Config)),
+        epilog="parameters:\n" + parameter_help(Config),
     )
     ap.add_argument("-f", "--file", action="append", default=[], help="a YAML file of parameters")
     ap.add_argument(
@@ -340,9 +409,8 @@ def stage_main(
         params = {}
         for f in a.file:
             params |= read_yaml(f)
-        params |= {
-            k: v if v.startswith("@") else yaml.safe_load(v) for k, v in a.parameter
-        }  # @stage/name is no YAML
+        for name, value in a.parameter:  # @stage/name is no YAML
+            params[name] = value if value.startswith("@") else yaml.safe_load(value)
         print(run(make_config(Config, params)))
     except ParameterError as e:
         sys.exit(str(e))
