@@ -305,9 +305,8 @@ def pick_device(
         n = torch.cuda.device_count()
         i = int(device.partition(":")[2] or 0)
         if i >= n:
-            raise ParameterError(
-                f"device {device} was asked for, but here are {n} CUDA GPUs; use device: auto or cpu"
-            )
+            here = f"this machine shows {n} CUDA GPUs"
+            raise ParameterError(f"device {device} was asked for, but {here}; use device: auto or cpu")
     return torch.device(device)
 
 # %% ../../nbs/parts/core.ipynb #5a597ea9
