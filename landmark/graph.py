@@ -57,22 +57,27 @@ class Step:
 
     @property
     def dir(self) -> Path:
+        "The artifact's directory."
         return stage_dir(self.stage, self.cfg)
 
     @property
     def home(self) -> Path:
+        "The folder of all runs of this profile and seed."
         return runs_dir() / self.cfg.profile / f"seed{self.seed}"
 
     @property
     def notebook(self) -> Path:
+        "The executed notebook."
         return self.home / "notebooks" / f"{STAGES[self.stage]}-{self.name}.ipynb"
 
     @property
     def stamp(self) -> Path:
+        "The file that says that the step is done."
         return self.home / "stamps" / f"{self.stage}-{self.name}-{self.fingerprint}.done"
 
     @property
     def params_path(self) -> Path:
+        "The parameters as the notebook gets them."
         return self.home / "params" / f"{self.stage}-{self.name}.yaml"
 
 # %% ../nbs/graph.ipynb #6abebdc8
@@ -88,20 +93,17 @@ def read_profile(
     home = project_root() / "params" / profile
     if not home.is_dir():
         raise ParameterError(f"there is no profile {profile!r}; there are {', '.join(profiles())}")
-    files = {
-        (p.parent.name, p.stem): read_yaml(p)
-        for p in sorted(home.glob("*/*.yaml"))
-        if p.parent.name != "search"
-    }  # those are for `search`
-    unknown = {s for s, _ in files} - set(STAGES)
+    paths = [p for p in sorted(home.glob("*/*.yaml")) if p.parent.name != "search"]  # those are for `search`
+    unknown = {p.parent.name for p in paths} - set(STAGES)
     if unknown:
-        raise ParameterError(
-            f"params/{profile} has parameters for {', '.join(sorted(unknown))}, but the stages are {', '.join(STAGES)}"
-        )
-    return files
+        has = f"params/{profile} has parameters for {', '.join(sorted(unknown))}"
+        raise ParameterError(f"{has}, but the stages are {', '.join(STAGES)}")
+    return {(p.parent.name, p.stem): read_yaml(p) for p in paths}
 
-
-def references(value) -> list:  # (stage, name, rest of the path)
+# %% ../nbs/graph.ipynb #21bb575e
+def references(
+    value,  # a parameter's value
+) -> list:  # (stage, name, rest of the path)
     "The references inside a parameter's value."
     if isinstance(value, str) and value.startswith("@"):
         stage, _, rest = value[1:].partition("/")
@@ -112,30 +114,28 @@ def references(value) -> list:  # (stage, name, rest of the path)
     return [r for v in value for r in references(v)] if isinstance(value, (list, tuple)) else []
 
 # %% ../nbs/graph.ipynb #273c7fac
+def _within(path: Path) -> str:
+    "A path as a parameter file names it: from the project's root where it lies below it."
+    root = project_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
 def _resolve(value, steps):
+    "A parameter's value with paths in the place of references."
     if isinstance(value, str) and value.startswith("@"):
         ((stage, name, tail),) = references(value)
-        paths = [
-            str(
-                (s.dir / tail if tail else s.dir).relative_to(project_root())
-                if s.dir.is_relative_to(project_root())
-                else s.dir / tail
-            )
-            for s in steps[stage, name]
-        ]
+        paths = [_within(s.dir / tail if tail else s.dir) for s in steps[stage, name]]
         return paths if len(paths) > 1 else paths[0]
     if isinstance(value, dict):
         return {k: _resolve(v, steps) for k, v in value.items()}
-    if isinstance(value, list):
-        out = []
-        for v in value:
-            r = _resolve(v, steps)
-            out += r if isinstance(r, list) else [r]
-        return out
-    return value
+    if not isinstance(value, list):
+        return value
+    parts = [_resolve(v, steps) for v in value]
+    return [r for part in parts for r in (part if isinstance(part, list) else [part])]
 
 
 def _config(profile, stage, name, seed, params):
+    "A step's config; what is wrong with it is said with the file's name."
     module = importlib.import_module(f"landmark.{stage}")
     given = dict(params, profile=profile, name=name, seed=seed)
     try:
@@ -144,164 +144,178 @@ def _config(profile, stage, name, seed, params):
         raise ParameterError(f"params/{profile}/{stage}/{name}.yaml: {e}") from None
 
 
-def plan(
-    profile: str,  # folder under `params`
-    seeds=(1,),  # seeds to run
-    only: list = None,  # names of steps, "stage/name", that are wanted with all they need; everything if not given
-    more: dict = None,  # (stage, name) → parameters of steps without a file: the trials of a search
-) -> list:  # steps, each after what it reads
-    "Read, check and order the steps of a profile."
-    files = read_profile(profile) | (more or {})
-    done, codes = {}, {}
+class _Planner:
+    "Adds steps after what they read; a step that is there is not made again."
 
-    def add(stage, name, seed, asking=""):
-        if (stage, name) not in files:
-            raise ParameterError(
-                f"params/{profile}/{asking}.yaml refers to @{stage}/{name}, but there is no params/{profile}/{stage}/{name}.yaml"
-            )
-        if (stage, name, seed) in done:
-            if done[stage, name, seed] is None:
-                raise ParameterError(f"params/{profile}/{stage}/{name}.yaml refers to itself in a circle")
-            return done[stage, name, seed]
-        done[stage, name, seed] = None
-        params = files[stage, name]
-        over = seeds if stage == "tables" else [seed]
-        ups = {(s, n): [add(s, n, k, f"{stage}/{name}") for k in over] for s, n, _ in references(params)}
-        cfg = _config(profile, stage, name, seed, _resolve(params, ups))
-        if stage not in codes:
-            codes[stage] = code_hash(f"landmark.{stage}")
-        step = Step(stage, name, seed, cfg, [u for us in ups.values() for u in us])
-        step.fingerprint = hash8([identity(cfg), codes[stage], [u.fingerprint for u in step.upstream]])
-        done[stage, name, seed] = step
+    def __init__(self, profile, seeds, files):
+        self.profile, self.seeds, self.files = profile, seeds, files
+        self.steps, self.codes = {}, {}
+
+    def add(self, stage, name, seed, asking=""):
+        "The step `stage/name`, with all that it reads."
+        file = f"params/{self.profile}/{stage}/{name}.yaml"
+        if (stage, name) not in self.files:
+            refers = f"params/{self.profile}/{asking}.yaml refers to @{stage}/{name}"
+            raise ParameterError(f"{refers}, but there is no {file}")
+        if (stage, name, seed) not in self.steps:
+            self.steps[stage, name, seed] = None  # in the making
+            self.steps[stage, name, seed] = self._make(stage, name, seed)
+        if self.steps[stage, name, seed] is None:
+            raise ParameterError(f"{file} refers to itself in a circle")
+        return self.steps[stage, name, seed]
+
+    def _make(self, stage, name, seed):
+        params = self.files[stage, name]
+        seeds = self.seeds if stage == "tables" else [seed]
+        reads = {
+            (s, n): [self.add(s, n, k, f"{stage}/{name}") for k in seeds] for s, n, _ in references(params)
+        }
+        cfg = _config(self.profile, stage, name, seed, _resolve(params, reads))
+        step = Step(stage, name, seed, cfg, [u for steps in reads.values() for u in steps])
+        if stage not in self.codes:
+            self.codes[stage] = code_hash(f"landmark.{stage}")
+        made_from = [u.fingerprint for u in step.upstream]
+        step.fingerprint = hash8([identity(cfg), self.codes[stage], made_from])
         return step
-
-    for stage, name in files:
-        if only and f"{stage}/{name}" not in only:
-            continue
-        for seed in seeds[:1] if stage == "tables" else seeds:
-            add(stage, name, seed)
-    return list({id(s): s for s in sorted(done.values(), key=lambda s: _depth(s))}.values())
 
 
 def _depth(step) -> int:
     return 1 + max(map(_depth, step.upstream), default=0)
 
+
+def plan(
+    profile: str,  # folder under `params`
+    seeds=(1,),  # seeds to run
+    only: list = None,  # steps, "stage/name", that are wanted with all they need; None: every one
+    more: dict = None,  # (stage, name) → parameters of steps without a file: the trials of a search
+) -> list:  # steps, each after what it reads
+    "Read, check and order the steps of a profile."
+    planner = _Planner(profile, seeds, read_profile(profile) | (more or {}))
+    for stage, name in planner.files:
+        if only is None or not only or f"{stage}/{name}" in only:
+            for seed in seeds[:1] if stage == "tables" else seeds:
+                planner.add(stage, name, seed)
+    return sorted(planner.steps.values(), key=_depth)
+
 # %% ../nbs/graph.ipynb #e0f8c928
+def _is_stale(step: Step) -> bool:
+    "A stamp whose artifact is gone, or was made again by other code."
+    made = step.dir / "manifest.json"
+    return not made.exists() or made.stat().st_mtime_ns > step.stamp.stat().st_mtime_ns
+
+
 def prepare(
     steps: list,  # what `plan` returned
-):
-    "Write the resolved parameters of every step and remove stamps whose artifact is gone, or was made again by other code."
+) -> list:  # the same steps
+    "Write the resolved parameters of every step, and remove stamps that are stale."
     for s in steps:
-        text = yaml.safe_dump(
-            {
-                k: v
-                for k, v in dataclasses.asdict(s.cfg).items()
-                if k in ("profile", "name", "seed") or k in changed(s.cfg)
-            },
-            sort_keys=False,
-            allow_unicode=True,
-        )
+        stated = {"profile", "name", "seed"} | changed(s.cfg).keys()
+        params = {k: v for k, v in dataclasses.asdict(s.cfg).items() if k in stated}
+        text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
         if not s.params_path.exists() or s.params_path.read_text(encoding="utf-8") != text:
             write_text(s.params_path, text)
-        made = s.dir / "manifest.json"
-        if s.stamp.exists() and (not made.exists() or made.stat().st_mtime_ns > s.stamp.stat().st_mtime_ns):
+        if s.stamp.exists() and _is_stale(s):
             s.stamp.unlink()
     return steps
 
 # %% ../nbs/graph.ipynb #5b8d4dac
+def _q(path) -> str:
+    return shlex.quote(str(path))
+
+
 def on_gpus(
     cfg,  # a stage's config
     command: str,  # what to run
 ) -> str:  # a shell command
-    "The command with GPUs of its own, as many as the config asks for; as it is where the config uses none, or names one itself."
+    "The command with GPUs of its own, as many as the config asks for; unchanged where it needs none."
     device, n = getattr(cfg, "device", "cpu"), getattr(cfg, "devices", 1)
     if device not in ("auto", "cuda", "all"):
         return command
-    return f'{shlex.quote(sys.executable)} -c "from landmark.parts.gpus import main; main()" {10**6 if device == "all" else max(1, n)} {shlex.quote(str(runs_dir() / ".gpus"))} {command}'
+    wanted = 10**6 if device == "all" else max(1, n)
+    launcher = f'{_q(sys.executable)} -c "from landmark.parts.gpus import main; main()"'
+    return f"{launcher} {wanted} {_q(runs_dir() / '.gpus')} {command}"
 
 
 def command(
     step: Step,  # a step
 ) -> str:  # a shell command
-    "How a step runs: its notebook, headless, with its parameters; the stamp is set last, and not while other machines have work left."
-
-    def q(p):
-        return shlex.quote(str(p))
-
-    nb = project_root() / "nbs" / f"{STAGES[step.stage]}.ipynb"
-    run = on_gpus(
-        step.cfg,
-        f"{q(sys.executable)} -m papermill {q(nb)} {q(step.notebook)} -f {q(step.params_path)} -k python3 --log-output --no-progress-bar",
-    )
-    return f"mkdir -p {q(step.notebook.parent)} {q(step.stamp.parent)} && {run} && test -e {q(step.dir / 'manifest.json')} && touch {q(step.stamp)}"
+    "How a step runs; the stamp is set last, and not while other machines have work left."
+    notebook = project_root() / "nbs" / f"{STAGES[step.stage]}.ipynb"
+    papermill = f"{_q(sys.executable)} -m papermill {_q(notebook)} {_q(step.notebook)}"
+    options = f"-f {_q(step.params_path)} -k python3 --log-output --no-progress-bar"
+    parts = [
+        f"mkdir -p {_q(step.notebook.parent)} {_q(step.stamp.parent)}",
+        on_gpus(step.cfg, f"{papermill} {options}"),
+        f"test -e {_q(step.dir / 'manifest.json')}",
+        f"touch {_q(step.stamp)}",
+    ]
+    return " && ".join(parts)
 
 # %% ../nbs/graph.ipynb #0255ac39
-def list_runs() -> pd.DataFrame:  # run, state, age, size, time, metrics
+def list_runs() -> pd.DataFrame:  # run, state, age, MiB, seconds, peak_MiB
     "Every artifact under `runs/`: finished or not, how old and how large; those set aside may be deleted."
-    rows, now = [], time.time()
-    for state in sorted(
-        [
-            *runs_dir().glob("*/seed*/*/*-????????/state.json"),
-            *runs_dir().glob("*/seed*/*/.*.aside/state.json"),
-        ]
-    ):
-        d = state.parent
-        done = (d / "manifest.json").exists()
-        man = read_json(d / "manifest.json") if done else {}
-        files = [p.stat() for p in d.rglob("*") if p.is_file()]
-        age = now - max((f.st_mtime for f in files), default=now)
-        rows.append(
-            dict(
-                run=str(d.relative_to(runs_dir())),
-                state="set aside" if d.suffix == ".aside" else "finished" if done else "unfinished",
-                age=_ago(age),
-                MiB=round(sum(f.st_size for f in files) / 2**20, 1),
-                seconds=man.get("seconds", ""),
-                peak_MiB=man.get("peak_mib", ""),
-            )
-        )
+    runs = runs_dir().glob("*/seed*/*/*-????????/state.json")
+    aside = runs_dir().glob("*/seed*/*/.*.aside/state.json")
+    rows = [_described(state.parent, time.time()) for state in sorted([*runs, *aside])]
     return pd.DataFrame(rows, columns=["run", "state", "age", "MiB", "seconds", "peak_MiB"])
 
 
-def _ago(s: float) -> str:
-    return (
-        f"{s:.0f} s"
-        if s < 120
-        else f"{s / 60:.0f} min"
-        if s < 7200
-        else f"{s / 3600:.0f} h"
-        if s < 172800
-        else f"{s / 86400:.0f} days"
-    )
+def _described(d: Path, now: float) -> tuple:
+    "One artifact, as `list_runs` shows it."
+    man = read_json(d / "manifest.json") if (d / "manifest.json").exists() else {}
+    state = "set aside" if d.suffix == ".aside" else "finished" if man else "unfinished"
+    files = [p.stat() for p in d.rglob("*") if p.is_file()]
+    age = now - max((f.st_mtime for f in files), default=now)
+    size = round(sum(f.st_size for f in files) / 2**20, 1)
+    run = str(d.relative_to(runs_dir()))
+    return run, state, _ago(age), size, man.get("seconds", ""), man.get("peak_mib", "")
+
+
+def _ago(seconds: float) -> str:
+    for unit, length, until in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < until:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
 
 # %% ../nbs/graph.ipynb #5ed991ec
+def _print_runs():
+    "What `landmark_graph runs` says."
+    df = list_runs()
+    aside = df.state.eq("set aside")
+    print(df[~aside].to_string(index=False) if len(df) else f"no runs yet in {runs_dir()}")
+    if aside.any():
+        size = f"{aside.sum()} of them, {df.MiB[aside].sum():.0f} MiB"
+        print(f"artifacts set aside, made by other code or from other inputs: {size};", end=" ")
+        print(f"to delete them: rm -r {runs_dir()}/*/seed*/*/.*.aside")
+
+
+def _print_plan(steps: list):
+    "What `landmark_graph plan` says."
+    for s in steps:
+        state = "done" if s.stamp.exists() else "to do"
+        print(f"{state:6} seed {s.seed}  {s.stage}/{s.name}  {s.dir}")
+
+
+def _print_tables(steps: list):
+    "What `landmark_graph done` says."
+    for s in steps:
+        if s.stage == "tables":
+            print((s.dir / "tables.md").read_text(encoding="utf-8"))
+    print("executed notebooks:", *sorted({str(s.notebook.parent) for s in steps}))
+
+
 def main():
-    "`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [SEED …]` shows what would run; `landmark_graph done PROFILE [SEED …]` prints the tables."
+    """`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [SEED …]` shows what would run;
+    `landmark_graph done PROFILE [SEED …]` prints the tables."""
     what, *rest = sys.argv[1:] or ["help"]
     os.environ.pop("LANDMARK_WORLD", None)  # a profile names its worlds itself
+    if what not in ("runs", "plan", "done"):
+        sys.exit(main.__doc__)
     try:
         if what == "runs":
-            df = list_runs()
-            aside = df.state.eq("set aside")
-            print(df[~aside].to_string(index=False) if len(df) else f"no runs yet in {runs_dir()}")
-            if aside.any():
-                print(
-                    f"artifacts set aside, made by other code or from other inputs: {aside.sum()} of them, {df.MiB[aside].sum():.0f} MiB; to delete them: rm -r {runs_dir()}/*/seed*/*/.*.aside"
-                )
-            return
-        if what not in ("plan", "done"):
-            sys.exit(main.__doc__)
+            return _print_runs()
         profile, seeds = (rest or ["mini"])[0], [int(s) for s in rest[1:]] or [1]
         steps = prepare(plan(profile, seeds))
-        if what == "plan":
-            for s in steps:
-                print(
-                    f"{'done' if s.stamp.exists() else 'to do':6} seed {s.seed}  {s.stage}/{s.name}  {s.dir}"
-                )
-        else:
-            for s in steps:
-                if s.stage == "tables":
-                    print((s.dir / "tables.md").read_text(encoding="utf-8"))
-            print("executed notebooks:", *sorted({str(s.notebook.parent) for s in steps}))
+        return _print_plan(steps) if what == "plan" else _print_tables(steps)
     except ParameterError as e:
         sys.exit(str(e))

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from landmark.parts.core import (
@@ -296,10 +297,10 @@ def _peak_mib() -> int:
 
 def _digests(inputs) -> dict:
     "The digest of every input by its name; artifacts of several seeds have one name."
-    out = {}
+    out, seen = {}, Counter()
     for p in map(Path, filter(None, inputs)):
-        again = sum(k.partition(" ")[0] == p.name for k in out)
-        out[f"{p.name} ({again + 1})" if again else p.name] = digest_of(p)
+        seen[p.name] += 1
+        out[p.name if seen[p.name] == 1 else f"{p.name} ({seen[p.name]})"] = digest_of(p)
     return out
 
 
