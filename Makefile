@@ -1,69 +1,82 @@
 # make demo   everything on the drawn world, then the result tables        make test   export check, notebooks, pytest
 # make lab    JupyterLab                make photos DIR=folder             a report on your own photos
-# make runs   what lies in runs/        make report                        refresh reports/ from the runs and README.md
-# make bench [ONLY=family]              make readme                        README.md from nbs/index.ipynb
+# make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
+# make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
+# make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
 # PROFILE=mini|midi|gld   SEEDS="1 2 3"   VENV=folder shares one environment (about 8 GB) between clones
 
 SHELL   := bash
-PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) >/dev/null 2>&1 && $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+OK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c '$(OK_PYTHON)' 2>/dev/null && echo $$p && break; done)
 VENV    ?= .venv
 PROFILE ?= mini
 SEEDS   ?= 1
 CORES   ?= all
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
-BIN     := $(abspath $(VENV))/bin
-STAMP   := $(VENV)/.landmark-$(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
+# folders may have spaces in their names: every recipe quotes them, and no target carries one
+BIN     := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
+NEEDS   := $(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
+MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test lab photos runs report readme bench clean setup export
+.PHONY: demo test check fix lab photos runs report readme bench clean setup environment export
 .DEFAULT_GOAL := demo
 
-setup: $(STAMP)
-$(STAMP):
+setup:
+	@test -e "$(MADE)" || $(MAKE) --no-print-directory environment
+	@git config merge.regen.driver true 2>/dev/null || true   # generated files: keep ours, `make export` writes them anew
+
+environment:
 	@test -n "$(PYTHON)" || { echo "landmark needs Python 3.11 or newer with venv (on Debian: apt install python3-venv)"; exit 1; }
-	@test -x $(BIN)/python || { echo "making a virtual environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@test -x "$(BIN)/python" || { echo "making a virtual environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv "$(VENV)"; }
 	@echo "installing the pinned packages into $(VENV): about 8 GB, a few minutes, once"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@rm -f $(VENV)/.landmark-*; touch $@
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@rm -f "$(BIN)"/../.landmark-*; touch "$(MADE)"
 
 demo: setup
-	@$(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
-	@$(BIN)/landmark_graph done $(PROFILE) $(SEEDS)
+	@"$(BIN)/snakemake" --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
+	@"$(BIN)/landmark_graph" done $(PROFILE) $(SEEDS)
 
 lab: setup
-	$(BIN)/jupyter lab nbs
+	"$(BIN)/jupyter" lab nbs
 
 photos: setup
 	@test -n "$(DIR)" || { echo 'make photos DIR=folder [QUERY=photo.jpg] [WEIGHTS=folder of a trained model]'; exit 2; }
-	@$(BIN)/landmark_explore "$(DIR)" $(if $(QUERY),"$(QUERY)") $(if $(WEIGHTS),-p weights "$(WEIGHTS)")
+	@"$(BIN)/landmark_explore" "$(DIR)" $(if $(QUERY),"$(QUERY)") $(if $(WEIGHTS),-p weights "$(WEIGHTS)")
 
 runs: setup
-	@$(BIN)/landmark_graph runs
+	@"$(BIN)/landmark_graph" runs
 
 # exported code in step with the notebooks, then the notebooks, then the tests: pytest's summary closes the log
 test: export LANDMARK_WORLD := tiny
 test: export OMP_NUM_THREADS := 1
 test: setup
-	@echo "== export: does landmark/ mirror nbs/?"
-	@$(BIN)/python tests/check_export.py
+	@echo "== check: export, layout, outputs, README"
+	@"$(BIN)/python" tests/check.py
 	@echo "== notebooks"
-	@$(BIN)/nbdev_test --n_workers $(JOBS) --pause 0.1
+	@"$(BIN)/nbdev_test" --n_workers $(JOBS) --pause 0.1
 	@echo "== tests"
-	@$(BIN)/python -m pytest
+	@"$(BIN)/python" -m pytest
+
+check: setup
+	@"$(BIN)/python" tests/check.py
+
+fix: setup
+	@"$(BIN)/python" tests/check.py --fix
 
 report: setup
-	@$(BIN)/landmark_report $(PROFILE) $(SEEDS)
-	@$(BIN)/landmark_report readme
+	@"$(BIN)/landmark_report" $(PROFILE) $(SEEDS)
+	@"$(BIN)/landmark_report" readme
 
 bench: setup
-	@$(BIN)/landmark_bench $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
+	@"$(BIN)/landmark_bench" $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
 
 readme: setup
-	@$(BIN)/landmark_report readme
+	@"$(BIN)/landmark_report" readme
 
 export: setup
-	@$(BIN)/nbdev_export
+	@"$(BIN)/nbdev_export"
 
 clean:
 	rm -rf runs .snakemake

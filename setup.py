@@ -11,7 +11,7 @@ cfg = cfg["DEFAULT"]
 
 
 def lines(key):
-    return [l.strip() for l in cfg.get(key, "").splitlines() if l.strip()]
+    return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
 
 
 setup(

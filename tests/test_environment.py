@@ -21,10 +21,10 @@ def settings():
     cfg = ConfigParser(delimiters=["="], interpolation=None)
     cfg.read(ROOT / "settings.ini", encoding="utf-8")
     lines = [
-        l.strip()
+        line.strip()
         for k in ("requirements", "dev_requirements")
-        for l in cfg["DEFAULT"][k].splitlines()
-        if l.strip()
+        for line in cfg["DEFAULT"][k].splitlines()
+        if line.strip()
     ]
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
@@ -42,7 +42,8 @@ def conda():
 
 
 def pins():
-    lines = [l for l in (ROOT / "constraints.txt").read_text().splitlines() if l and not l.startswith("#")]
+    text = (ROOT / "constraints.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, lines)}
 
 

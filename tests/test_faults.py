@@ -108,10 +108,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 def test_two_notebooks_that_want_the_same_world_draw_it_once(tmp_path):
     code = """if True:
-        import sys, time; from landmark.parts.data import layout, worlds      # slow imports first, so that both ask at the same moment
-        print('ready', flush=True); sys.stdin.readline()
-        world = worlds.make_world('tiny'); print((world/'world.json').stat().st_ino, flush=True); sys.stdin.readline()
-        print((world/'world.json').stat().st_ino, len(layout.read_images(world, 'index')), flush=True)"""
+        import sys
+        from landmark.parts.data import layout, worlds      # slow imports first: both ask at the same moment
+        def say(*words): print(*words, flush=True)
+        def wait(): sys.stdin.readline()
+        say('ready'); wait()
+        world = worlds.make_world('tiny')
+        say((world/'world.json').stat().st_ino); wait()
+        say((world/'world.json').stat().st_ino, len(layout.read_images(world, 'index')))"""
     env = {**os.environ, "LANDMARK_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     both = [
         subprocess.Popen(
@@ -149,7 +153,7 @@ def test_an_artifact_without_manifest_is_no_artifact(tmp_path, monkeypatch):
 
 
 def test_work_that_no_longer_fits_is_set_aside_and_comes_back(tmp_path, monkeypatch, capsys):
-    "Other inputs under an unfinished artifact: it is named, kept, and taken up again when the inputs are as they were."
+    "Other inputs under an unfinished artifact: it is named, kept, and taken up when they are as they were."
     monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path))
     from landmark.tables import Config
 
@@ -206,7 +210,13 @@ def test_workers_end_with_their_parent(tmp_path):
     import signal
     import time
 
-    code = 'import sys, time\nfrom landmark.parts.core import parallel_map\nif __name__ == "__main__":\n    print("up", flush=True); parallel_map(time.sleep, [60]*4, n_workers=2)'
+    code = """
+import time
+from landmark.parts.core import parallel_map
+if __name__ == "__main__":
+    print("up", flush=True)
+    parallel_map(time.sleep, [60] * 4, n_workers=2)
+"""
     script = tmp_path / "pool.py"
     script.write_text(code)
     p = subprocess.Popen(

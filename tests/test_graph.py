@@ -1,6 +1,6 @@
 """The whole graph on the tiny world, through Snakemake and papermill, killed once on the way.
 
-The run of this module is made once and looked at from all sides. LANDMARK_TEST_RUNS=folder keeps it between calls.
+The run of this module is made once and looked at from all sides. LANDMARK_TEST_RUNS=folder keeps it.
 """
 
 import json
@@ -21,36 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def snakemake(runs, *args, **kw):
     env = {**os.environ, "LANDMARK_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "all",
-            "--nolock",
-            "--rerun-incomplete",
-            "--rerun-triggers",
-            "mtime",
-            "--directory",
-            str(ROOT),
-            "--config",
-            "profile=tiny",
-            *args,
-        ],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **kw,
-    )
+    options = ["--cores", "all", "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime"]
+    run = [sys.executable, "-m", "snakemake", *options, "--directory", str(ROOT)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*run, "--config", "profile=tiny", *args], cwd=ROOT, env=env, **pipes, **kw)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "A finished run of the profile tiny. Its first attempt is killed: Snakemake dies at once, what it had started lives on for a while."
-    runs = Path(os.environ.get("LANDMARK_TEST_RUNS") or tmp_path_factory.mktemp("runs"))
+    """A finished run of the profile tiny, in a folder with a name as people use them. Its first attempt is
+    killed: Snakemake dies at once, what it had started lives on for a while."""
+    runs = Path(os.environ.get("LANDMARK_TEST_RUNS") or tmp_path_factory.mktemp("runs") / "Émile's runs #1")
     if not list(runs.glob("tiny/seed1/tables/*/manifest.json")):
         first = snakemake(runs)
         for _ in range(600):  # as soon as training is under way
@@ -74,7 +55,7 @@ def table(runs, stage, name, file):
 def test_every_artifact_is_finished(runs):
     from landmark import graph
 
-    wanted = {k for k in graph.read_profile("tiny")}
+    wanted = set(graph.read_profile("tiny"))
     manifests = [json.loads(p.read_text()) for p in runs.glob("tiny/seed1/*/*/manifest.json")]
     assert {(m["stage"], m["name"]) for m in manifests} == wanted
     assert not any(m["metrics"].get("made_up") for m in manifests), "nothing is invented in a real run"
@@ -137,7 +118,7 @@ def test_search_beats_chance(runs):
 
 
 def named(runs, name, model):
-    "How many index and test photos get their landmark's name from the 3 nearest training photos; (hit or miss) each, and the labels that voted."
+    "Which index and test photos get their landmark's name from the 3 nearest training photos; the labels."
     from landmark.parts.data.layout import read_images, read_recognition_solution, read_table
     from landmark.parts.descriptors.store import open_store
     from landmark.parts.rerank.methods import soft_vote
@@ -154,7 +135,7 @@ def named(runs, name, model):
         .landmark_id.to_dict()
     )
     sol = read_recognition_solution(world)
-    truth |= {i: l[0] for i, l in zip(sol.image_id, sol.landmarks) if l}
+    truth |= {i: shown[0] for i, shown in zip(sol.image_id, sol.landmarks) if shown}
     train = open_store(home / "v2_train")
     labels = label_of.loc[[str(i) for i in train.ids]].to_numpy()
     hits = []
@@ -169,11 +150,9 @@ def named(runs, name, model):
 
 
 def test_labels_matter(runs):
-    "With the right labels photos get their names; with shuffled ones they fall to chance, and sorting by label no longer helps."
-    (right, labels), (shuffled, _) = (
-        named(runs, "final", "arcface_v1+v2-clean"),
-        named(runs, "shuffled", "arcface_v2"),
-    )
+    "With right labels photos get their names; with shuffled ones they fall to chance; sorting is no help."
+    right, labels = named(runs, "final", "arcface_v1+v2-clean")
+    shuffled, _ = named(runs, "shuffled", "arcface_v2")
     share = pd.Series(labels).value_counts(normalize=True)
     chance = float((share**2).sum())  # two labels of the training set agree
     sd = np.sqrt(chance * (1 - chance) / len(right))
@@ -199,7 +178,7 @@ def test_second_call_has_nothing_to_do(runs):
 
 
 def test_a_stamp_older_than_its_artifact_does_not_count(runs, monkeypatch):
-    "The code was changed, everything ran, and the change was taken back: the old stamp is there, but not its artifact."
+    "Code was changed, everything ran, the change was taken back: the old stamp is there, its artifact not."
     monkeypatch.setenv("LANDMARK_RUNS", str(runs))
     from landmark import graph
 

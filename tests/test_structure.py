@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from landmark import graph
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = {
@@ -19,8 +21,6 @@ MODULES = {
     for p in (ROOT / "landmark").rglob("*.py")
     if p.name not in ("__init__.py", "_modidx.py")
 }
-from landmark import graph
-
 STAGES = graph.STAGES | {
     "benchmark": "08_benchmark",
     "explore": "09_explore",
@@ -202,3 +202,69 @@ def test_every_profile_is_valid():
     for profile in graph.profiles():
         steps = graph.plan(profile)
         assert steps and {s.stage for s in steps} <= set(graph.STAGES)
+
+
+def exported(nb):
+    "The definitions of a notebook's exported cells."
+    cells = [c.source for c in nb.cells if c.cell_type == "code" and c.source.startswith("#| export")]
+    return [node for source in cells for node in ast.parse(source).body]
+
+
+def names_of(node):
+    "Public names that a statement defines."
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        names = [node.name]
+    else:
+        names = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+    return [n for n in names if not n.startswith("_")]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_function_is_longer_than_forty_lines(path):
+    "From the first line of its body, docstring included, to the last."
+    code = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    trees = [ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)) for source in code]
+    functions = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    long = {f.name: n for f in functions if (n := f.end_lineno - f.body[0].lineno + 1) > 40}
+    assert not long, f"split by meaning: {long}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_public_methods_say_what_they_do(path):
+    classes = [n for n in exported(nbformat.read(path, 4)) if isinstance(n, ast.ClassDef)]
+    methods = [(c.name, f) for c in classes for f in c.body if isinstance(f, ast.FunctionDef)]
+    bare = [f"{c}.{f.name}" for c, f in methods if not f.name.startswith("_") and not ast.get_docstring(f)]
+    assert not bare, f"methods without a docstring: {bare}"
+
+
+# exported names that no cell outside the exports uses, each with its reason
+WITHOUT_EXAMPLE = {}
+
+
+def test_every_exported_name_has_an_example():
+    "Code, example, test: a cell that is not exported uses what its notebook exports."
+    bare = set()
+    for path in NOTEBOOKS:
+        nb = nbformat.read(path, 4)
+        others = [
+            c.source for c in nb.cells if c.cell_type == "code" and not c.source.startswith("#| export")
+        ]
+        used = set(re.findall(r"\w+", "\n".join(others)))
+        names = [n for node in exported(nb) for n in names_of(node) if n not in used]
+        name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        bare |= {f"{name}.{n}" for n in names}
+    assert bare <= set(WITHOUT_EXAMPLE), sorted(bare - set(WITHOUT_EXAMPLE))
+    assert len(WITHOUT_EXAMPLE) <= 40
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_headings_are_followed_by_prose(path):
+    "A heading over code alone says nothing."
+    cells = nbformat.read(path, 4).cells
+    bare = []
+    for c in cells:
+        if c.cell_type == "markdown":
+            lines = [line for line in c.source.splitlines() if line.strip()]
+            if lines and lines[-1].startswith("#"):
+                bare.append(lines[-1])
+    assert not bare, f"headings without a sentence: {bare}"
