@@ -23,13 +23,13 @@ def visible_gpus() -> list:  # UUIDs, in the order of CUDA_VISIBLE_DEVICES
         return []
     found = re.findall(r"^GPU \d+: .*\(UUID: (GPU-[^)]+)\)", listed, re.M)
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(found)).replace(" ", "").split(",")
-    return [
-        g
-        for w in wanted
-        if w
-        for i, g in enumerate(found)
-        if w == str(i) or w.startswith("GPU-") and g.startswith(w)
-    ]
+    named = {w: [g for i, g in enumerate(found) if _is_called(w, i, g)] for w in wanted}
+    return [g for w in wanted for g in named[w]]
+
+
+def _is_called(word: str, number: int, uuid: str) -> bool:
+    "Whether an entry of CUDA_VISIBLE_DEVICES, a number or the beginning of a UUID, means this GPU."
+    return word == str(number) or (word.startswith("GPU-") and uuid.startswith(word))
 
 # %% ../../nbs/parts/gpus.ipynb #bb9053c7
 def _hold(path):
@@ -64,7 +64,7 @@ def take_gpus(
 
 
 def main():
-    "`N LOCKS COMMAND …` becomes the command, with N GPUs of its own; where there are none, it just becomes the command."
+    "`N LOCKS COMMAND …` becomes the command, with N GPUs of its own; without GPUs it just becomes the command."
     n, lock_dir, *command = sys.argv[1:]
     if taken := take_gpus(int(n), lock_dir):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)

@@ -84,7 +84,7 @@ def _relevance(ranks, positives):
 
 def relevant_mask(
     ranks: np.ndarray,  # positions in `index`, best first, −1 for "none" [q, k]
-    positives: list,  # one collection of relevant positions per query; negative: not in the index, not to be found
+    positives: list,  # relevant positions of each query; negative: not in the index, not to be found
 ) -> np.ndarray:  # bool [q, k]: a relevant image, at its first mention
     "Which places of the rankings hold a relevant image."
     return _relevance(ranks, positives)[0]
@@ -92,7 +92,7 @@ def relevant_mask(
 
 def map_at_k(
     ranks: np.ndarray,  # positions in `index`, best first, −1 for "none" [q, k']
-    positives: list,  # one collection of relevant positions per query; negative: not in the index, not to be found
+    positives: list,  # relevant positions of each query; negative: not in the index, not to be found
     k: int = 100,  # length that counts
     per_query: bool = False,  # also return the AP of every query
 ):  # mAP, or (mAP, APs [q])
@@ -151,14 +151,12 @@ def gap(
     "Global average precision (micro-AP), one prediction per image."
     predicted, scores = np.asarray(predicted, np.int64), np.asarray(scores, np.float64)
     if not len(predicted) == len(scores) == len(truth):
-        raise MetricError(
-            f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels; each image has one"
-        )
+        counts = f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels"
+        raise MetricError(f"{counts}; each image has one")
     given = (predicted >= 0) | ~np.isnan(scores)
-    if not np.isfinite(scores[given]).all():
-        raise MetricError(
-            f"{int((~np.isfinite(scores[given])).sum())} scores are not finite; an image without prediction has landmark_id −1 and no score"
-        )
+    if bad := int((~np.isfinite(scores[given])).sum()):
+        hint = "an image without prediction has landmark_id −1 and no score"
+        raise MetricError(f"{bad} scores are not finite; {hint}")
     right, m = _right(predicted, truth)
     if not m:
         return float("nan")
@@ -177,11 +175,10 @@ def accuracy(
     "Top-1 accuracy."
     logits, labels = np.asarray(logits), np.asarray(labels)
     if not len(labels) or len(logits) != len(labels):
-        raise MetricError(
-            f"{len(logits)} rows of logits and {len(labels)} labels; each image has one of both, and there is at least one"
-        )
-    if not np.isfinite(logits).all():
-        raise MetricError(f"{int((~np.isfinite(logits).all(1)).sum())} rows of logits are not finite")
+        counts = f"{len(logits)} rows of logits and {len(labels)} labels"
+        raise MetricError(f"{counts}; each image has one of both, and there is at least one")
+    if bad := int((~np.isfinite(logits).all(1)).sum()):
+        raise MetricError(f"{bad} rows of logits are not finite")
     return float((logits.argmax(1) == labels).mean())
 
 # %% ../../nbs/parts/metrics.ipynb #ae3d581e
@@ -216,10 +213,17 @@ def judge(
     precision = [float((at < min(last, k)).sum() / min(last, k)) if last else 0.0 for k in kappas]
     return trapezoid_ap(at, len(positives)), np.array(precision)
 
+# %% ../../nbs/parts/metrics.ipynb #c6e563af
+PROTOCOLS = {  # name → kinds that are wanted, kinds that are junk
+    "E": (["easy"], ["junk", "hard"]),
+    "M": (["easy", "hard"], ["junk"]),
+    "H": (["hard"], ["junk", "easy"]),
+}
 
-PROTOCOLS = dict(
-    E=(("easy",), ("junk", "hard")), M=(("easy", "hard"), ("junk",)), H=(("hard",), ("junk", "easy"))
-)
+
+def _gathered(query, kinds):
+    "The positions of some kinds of images in the ground truth of a query."
+    return np.concatenate([np.asarray(query.get(x, ()), np.int64) for x in kinds])
 
 
 def revisited(
@@ -232,16 +236,9 @@ def revisited(
         raise MetricError(f"{len(ranks)} rankings but {len(gnd)} queries in the ground truth")
     out = {}
     for name, (good, bad) in PROTOCOLS.items():
-
-        def gather(g, kinds):
-            return np.concatenate([np.asarray(g.get(x, ()), np.int64) for x in kinds])
-
-        rows = [judge(r, gather(g, good), gather(g, bad), kappas) for r, g in zip(ranks, gnd)]
-        aps, pk = (
-            np.array([r[0] for r in rows]),
-            np.array([r[1] for r in rows]).reshape(len(rows), len(kappas)),
-        )
-        out[name] = dict(
-            map=mean_of(aps), aps=aps, mpk=np.array([mean_of(pk[:, i]) for i in range(len(kappas))]), pk=pk
-        )
+        rows = [judge(r, _gathered(g, good), _gathered(g, bad), kappas) for r, g in zip(ranks, gnd)]
+        aps = np.array([ap for ap, _ in rows])
+        pk = np.array([p for _, p in rows]).reshape(len(rows), len(kappas))
+        mpk = np.array([mean_of(column) for column in pk.T])
+        out[name] = dict(map=mean_of(aps), aps=aps, mpk=mpk, pk=pk)
     return out

@@ -27,9 +27,8 @@ def bootstrap_interval(
     def resampled(d):
         return d[rng.integers(len(d), size=(n_boot, len(d)))].mean(1)
 
-    means = np.stack(
-        [[resampled(d) for d in diffs] for _ in range(n)]
-    )  # [draw, seed, n_boot]: a seed drawn twice gets fresh queries
+    # a seed drawn twice gets fresh queries
+    means = np.stack([[resampled(d) for d in diffs] for _ in range(n)])  # [draw, seed, n_boot]
     drawn = rng.integers(n, size=(n, n_boot))  # which seed each draw takes
     boot = means[np.arange(n)[:, None], drawn, np.arange(n_boot)].mean(0)  # [n_boot]
     lo, hi = np.quantile(boot, [(1 - level) / 2, (1 + level) / 2])
@@ -37,8 +36,8 @@ def bootstrap_interval(
 
 
 def verdict(
-    lo: float,
-    hi: float,  # the interval
+    lo: float,  # lower end of the interval
+    hi: float,  # its upper end
     control: bool = False,  # are the two expected to be equal?
 ) -> str:  # holds, does not hold, undecided
     "The rule."
@@ -49,11 +48,11 @@ def verdict(
 # %% ../../nbs/parts/verdicts.ipynb #b8efe7d5
 def differences(
     per_query: pd.DataFrame,  # per_query.csv of 05_rerank, stacked over seeds
-    key: str,
-    a: str,
-    b: str,  # column "model" or "method", and the two values to compare
-    benchmark: str = "gld_private",
-    metric: str = "mAP@100",
+    key: str,  # the column that names what is compared: model or method
+    a: str,  # its value on the one side
+    b: str,  # its value on the other
+    benchmark: str = "gld_private",  # which queries
+    metric: str = "mAP@100",  # by which metric
 ) -> list:  # one array of paired differences per seed
     "AP of A minus AP of B, query by query."
     df = per_query[(per_query.benchmark == benchmark) & (per_query.metric == metric)]
