@@ -64,7 +64,7 @@ def take_gpus(
 
 
 def main():
-    "`N LOCKS COMMAND …` becomes the command, with N GPUs of its own; without GPUs it just becomes the command."
+    "`N LOCKS COMMAND …` becomes the command, with N GPUs of its own; without GPUs it just becomes it."
     n, lock_dir, *command = sys.argv[1:]
     if taken := take_gpus(int(n), lock_dir):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
