@@ -89,7 +89,7 @@ def rose(
             _petal(wall, p, radius * size, a, hue, glow)
     _tracery(wall, x, y, radius, n, pal["trim"])
 
-
+# %% ../../../nbs/parts/minigld/facade.ipynb #90424767
 def _disc(wall: Surface, c: tuple, radius: float, colour, height=None, glow=None):
     "A filled circle in one, two or three layers; c in whole pixels."
     cv2.circle(wall.rgb, c, int(radius), [float(v) for v in colour], -1, cv2.LINE_AA)
@@ -301,7 +301,7 @@ def facade(
         _adorn(r, wall, g, role, pal, pointed)
     return wall
 
-
+# %% ../../../nbs/parts/minigld/facade.ipynb #268b0c40
 def _motifs(r, g: _Grid, pal: dict, pointed: bool) -> dict:  # (floor, variant) → motif
     "One kind of window for each floor, drawn three times."
     kinds, motifs = [], {}
@@ -364,7 +364,7 @@ def _panels(r, wall: Surface, g: _Grid, pal: dict):
             y = wall.h - (f + r.uniform(0.45, 0.9)) * g.fh
             carve(wall, figure, b * g.bw - size / 2, y, pal["trim"] * r.choice([0.66, 1.16]), 3.0)
 
-
+# %% ../../../nbs/parts/minigld/facade.ipynb #f15ad055
 def _centrepiece(r, wall: Surface, g: _Grid, pal: dict, pointed: bool):
     "In the middle of the upper floor a rose, a clock or a shield."
     pick, x, y, radius = r.random(), wall.w / 2, wall.h - g.fh * (g.floors - 0.5), min(g.bw, g.fh) * 0.4

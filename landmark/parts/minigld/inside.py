@@ -168,7 +168,7 @@ def _lancet(pal: dict) -> str:
     "The kind of opening that fits the hall."
     return "pointed" if pal["gothic"] else "arch"
 
-
+# %% ../../../nbs/parts/minigld/inside.ipynb #3f4848c5
 def _bay(r, s: Surface, pal: dict, i: int, bw: float, style: int):
     "One bay of a side wall, bw pixels wide: a window, and what stands or hangs below it."
     h, x = s.h, (i + 0.5) * bw
@@ -228,7 +228,7 @@ def _painted_field(r, s: Surface, pal: dict):
     for x in (0.14, 0.8):
         carve(s, glyph(r, q), w * x, h * 0.16, pal["trim"] * 0.6, 3.0)
 
-
+# %% ../../../nbs/parts/minigld/inside.ipynb #0f0a99c7
 def _end_beside(r, s: Surface, pal: dict):
     "A figure and a tall window left and right."
     w, h = s.w, s.h
@@ -287,7 +287,7 @@ def _doorway(r, s: Surface, pal: dict) -> Surface:
     frieze(r, s, h * 0.02, h * 0.1, pal)
     return s
 
-
+# %% ../../../nbs/parts/minigld/inside.ipynb #a9761ebd
 def _mosaic(r, s: Surface, pal: dict) -> Surface:
     "Small tiles of two colours, a large sign and ten small ones; replaces the wall."
     h, w = s.h, s.w
