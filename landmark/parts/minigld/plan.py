@@ -28,7 +28,7 @@ class Knobs:
     n_bench_landmarks: int = 6  # landmarks of each revisited-style benchmark
     n_queries: int = 20  # queries of each benchmark
     n_bench: int = 110  # index images of each benchmark
-    n_aspects: int = 4  # how many of front, back, inside, detail exist
+    n_aspects: int = 4  # how many of front, inside, back, detail exist
     noise: float = 0.25  # share of v2 train images that do not show their label
     side: int = 320  # longest side of a photograph, pixels
 
@@ -39,10 +39,12 @@ class Knobs:
             raise ValueError(f"noise is {self.noise}, allowed are 0.0 to 0.6")
         if not 96 <= self.side <= 1024:
             raise ValueError(f"side is {self.side} pixels, allowed are 96 to 1024")
-        for n, labels in [("n_v1", "n_v1_landmarks"), ("n_train", "n_landmarks")]:
-            if getattr(self, n) < 2 * getattr(self, labels):
+        for images, labels in [("n_v1", "n_v1_landmarks"), ("n_train", "n_landmarks")]:
+            n_images, n_labels = getattr(self, images), getattr(self, labels)
+            if n_images < 2 * n_labels:
                 raise ValueError(
-                    f"{n} is {getattr(self, n)}, but {labels} is {getattr(self, labels)}: two images per landmark are the least"
+                    f"{images} is {n_images}, but {labels} is {n_labels}: "
+                    "two images per landmark are the least"
                 )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #2766e6e8
@@ -57,23 +59,9 @@ def scaled(
     return replace(knobs, **{f: max(2, round(getattr(knobs, f) * factor)) for f in _COUNTS})
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #a2b72aa8
-WORLDS = dict(
-    tiny=Knobs(
-        n_v1_landmarks=3,
-        n_v1=22,
-        n_landmarks=4,
-        n_train=36,
-        n_unseen=1,
-        n_index=20,
-        n_test=14,
-        n_bench_landmarks=2,
-        n_queries=4,
-        n_bench=10,
-        side=224,
-    ),
-    mini=Knobs(),
-    midi=scaled(Knobs(), 50),
-)
+_TINY_TRAIN = dict(n_v1_landmarks=3, n_v1=22, n_landmarks=4, n_train=36)
+_TINY_TEST = dict(n_unseen=1, n_index=20, n_test=14, n_bench_landmarks=2, n_queries=4, n_bench=10)
+WORLDS = dict(tiny=Knobs(**_TINY_TRAIN, **_TINY_TEST, side=224), mini=Knobs(), midi=scaled(Knobs(), 50))
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #26300612
 def rng_of(
@@ -84,106 +72,25 @@ def rng_of(
     h = hashlib.sha256(repr((int(seed), *map(str, key))).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(h[:16], "little")))
 
-
-def hex_id(seed: int, *key) -> str:
-    "Sixteen hex digits for an image, as in the Google Landmarks Datasets."
+# %% ../../../nbs/parts/minigld/plan.ipynb #57d760ea
+def hex_id(
+    seed: int,  # seed of the world
+    *key,  # whose name this is: strings and numbers
+) -> str:  # sixteen hex digits
+    "The name of an image, as in the Google Landmarks Datasets."
     return hashlib.sha256(repr(("id", int(seed), *map(str, key))).encode()).hexdigest()[:16]
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #92e62463
-_FIRST = [
-    "Al",
-    "Bel",
-    "Cor",
-    "Dar",
-    "El",
-    "Fen",
-    "Gal",
-    "Hal",
-    "Is",
-    "Kel",
-    "Lor",
-    "Mar",
-    "Nor",
-    "Or",
-    "Pel",
-    "Quin",
-    "Ros",
-    "Sel",
-    "Tam",
-    "Ul",
-    "Ver",
-    "Win",
-    "Yar",
-    "Zel",
-]
-_MIDDLE = [
-    "a",
-    "an",
-    "ar",
-    "e",
-    "en",
-    "i",
-    "in",
-    "o",
-    "or",
-    "u",
-    "al",
-    "ia",
-    "io",
-    "ana",
-    "eri",
-    "olo",
-    "und",
-    "est",
-]
-_LAST = [
-    "bridge",
-    "burg",
-    "dal",
-    "dorf",
-    "feld",
-    "ford",
-    "gar",
-    "grad",
-    "ham",
-    "holm",
-    "mar",
-    "mont",
-    "mouth",
-    "na",
-    "nia",
-    "ra",
-    "sand",
-    "stad",
-    "stein",
-    "ta",
-    "thal",
-    "ton",
-    "vik",
-    "wick",
-]
-_SAINT = [
-    "Amela",
-    "Brenn",
-    "Corvin",
-    "Delio",
-    "Edra",
-    "Fenna",
-    "Gerol",
-    "Halda",
-    "Isolt",
-    "Jorun",
-    "Kelda",
-    "Lioba",
-    "Maron",
-    "Nevin",
-    "Odela",
-    "Perrin",
-    "Rovan",
-    "Sunna",
-    "Tilda",
-    "Ulric",
-]
+_FIRST = "Al Bel Cor Dar El Fen Gal Hal Is Kel Lor Mar Nor Or Pel Quin Ros Sel Tam Ul Ver Win Yar Zel"
+_MIDDLE = "a an ar e en i in o or u al ia io ana eri olo und est"
+_LAST = (
+    "bridge burg dal dorf feld ford gar grad ham holm mar mont "
+    "mouth na nia ra sand stad stein ta thal ton vik wick"
+)
+_SAINT = (
+    "Amela Brenn Corvin Delio Edra Fenna Gerol Halda Isolt Jorun "
+    "Kelda Lioba Maron Nevin Odela Perrin Rovan Sunna Tilda Ulric"
+)
 _KINDS = dict(
     cathedral=["Cathedral of {s}, {p}", "{s} Church, {p}", "Minster of {p}"],
     palace=["{p} Palace", "Old Residence ({p})", "Palais {s}, {p}"],
@@ -199,14 +106,19 @@ _KINDS = dict(
 
 STYLES = list(_KINDS)
 
-
-def landmark_name(seed: int, building: str, style: str) -> str:
+# %% ../../../nbs/parts/minigld/plan.ipynb #36358613
+def landmark_name(
+    seed: int,  # seed of the world
+    building: str,  # whose name
+    style: str,  # one of STYLES
+) -> str:  # a category, as on Wikimedia Commons
     "A pleasant name for a building of this style."
     r = rng_of(seed, "name", building)
-    p = r.choice(_FIRST) + r.choice(_MIDDLE) + r.choice(_LAST)
-    return str(r.choice(_KINDS[style])).format(
-        p=p, s="Saint " + r.choice(_SAINT), n=r.choice(["Seven", "Nine", "Thousand", "White"])
-    )
+    place = "".join(r.choice(syllables.split()) for syllables in (_FIRST, _MIDDLE, _LAST))
+    pattern = str(r.choice(_KINDS[style]))
+    saint = "Saint " + r.choice(_SAINT.split())
+    number = r.choice(["Seven", "Nine", "Thousand", "White"])
+    return pattern.format(p=place, s=saint, n=number)
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #1b583c00
 def class_sizes(
@@ -222,59 +134,63 @@ def class_sizes(
     sizes[: n_images - sizes.sum()] += 1
     return sizes
 
-# %% ../../../nbs/parts/minigld/plan.ipynb #dfbec8b9
+# %% ../../../nbs/parts/minigld/plan.ipynb #3d878e88
 ASPECTS = ["front", "inside", "back", "detail"]
-CLUTTER = [
-    "people",
-    "food",
-    "map",
-    "landscape",
-    "street",
-    "animal",
-]  # what else is found under a landmark's label
+CLUTTER = ["people", "food", "map", "landscape", "street", "animal"]  # found under a landmark's label
+
+# %% ../../../nbs/parts/minigld/plan.ipynb #dfbec8b9
+_SPREAD = dict(front=24, back=26, inside=20, detail=28)  # of viewpoints, degrees
+_LIGHT = dict(day=0.56, overcast=0.24, dusk=0.11, night=0.09)
+_WEATHER = dict(clear=0.86, fog=0.06, rain=0.05, snow=0.03)
 
 
-def camera_of(r: np.random.Generator, aspect: str) -> dict:
+def camera_of(
+    r: np.random.Generator,  # generator of the photograph
+    aspect: str,  # one of ASPECTS
+) -> dict:  # columns of the plan: azimuth, distance, light, …
     "Where a tourist stands, in which light, and what goes wrong."
     inside = aspect in ("inside", "detail")
-    wide = dict(front=24, back=26, inside=20, detail=28)[aspect]  # spread of viewpoints, degrees
-    azimuth = float(np.clip(r.normal(0, wide), -62, 62))
-    light = r.choice(["day", "overcast", "dusk", "night"], p=[0.56, 0.24, 0.11, 0.09])
-    weather = r.choice(["clear", "fog", "rain", "snow"], p=[0.86, 0.06, 0.05, 0.03])
-    bad = r.random()
+    azimuth = float(np.clip(r.normal(0, _SPREAD[aspect]), -62, 62))
+    light = str(r.choice(list(_LIGHT), p=list(_LIGHT.values())))
+    weather = str(r.choice(list(_WEATHER), p=list(_WEATHER.values())))
+    luck = r.random()
+    distance = np.exp(r.normal(0.04, 0.34) if inside else r.normal(0.02, 0.24))
+    height = r.choice([r.uniform(0.0, 0.05), r.uniform(0.1, 0.6)], p=[0.78, 0.22])  # street or hill
+    zoom = r.uniform(0.8, 1.35)
+    portrait = r.random() < 0.32
+    n_people = r.poisson(1.1 if aspect == "detail" else 2.2)
+    n_trees = 0 if inside else r.poisson(0.9)
+    blur = r.exponential(0.45 if inside else 0.25)
+    shake = r.uniform(1.0, 2.2)
+    if luck < (0.16 if inside else 0.06):
+        blur += shake
     return dict(
         azimuth=round(azimuth, 1),
-        distance=round(float(np.exp(r.normal(0.04 if inside else 0.02, 0.34 if inside else 0.24))), 3),
-        height=round(float(r.choice([r.uniform(0.0, 0.05), r.uniform(0.1, 0.6)], p=[0.78, 0.22])), 3),
-        zoom=round(float(r.uniform(0.8, 1.35)), 3),
-        light="indoor" if inside else str(light),
-        weather="clear" if inside else str(weather),
-        portrait=bool(r.random() < 0.32),
-        n_people=int(r.poisson(1.1 if aspect == "detail" else 2.2)),
-        n_trees=0 if inside else int(r.poisson(0.9)),
-        blur=round(
-            float(
-                r.exponential(0.45 if inside else 0.25)
-                + (bad < (0.16 if inside else 0.06)) * r.uniform(1.0, 2.2)
-            ),
-            2,
-        ),
+        distance=round(float(distance), 3),
+        height=round(float(height), 3),
+        zoom=round(float(zoom), 3),
+        light="indoor" if inside else light,
+        weather="clear" if inside else weather,
+        portrait=bool(portrait),
+        n_people=int(n_people),
+        n_trees=int(n_trees),
+        blur=round(float(blur), 2),
         quality=int(np.clip(r.normal(80, 9), 42, 95)),
     )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #4bfc3b72
 def photo(
-    seed: int,
-    split: str,
-    n: int,
-    landmark_id: int,
-    true: int,
-    building: str,
-    kind: str = "landmark",
-    aspect: str = "",
-    folder: str = "",
-) -> dict:
-    "One row of the plan. `building` names what stands before the camera ('' for none)."
+    seed: int,  # seed of the world
+    split: str,  # v1_train, v2_train, index, test, or a part of a benchmark
+    n: int,  # number within the split
+    landmark_id: int,  # what the label says; −1 for none
+    true: int,  # what is shown; −1 for no landmark
+    building: str,  # what stands before the camera; empty for nothing
+    kind: str = "landmark",  # landmark, wrong_label, lookalike, other_building or one of CLUTTER
+    aspect: str = "",  # one of ASPECTS; empty where there is no building
+    folder: str = "",  # of the split in the Google Landmarks layout
+) -> dict:  # a row
+    "One row of the plan."
     r = rng_of(seed, "camera", split, n)
     image_id = hex_id(seed, split, n)
     return dict(
@@ -290,70 +206,86 @@ def photo(
     )
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #d7e02d9b
-def aspect_shares(seed: int, building: str, n_aspects: int) -> np.ndarray:
-    "How often each aspect of a building is photographed [n_aspects]."
+def aspect_shares(
+    seed: int,  # seed of the world
+    building: str,  # which one
+    n_aspects: int,  # how many aspects exist
+) -> np.ndarray:  # in the order of ASPECTS, summing to 1 [n_aspects]
+    "How often each aspect of a building is photographed."
     mean = np.array([0.46, 0.26, 0.14, 0.14])[:n_aspects]
     return rng_of(seed, "aspects", building).dirichlet(7 * mean / mean.sum())
 
-
-def pick_aspect(r, seed: int, building: str, n_aspects: int) -> str:
+# %% ../../../nbs/parts/minigld/plan.ipynb #4907fcdd
+def pick_aspect(
+    r: np.random.Generator,  # generator of the photograph
+    seed: int,  # seed of the world
+    building: str,  # which one
+    n_aspects: int,  # how many aspects exist
+) -> str:  # one of ASPECTS
     "The aspect a visitor chose."
     return ASPECTS[int(r.choice(n_aspects, p=aspect_shares(seed, building, n_aspects)))]
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #30347f27
-def noise_kind(r) -> str:
+def noise_kind(
+    r: np.random.Generator,  # generator of the photograph
+) -> str:  # wrong_label, lookalike or one of CLUTTER
     "What a noisy image shows."
-    return str(
-        r.choice(["wrong_label", "lookalike", *CLUTTER], p=[0.26, 0.3, 0.12, 0.08, 0.05, 0.12, 0.04, 0.03])
-    )
+    kinds = ["wrong_label", "lookalike", *CLUTTER]
+    return str(r.choice(kinds, p=[0.26, 0.3, 0.12, 0.08, 0.05, 0.12, 0.04, 0.03]))
 
-
+# %% ../../../nbs/parts/minigld/plan.ipynb #afabd60c
 def plan_labelled(
-    seed: int, split: str, folder: str, buildings: dict, sizes, knobs: Knobs, noise: float
-) -> list:
-    "Photographs of labelled landmarks; `buildings` maps landmark_id to the building's name."
+    seed: int,  # seed of the world
+    split: str,  # v1_train, v2_train or index
+    folder: str,  # of the split in the Google Landmarks layout
+    buildings: dict,  # landmark_id → name of its building
+    sizes: np.ndarray,  # images per landmark, in the same order
+    knobs: Knobs,  # the world
+    noise: float,  # share of images that do not show their label
+) -> list:  # rows
+    "Photographs of labelled landmarks."
     rows, ids = [], list(buildings)
     for landmark_id, size in zip(ids, sizes):
         for i in range(int(size)):
-            n, r = len(rows), rng_of(seed, "who", split, len(rows))
-            kind = (
-                noise_kind(r) if i >= 2 and r.random() < noise else "landmark"
-            )  # two honest images at least
+            n = len(rows)
+            r = rng_of(seed, "who", split, n)
+            kind = "landmark"
+            if i >= 2 and r.random() < noise:  # two honest images at least
+                kind = noise_kind(r)
             if kind == "lookalike" and ids.index(landmark_id) % 3:
                 kind = "people"  # not every landmark has a double
-            other = (
-                int(r.choice([k for k in ids if k != landmark_id])) if kind == "wrong_label" else landmark_id
-            )
-            true = other if kind in ("landmark", "wrong_label") else -1
-            building = (
-                buildings[other]
-                if true >= 0
-                else "look/" + buildings[landmark_id]
-                if kind == "lookalike"
-                else ""
-            )
-            aspect = pick_aspect(r, seed, buildings[other], knobs.n_aspects) if building else ""
+            shown, true, building, aspect = landmark_id, -1, "", ""
+            if kind == "wrong_label":
+                shown = int(r.choice([k for k in ids if k != landmark_id]))
+            if kind in ("landmark", "wrong_label"):
+                true, building = shown, buildings[shown]
+            if kind == "lookalike":
+                building = "look/" + buildings[landmark_id]
+            if building:
+                aspect = pick_aspect(r, seed, buildings[shown], knobs.n_aspects)
             rows.append(photo(seed, split, n, landmark_id, true, building, kind, aspect, folder))
     return rows
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #7323938b
-def plan_test(seed: int, buildings: dict, sizes, knobs: Knobs) -> list:
+def plan_test(
+    seed: int,  # seed of the world
+    buildings: dict,  # landmark_id → name of its building, landmarks of the index
+    sizes: np.ndarray,  # index images per landmark, in the same order
+    knobs: Knobs,  # the world
+) -> list:  # rows
     "Test photographs: some of landmarks of the index, most of none."
     rows, ids = [], [k for k, n in zip(buildings, sizes) if n]
     for n in range(knobs.n_test):
         r = rng_of(seed, "who", "test", n)
         if r.random() < 0.44:
-            true = int(r.choice(ids))
+            kind, true = "landmark", int(r.choice(ids))
             building = buildings[true]
-            kind = "landmark"
         else:
-            kind, true = (
-                str(r.choice(["other_building", *CLUTTER], p=[0.3, 0.25, 0.1, 0.08, 0.13, 0.08, 0.06])),
-                -1,
-            )
-            building = (
-                f"extra/{int(r.integers(max(2, knobs.n_test // 20)))}" if kind == "other_building" else ""
-            )
+            kinds = ["other_building", *CLUTTER]
+            kind, true = str(r.choice(kinds, p=[0.3, 0.25, 0.1, 0.08, 0.13, 0.08, 0.06])), -1
+            building = ""
+            if kind == "other_building":
+                building = f"extra/{int(r.integers(max(2, knobs.n_test // 20)))}"
         aspect = pick_aspect(r, seed, building, knobs.n_aspects) if building else ""
         rows.append(photo(seed, "test", n, true, true, building, kind, aspect, "v2/test"))
     return rows
@@ -362,71 +294,80 @@ def plan_test(seed: int, buildings: dict, sizes, knobs: Knobs) -> list:
 BENCHMARKS = dict(rnorth=300_000, rsouth=400_000)  # benchmark → first landmark_id
 
 
-def plan_bench(seed: int, bench: str, knobs: Knobs) -> list:
+def plan_bench(
+    seed: int,  # seed of the world
+    bench: str,  # one of BENCHMARKS
+    knobs: Knobs,  # the world
+) -> list:  # rows of the splits <bench>_query and <bench>_index
     "Queries and index images of one benchmark."
-    rows, first = [], BENCHMARKS[bench]
-    for part, n_photos in [("query", knobs.n_queries), ("index", knobs.n_bench)]:
-        for n in range(n_photos):
-            r = rng_of(seed, "who", bench, part, n)
-            shows = part == "query" or r.random() < 0.72
-            k = n % knobs.n_bench_landmarks if part == "query" else int(r.integers(knobs.n_bench_landmarks))
-            building = (
-                f"{bench}/{k}" if shows else f"{bench}/other/{int(r.integers(max(1, knobs.n_bench // 20)))}"
-            )
-            aspect = pick_aspect(r, seed, building, knobs.n_aspects)
-            if part == "query" and r.random() < 0.6:
-                aspect = ASPECTS[int(aspect_shares(seed, building, knobs.n_aspects).argmax())]
-            row = photo(
-                seed,
-                f"{bench}_{part}",
-                n,
-                -1,
-                first + k if shows else -1,
-                building,
-                "landmark" if shows else "other_building",
-                aspect,
-            )
-            name = f"{bench}_{row['image_id'][:10]}"
-            rows.append({**row, "image_id": name, "path": f"revisited/{bench}/jpg/{name}.jpg"})
-            if part == "query":
-                rows[-1].update(
-                    light="indoor" if aspect in ("inside", "detail") else "day",
-                    weather="clear",
-                    blur=0.1,
-                    azimuth=0.5 * rows[-1]["azimuth"],
-                )
-    return rows
+    rows = [_bench_query(seed, bench, n, knobs) for n in range(knobs.n_queries)]
+    return rows + [_bench_index(seed, bench, n, knobs) for n in range(knobs.n_bench)]
+
+
+def _bench_query(seed: int, bench: str, n: int, knobs: Knobs) -> dict:
+    "A query: often the best known aspect, a fine day, nearly from in front."
+    r = rng_of(seed, "who", bench, "query", n)
+    k = n % knobs.n_bench_landmarks
+    aspect = pick_aspect(r, seed, f"{bench}/{k}", knobs.n_aspects)
+    if r.random() < 0.6:
+        aspect = ASPECTS[int(aspect_shares(seed, f"{bench}/{k}", knobs.n_aspects).argmax())]
+    row = _bench_photo(seed, bench, "query", n, k, f"{bench}/{k}", aspect)
+    light = "indoor" if aspect in ("inside", "detail") else "day"
+    return {**row, "light": light, "weather": "clear", "blur": 0.1, "azimuth": 0.5 * row["azimuth"]}
+
+
+def _bench_index(seed: int, bench: str, n: int, knobs: Knobs) -> dict:
+    "An index image: any landmark of the benchmark, or (28 %) another building."
+    r = rng_of(seed, "who", bench, "index", n)
+    shows = r.random() < 0.72
+    k = int(r.integers(knobs.n_bench_landmarks))
+    building = f"{bench}/{k}"
+    if not shows:
+        building = f"{bench}/other/{int(r.integers(max(1, knobs.n_bench // 20)))}"
+    aspect = pick_aspect(r, seed, building, knobs.n_aspects)
+    return _bench_photo(seed, bench, "index", n, k if shows else None, building, aspect)
+
+
+def _bench_photo(seed: int, bench: str, part: str, n: int, k: int | None, building: str, aspect: str) -> dict:
+    "A row with the names of the revisited benchmarks; k is the landmark, None for another building."
+    true = -1 if k is None else BENCHMARKS[bench] + k
+    kind = "other_building" if k is None else "landmark"
+    row = photo(seed, f"{bench}_{part}", n, -1, true, building, kind, aspect)
+    name = f"{bench}_{row['image_id'][:10]}"
+    return {**row, "image_id": name, "path": f"revisited/{bench}/jpg/{name}.jpg"}
 
 # %% ../../../nbs/parts/minigld/plan.ipynb #377b2ca8
-def labels_of(seed: int, space: str, n: int, below: int) -> list:
+def labels_of(
+    seed: int,  # seed of the world
+    space: str,  # v1 or v2
+    n: int,  # how many labels
+    below: int,  # size of the space
+) -> list:  # n different landmark ids
     "Sparse landmark ids of one label space."
     return [int(i) for i in rng_of(seed, "labels", space).choice(max(below, 3 * n), n, replace=False)]
 
-
-def plan_world(seed: int, knobs: Knobs) -> tuple:
+# %% ../../../nbs/parts/minigld/plan.ipynb #f6088883
+def plan_world(
+    seed: int,  # another seed is another world
+    knobs: Knobs,  # sizes and difficulty
+) -> tuple:  # rows; landmark_id → building of v1; the same of v2
     "All photographs of a world, and the building behind every landmark id of v1 and v2."
-    v1 = {k: f"v1/{i}" for i, k in enumerate(labels_of(seed, "v1", knobs.n_v1_landmarks, 14_951))}
-    v2 = {
-        k: f"v2/{i}" for i, k in enumerate(labels_of(seed, "v2", knobs.n_landmarks + knobs.n_unseen, 203_094))
-    }
-    trained = dict(list(v2.items())[: knobs.n_landmarks])
-    indexed = {
-        k: v2[k]
-        for k in rng_of(seed, "indexed")
-        .permutation(list(trained))[: max(2, int(0.7 * len(trained)))]
-        .tolist()
-    }
+    v1_ids = labels_of(seed, "v1", knobs.n_v1_landmarks, 14_951)
+    v2_ids = labels_of(seed, "v2", knobs.n_landmarks + knobs.n_unseen, 203_094)
+    v1 = {k: f"v1/{i}" for i, k in enumerate(v1_ids)}
+    v2 = {k: f"v2/{i}" for i, k in enumerate(v2_ids)}
+    trained = {k: v2[k] for k in v2_ids[: knobs.n_landmarks]}
+    kept = rng_of(seed, "indexed").permutation(list(trained))[: max(2, int(0.7 * len(trained)))]
+    indexed = {k: v2[k] for k in kept.tolist()}
     indexed |= {k: b for k, b in v2.items() if k not in trained}
+
+    v1_sizes = class_sizes(knobs.n_v1, len(v1), 0.45)
+    v2_sizes = class_sizes(knobs.n_train, len(trained))
     sizes = class_sizes(knobs.n_index, len(indexed), 0.45)
-    rows = plan_labelled(
-        seed, "v1_train", "v1/train", v1, class_sizes(knobs.n_v1, len(v1), 0.45), knobs, knobs.noise / 5
-    )
-    rows += plan_labelled(
-        seed, "v2_train", "v2/train", trained, class_sizes(knobs.n_train, len(trained)), knobs, knobs.noise
-    )
-    rows += plan_labelled(
-        seed, "index", "v2/index", indexed, rng_of(seed, "sizes").permutation(sizes), knobs, knobs.noise / 8
-    )
+    shuffled = rng_of(seed, "sizes").permutation(sizes)
+    rows = plan_labelled(seed, "v1_train", "v1/train", v1, v1_sizes, knobs, knobs.noise / 5)
+    rows += plan_labelled(seed, "v2_train", "v2/train", trained, v2_sizes, knobs, knobs.noise)
+    rows += plan_labelled(seed, "index", "v2/index", indexed, shuffled, knobs, knobs.noise / 8)
     rows += plan_test(seed, indexed, sizes, knobs)
     for bench in BENCHMARKS:
         rows += plan_bench(seed, bench, knobs)
