@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from landmark.parts.descriptors.hdf5 import read_h5, write_h5
 from landmark.parts.descriptors.store import (
     Rows,
     StoreError,
@@ -20,9 +21,7 @@ from landmark.parts.descriptors.store import (
     l2n,
     missing_shards,
     open_store,
-    read_h5,
     rows_of,
-    write_h5,
     write_shard,
     write_store,
 )
@@ -186,7 +185,7 @@ def test_a_killed_writer_goes_on(tmp_path):
 
 def test_a_killed_rewriting_leaves_nothing_that_opens(tmp_path, monkeypatch):
     "Old rows and new ones must not be taken for one store, nor the rows of one model for another's."
-    from landmark.parts.descriptors import store
+    from landmark.parts.descriptors import shards, store
 
     other = dict(model="other")
     write_store(tmp_path / "s", IDS, X, CARD, 50)
@@ -205,7 +204,7 @@ def test_a_killed_rewriting_leaves_nothing_that_opens(tmp_path, monkeypatch):
         open_store(tmp_path / "s")
     assert missing_shards(tmp_path / "s", 3, other) == [2]
     with monkeypatch.context() as m:  # killed when the arrays are new and the note would be old
-        m.setattr(store, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(shards, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_shard(tmp_path / "s", 0, IDS[:50], X[:50], CARD)
     assert missing_shards(tmp_path / "s", 3, other) == [0, 2] and missing_shards(tmp_path / "s", 3, CARD) == [
