@@ -11,7 +11,7 @@ from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_truth
 from landmark.parts.data.worlds import make_world
 from landmark.parts.descriptors import ensemble
-from landmark.parts.descriptors import ensemble as join_rows
+from landmark.parts.descriptors.rows import ensemble as join_rows
 from landmark.parts.descriptors.store import l2n, open_store, write_store
 
 WEIGHTS = [1.0, 0.5]
