@@ -173,7 +173,7 @@ def _differences(a, b):
     "Entries compared, and how many differ."
     return int(np.size(b)), int((np.asarray(a) != np.asarray(b)).sum())
 
-
+# %% ../../../nbs/parts/bench/side_by_side.ipynb #c9cad246
 def compare(
     name: str,  # family/what
     size: str,  # in words: what is computed
