@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'collect', 'chosen', 'run_benchmarks', 'line', 'read_rows', 'save_rows', 'table', 'growth', 'exponent',
-           'draw_growth', 'run', 'machine', 'main']
+           'draw_growth', 'machine', 'run', 'main']
 
 # %% ../nbs/08_benchmark.ipynb #a81fe445
 import argparse
@@ -58,7 +58,7 @@ def chosen(
         for name, fn in sorted(registry.get(family, {}).items())
     ]
 
-
+# %% ../nbs/08_benchmark.ipynb #1ff1028a
 def run_benchmarks(
     only: str = "",  # a family; all if empty
     quick: bool = False,  # small sizes, for tests
@@ -78,114 +78,128 @@ def line(
     return json.dumps({k: v for k, v in asdict(row).items() if k != "note"}, ensure_ascii=False)
 
 
+def _json_lines(rows) -> str:
+    "A JSON object a line."
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def _read_lines(path) -> list:
+    "Objects of a file of JSON lines."
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text]
+
+# %% ../nbs/08_benchmark.ipynb #59c27e0a
 def read_rows(
     home: Path,  # folder of .jsonl files
 ) -> list:  # dicts
     "All figures of a folder."
-    return [
-        json.loads(l)
-        for p in sorted(Path(home).glob("*.jsonl"))
-        for l in p.read_text(encoding="utf-8").splitlines()
-        if l
-    ]
+    return [row for path in sorted(Path(home).glob("*.jsonl")) for row in _read_lines(path)]
+
+
+def _place(row):
+    "Where a figure stands in the file: in the order of the families, then by name."
+    family = row["name"].split("/")[0]
+    return (FAMILIES.index(family) if family in FAMILIES else 99), row["name"]
 
 
 def save_rows(
     rows: list,  # rows of a run
     path: Path,  # reports/benchmark/<device>.jsonl
-    whole=(),  # families that were measured to the end: whatever else the file says of them is of benchmarks that are gone
+    whole=(),  # families measured to the end; what else the file says of them is of benchmarks that are gone
 ):
     "Merge rows into the committed file."
-    old = (
-        [json.loads(l) for l in Path(path).read_text(encoding="utf-8").splitlines() if l]
-        if Path(path).exists()
-        else []
-    )
+    old = _read_lines(Path(path)) if Path(path).exists() else []
     new = [asdict(r) for r in rows]
     keys = {(r["name"], r["size"]) for r in new}
     keep = [r for r in old if (r["name"], r["size"]) not in keys and r["name"].partition("/")[0] not in whole]
-    lines = sorted(
-        keep + new,
-        key=lambda r: (
-            FAMILIES.index(r["name"].split("/")[0]) if r["name"].split("/")[0] in FAMILIES else 99,
-            r["name"],
-        ),
-    )
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines))
+    write_text(path, _json_lines(sorted(keep + new, key=_place)))
+
+# %% ../nbs/08_benchmark.ipynb #1a71efee
+def _duration(seconds) -> str:
+    "Seconds or milliseconds, three digits."
+    if seconds is None:
+        return "–"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _ratio(ratio) -> str:
+    "How many times as long the plain version takes."
+    if ratio is None:
+        return "–"
+    return f"{ratio:,.0f}×" if ratio >= 10 else f"{ratio:.2g}×"
+
+
+def _agreement(row) -> str:
+    "Yes, NO, or nothing to compare with; and how much differs."
+    said = "–" if row["plain_s"] is None else "yes" if row["agrees"] else "NO"
+    return said + (f" ({row['n_disagree']} of {row['n']:,} differ)" if row["n_disagree"] else "")
 
 
 def table(
     home: Path,  # reports/benchmark
 ) -> str:  # Markdown
     "The committed figures as one table."
-    rows = read_rows(home)
-
-    def t(s):
-        return "–" if s is None else f"{s:.3g} s" if s >= 1 else f"{1000 * s:.3g} ms"
-
-    df = pd.DataFrame(
-        [
-            dict(
-                what=r["name"],
-                size=r["size"],
-                ours=t(r["ours_s"]),
-                plain=t(r["plain_s"]),
-                ratio="–"
-                if r["ratio"] is None
-                else f"{r['ratio']:,.0f}×"
-                if r["ratio"] >= 10
-                else f"{r['ratio']:.2g}×",
-                MiB=f"{r['peak_mib']:,.0f}",
-                device=r["device"],
-                threads=r["threads"],
-                agrees=("–" if r["plain_s"] is None else "yes" if r["agrees"] else "NO")
-                + (f" ({r['n_disagree']} of {r['n']:,} differ)" if r["n_disagree"] else ""),
-                note=r.get("note", ""),
-            )
-            for r in rows
-        ]
-    )
-    return to_markdown(df) if len(df) else "*not run yet*"
+    rows = [
+        dict(
+            what=r["name"],
+            size=r["size"],
+            ours=_duration(r["ours_s"]),
+            plain=_duration(r["plain_s"]),
+            ratio=_ratio(r["ratio"]),
+            MiB=f"{r['peak_mib']:,.0f}",
+            device=r["device"],
+            threads=r["threads"],
+            agrees=_agreement(r),
+            note=r.get("note", ""),
+        )
+        for r in read_rows(home)
+    ]
+    return to_markdown(pd.DataFrame(rows)) if rows else "*not run yet*"
 
 # %% ../nbs/08_benchmark.ipynb #5d8edca0
+_GROWTH = ["name", "device", "threads", "what", "x", "ours_s", "plain_s"]
+
+
+def _numbers(size) -> list:
+    "The numbers in a size."
+    return [float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", size)]
+
+
+def _grown(rows, words) -> list:
+    "Figures whose sizes differ in one number only, by that number; none otherwise."
+    x = np.array([_numbers(r["size"]) for r in rows])
+    moving = np.flatnonzero((x != x[:1]).any(0)) if len(rows) > 1 else []
+    if len(moving) != 1:
+        return []  # nothing grows, or not one thing alone
+    (at,), parts = moving, [part.strip(" ×,") for part in words.split("#")]
+    what = parts[at + 1] or parts[at] or "size"
+    ordered = sorted(zip(x[:, at], rows), key=lambda pair: pair[0])
+    same = ("name", "device", "threads")
+    return [[*(r[k] for k in same), what, v, r["ours_s"], r["plain_s"]] for v, r in ordered]
+
+
 def growth(
     rows: list,  # figures, as `read_rows` returns them
 ) -> pd.DataFrame:  # name, device, threads, what, x, ours_s, plain_s: one row per size
     "Figures that were measured at several sizes, by the number that grows."
-    out, numbers = [], lambda s: [float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", s)]
     groups = {}
     for r in rows:
-        groups.setdefault(
-            (r["name"], r["device"], r["threads"], re.sub(r"\d[\d,.]*", "#", r["size"])), []
-        ).append(r)
-    for (name, device, threads, words), of in groups.items():
-        x = np.array([numbers(r["size"]) for r in of])
-        moving = np.flatnonzero((x != x[:1]).any(0)) if len(of) > 1 else []
-        if len(moving) != 1:
-            continue  # nothing grows, or not one thing alone
-        what = (
-            re.split("#", words)[moving[0] + 1].strip(" ×,")
-            or re.split("#", words)[moving[0]].strip(" ×,")
-            or "size"
-        )
-        out += [
-            dict(
-                name=name,
-                device=device,
-                threads=threads,
-                what=what,
-                x=v,
-                ours_s=r["ours_s"],
-                plain_s=r["plain_s"],
-            )
-            for v, r in sorted(zip(x[:, moving[0]], of), key=lambda t: t[0])
-        ]
-    return pd.DataFrame(out, columns=["name", "device", "threads", "what", "x", "ours_s", "plain_s"])
+        words = re.sub(r"\d[\d,.]*", "#", r["size"])
+        groups.setdefault((r["name"], r["device"], r["threads"], words), []).append(r)
+    out = []
+    for (*_, words), of in groups.items():
+        out += _grown(of, words)
+    return pd.DataFrame(out, columns=_GROWTH)
 
 
-def exponent(x, y) -> float:
+def exponent(
+    x,  # sizes
+    y,  # costs
+) -> float:  # 1: cost grows in step with size
     "Slope of the straight line through log y over log x."
     return float(np.polyfit(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), 1)[0])
+
+# %% ../nbs/08_benchmark.ipynb #6fd94ef3
+_STYLES = {"ours": dict(color="#2a7f62", ls="-"), "plain": dict(color="#8a8a8a", ls="--")}
 
 
 def draw_growth(
@@ -203,20 +217,11 @@ def draw_growth(
     for ax in axs.flat[len(groups) :]:
         ax.axis("off")
     for ax, ((name, device, threads), t) in zip(axs.flat, groups):
-        for column, style, label in (
-            ("ours_s", dict(color="#2a7f62", ls="-"), "ours"),
-            ("plain_s", dict(color="#8a8a8a", ls="--"), "plain"),
-        ):
-            v = t[t[column].notna()]
+        for side, style in _STYLES.items():
+            v = t[t[f"{side}_s"].notna()]
             if len(v) > 1:
-                ax.plot(
-                    v.x,
-                    v[column],
-                    "o",
-                    ms=4,
-                    **style,
-                    label=f"{label}: size to the {exponent(v.x, v[column]):.1f}",
-                )
+                label = f"{side}: size to the {exponent(v.x, v[f'{side}_s']):.1f}"
+                ax.plot(v.x, v[f"{side}_s"], "o", ms=4, **style, label=label)
         ax.set(xscale="log", yscale="log", xlabel=t.what.iloc[0], ylabel="seconds")
         ax.set_title(f"{name}\n{device}, {threads} thread{'s' * (threads > 1)}", fontsize=9)
         ax.legend(frameon=False, fontsize=8)
@@ -224,31 +229,6 @@ def draw_growth(
     return fig
 
 # %% ../nbs/08_benchmark.ipynb #2daddc16
-def run(cfg: Config) -> Path:  # folder with figures.jsonl
-    "Measure, and keep the figures."
-    todo, device = chosen(cfg.only), str(pick_device(cfg.device))
-    measured = sorted({p for _, fn in todo for p in code_files(fn.__module__).values()})
-    with open_stage(
-        "benchmark", replace(cfg, name=f"{cfg.name}-{machine(device)}"), inputs=measured, code=__name__
-    ) as st:
-        if st.done:
-            return st.dir
-        for k, (name, fn) in enumerate(todo):
-            path = st.dir / "each" / f"{k:03d}.json"
-            if path.exists():
-                continue
-            log(name)
-            write_text(path, json.dumps([asdict(r) for r in fn(cfg.quick, device)], ensure_ascii=False))
-        rows = [
-            r
-            for k in range(len(todo))
-            for r in json.loads((st.dir / "each" / f"{k:03d}.json").read_text(encoding="utf-8"))
-        ]
-        write_text(st.dir / "figures.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        st.metrics |= dict(figures=len(rows), agree=sum(r["agrees"] for r in rows))
-    return st.dir
-
-
 def machine(
     device: str,  # cpu or cuda
 ) -> str:  # such as "cpu-x86_64"
@@ -256,6 +236,28 @@ def machine(
     return re.sub(r"[^\w.]+", "-", device_name(device)).strip("-").lower()
 
 
+def run(
+    cfg: Config,  # a config
+) -> Path:  # folder with figures.jsonl
+    "Measure, and keep the figures."
+    todo, device = chosen(cfg.only), str(pick_device(cfg.device))
+    measured = sorted({p for _, fn in todo for p in code_files(fn.__module__).values()})
+    here = replace(cfg, name=f"{cfg.name}-{machine(device)}")
+    with open_stage("benchmark", here, inputs=measured, code=__name__) as st:
+        if st.done:
+            return st.dir
+        each = [st.dir / "each" / f"{k:03d}.json" for k in range(len(todo))]
+        for path, (name, fn) in zip(each, todo):
+            if path.exists():
+                continue
+            log(name)
+            write_text(path, json.dumps([asdict(r) for r in fn(cfg.quick, device)], ensure_ascii=False))
+        rows = [r for path in each for r in json.loads(path.read_text(encoding="utf-8"))]
+        write_text(st.dir / "figures.jsonl", _json_lines(rows))
+        st.metrics |= dict(figures=len(rows), agree=sum(r["agrees"] for r in rows))
+    return st.dir
+
+# %% ../nbs/08_benchmark.ipynb #08b79bf1
 def main():
     "Run benchmarks; one JSON line a figure on standard output."
     ap = argparse.ArgumentParser(description=main.__doc__)

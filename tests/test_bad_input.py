@@ -1,4 +1,6 @@
-"""Bad input to the algorithms: a named error, or a defined result where the mathematics gives one. No silent NaN leaves a function."""
+"""Bad input to the algorithms: a named error, or a defined result where the mathematics gives one.
+
+No silent NaN leaves a function."""
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_a_descriptor_that_is_not_finite(name, which, value):
 @everyone
 @pytest.mark.parametrize("which", ["queries", "index", "train"])
 def test_a_descriptor_of_zeros(name, which):
-    "It is ranked, as similar to nothing, or refused by name where a direction is needed; it never turns others into NaN."
+    "It is ranked, as similar to nothing, or refused by name; it never turns others into NaN."
     try:
         ranks = rank(problem(**spoilt(which, 0)), name, 30)
     except ValueError as e:
@@ -134,7 +136,7 @@ def test_queries_without_neighbours():
 
 
 def test_labels_absent_from_training():
-    "A query's label that no index image has changes nothing; a truth that nobody learned cannot be found, and counts."
+    "A query's label that no index image has changes nothing; a truth that nobody learned counts as missed."
     np.testing.assert_array_equal(
         sort_insert([[1, 0]], [99], [0.9], np.array([1, 2]), np.array([0.5, 0.5]), topk=2), [[1, 0]]
     )

@@ -1,4 +1,4 @@
-"The ensemble as the stages meet it: made once, the same for both, and no other descriptors behind the same name."
+"The ensemble as the stages meet it: made once, the same for both, and no other one behind the same name."
 
 import json
 
@@ -11,7 +11,7 @@ from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_truth
 from landmark.parts.data.worlds import make_world
 from landmark.parts.descriptors import ensemble
-from landmark.parts.descriptors import ensemble as join_rows
+from landmark.parts.descriptors.rows import ensemble as join_rows
 from landmark.parts.descriptors.store import l2n, open_store, write_store
 
 WEIGHTS = [1.0, 0.5]
@@ -49,12 +49,10 @@ def test_ranking_and_recognition_search_the_same_ensemble(extracted):
     (made_once,) = runs.glob("ensemble/*/manifest.json")
     when = made_once.stat().st_mtime_ns
     named = recognize.run(recognize.Config(**args, max_keypoints=100, max_side=120))
-    assert [p.stat().st_mtime_ns for p in runs.glob("ensemble/*/manifest.json")] == [when], (
-        "the second finds what the first made"
-    )
-    assert json.loads((named / "manifest.json").read_text())["metrics"][
-        "model"
-    ] == "ensemble" and pd.read_csv(ranked / "metrics.csv").model.unique().tolist() == ["ensemble"]
+    times = [p.stat().st_mtime_ns for p in runs.glob("ensemble/*/manifest.json")]
+    assert times == [when], "the second finds what the first made"
+    assert json.loads((named / "manifest.json").read_text())["metrics"]["model"] == "ensemble"
+    assert pd.read_csv(ranked / "metrics.csv").model.unique().tolist() == ["ensemble"]
     assert not list(ranked.glob("ensemble*")) + list(named.glob("ensemble*"))
     index, test = (made_once.parent / "joined" / s for s in ("index", "test"))
     for s in (index, test):
@@ -100,11 +98,7 @@ def test_whitening_in_both_stages(extracted):
     assert x.shape[1] == 10 and np.allclose(np.linalg.norm(x[:], axis=1), 1, atol=2e-3)
     train = open_store(white.parent / "v2_train")[:]
     spread = np.cov(train.T)
-    assert np.linalg.cond(spread) < 3, (
-        "no direction of the training descriptors speaks much louder than another"
-    )
-    with pytest.raises(
-        ParameterError,
-        match="recognize: there are no descriptors of test and v2_train by c in .* there are those by a, b",
-    ):
+    assert np.linalg.cond(spread) < 3, "no direction speaks much louder than another"
+    said = "recognize: there are no descriptors of test and v2_train by c in .* there are those by a, b"
+    with pytest.raises(ParameterError, match=said):
         recognize.run(recognize.Config(**{**args, "models": ["c"]}))

@@ -18,6 +18,7 @@ from landmark import extract
 from landmark.parts.core import ParameterError, parallel_map, write_json
 from landmark.parts.data.layout import image_paths, read_boxes, read_ids
 from landmark.parts.data.worlds import make_world
+from landmark.parts.descriptors import inputs
 from landmark.parts.descriptors.extraction import describe_scales
 from landmark.parts.descriptors.store import open_store
 from landmark.parts.images import batching
@@ -28,6 +29,10 @@ from landmark.parts.nets.backbones import make_model
 from landmark.parts.nets.checkpoints import load_model, save_model
 
 
+def untrained(folder):
+    save_model(folder, make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8))
+
+
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
     "A folder world of 12 photos and a finished artifact with two untrained models."
@@ -35,9 +40,7 @@ def setting(tmp_path, monkeypatch):
     world = folder_world(tmp_path / "world", n=12)
     models = tmp_path / "models"
     for name in ("a_v1", "b_v1"):
-        save_model(
-            models / name, make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8)
-        )
+        untrained(models / name)
     (models / "manifest.json").write_text('{"outputs": {}}')
     return world, dict(
         world=str(world),
@@ -125,9 +128,7 @@ def test_models_of_the_same_name_are_called_by_their_run(setting, tmp_path):
         folder = tmp_path / run
         refs.append(str(folder))
         name = "cosface_v1" if run.startswith("v24c") else "arcface_v1"
-        save_model(
-            folder / name, make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8)
-        )
+        untrained(folder / name)
         (folder / "manifest.json").write_text('{"outputs": {}}')
     out = extract.run(extract.Config(**{**args, "models": refs}, name="six"))
     assert pd.read_csv(out / "stores.csv").model.tolist() == ["v20c", "v21c", "cosface_v1"]
@@ -137,9 +138,9 @@ def test_models_of_the_same_name_are_called_by_their_run(setting, tmp_path):
 
 def test_no_header_is_read_before_its_shard(setting, monkeypatch):
     _, args = setting
-    asked, original = [], extract.scan_sizes
+    asked, original = [], inputs.scan_sizes
     monkeypatch.setattr(
-        extract, "scan_sizes", lambda paths, cache_dir: asked.append(len(paths)) or original(paths, cache_dir)
+        inputs, "scan_sizes", lambda paths, cache_dir: asked.append(len(paths)) or original(paths, cache_dir)
     )
     extract.run(extract.Config(**args, name="lazy"))
     assert max(asked) == 5 and sum(asked) == 12
@@ -159,7 +160,7 @@ def test_a_header_is_read_once_for_all_models_and_processes(setting, monkeypatch
 
 def test_the_next_headers_are_read_while_the_network_is_at_work(setting, monkeypatch):
     _, args = setting
-    read, original, describe = [], batching.image_size, extract.extract
+    read, original, describe = [], batching.image_size, extract.describe
     monkeypatch.setattr(batching, "image_size", lambda path: read.append(path) or original(path))
 
     def waits(*a, **k):
@@ -169,7 +170,7 @@ def test_the_next_headers_are_read_while_the_network_is_at_work(setting, monkeyp
         assert len(read) >= 10, "the second shard is not looked at"
         return describe(*a, **k)
 
-    monkeypatch.setattr(extract, "extract", waits)
+    monkeypatch.setattr(extract, "describe", waits)
     extract.run(extract.Config(**{**args, "in_memory": False}, name="ahead"))
     assert len(read) == len(set(read)) == 12
 
@@ -178,65 +179,48 @@ def test_loaders_stay_for_the_next_model(setting, monkeypatch):
     "Two models on two shards: loaders start twice, and end with the run."
     _, args = setting
     args |= dict(in_memory=False, shard_size=6, batch_size=2)
-    made, original = [], extract.make_loader
+    made, original = [], inputs.make_loader
     alone = extract.run(extract.Config(**args, name="alone"))
-    monkeypatch.setattr(extract, "make_loader", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    monkeypatch.setattr(inputs, "make_loader", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
     out = extract.run(extract.Config(**args, n_loaders=1, name="loaders"))
-    assert len(made) == 2 and all(m.persistent_workers for m in made) and not extract._kept
+    assert len(made) == 2 and all(m.persistent_workers for m in made) and not inputs._loaders
     for name in ("a_v1", "b_v1"):
         np.testing.assert_array_equal(*(open_store(d / name / "v1_train")[:] for d in (alone, out)))
+
+
+def size_of(w, h, bench):
+    "Width and height of the network input at scale 1: the longest side, or the size of the group."
+    if bench:
+        f = min(1, 192 / max(w, h))
+        return round(w * f), round(h * f)
+    if h / w < 0.77:
+        return 192, 144
+    return (160, 160) if h / w < 1.33 else (144, 192)
 
 
 @pytest.mark.parametrize("split", ["index", "rnorth_index", "rnorth_query"])
 def test_the_protocol_written_out_plainly_describes_alike(setting, split):
     "Photo by photo: crop, resize to the group or the longest side, three scales, mean, one normalisation."
     world, bench = make_world("tiny", 1), split != "index"
-    out = extract.run(
-        extract.Config(
-            **{
-                **setting[1],
-                "world": "tiny",
-                "splits": [split],
-                "select": ["a_v1"],
-                "sizes": "192",
-                "bench_side": 192,
-                "min_side": 48,
-                "shard_size": 7,
-            },
-            name="plain",
-        )
-    )
-    store, ids, boxes, model = (
-        open_store(out / "a_v1" / split),
-        read_ids(world, split),
-        read_boxes(world, split),
-        load_model(Path(setting[1]["models"]) / "a_v1", "cpu"),
-    )
+    sizes = dict(sizes="192", bench_side=192, min_side=48, shard_size=7)
+    chosen = dict(world="tiny", splits=[split], select=["a_v1"])
+    out = extract.run(extract.Config(**(setting[1] | chosen | sizes), name="plain"))
+    store, model = open_store(out / "a_v1" / split), load_model(Path(setting[1]["models"]) / "a_v1", "cpu")
+    ids, boxes = read_ids(world, split), read_boxes(world, split)
     assert list(store.ids) == list(ids) and (boxes is not None) == (split == "rnorth_query")
+    least, scales = (16, (0.5**0.5, 1, 2**0.5)) if bench else (48, (0.75, 1, 1.25))
     for i, path in enumerate(image_paths(world, split, ids)):
         im = Image.open(path).convert("RGB")
         if boxes is not None:
-            im = im.crop([int(round(v)) for v in boxes[i]])
-        (w, h), f = im.size, min(1, 192 / max(im.size))
-        size = (
-            (round(w * f), round(h * f))
-            if bench
-            else (192, 144)
-            if h / w < 0.77
-            else (160, 160)
-            if h / w < 1.33
-            else (144, 192)
-        )
+            im = im.crop([round(v) for v in boxes[i]])
+        size = size_of(*im.size, bench)
         x = torch.from_numpy(change(np.array(im), size).transpose(2, 0, 1).copy())[None].float()
-        sides = [
-            [max(16 if bench else 48, int(v * s // 16) * 16) for v in size[::-1]]
-            for s in ((0.5**0.5, 1, 2**0.5) if bench else (0.75, 1, 1.25))
-        ]
-        with torch.no_grad():
-            y = sum(
-                model(torch.nn.functional.interpolate(x, s, mode="bilinear", align_corners=True))
-                for s in sides
-            )[0].numpy()
+        y = 0
+        for scale in scales:
+            sides = [max(least, int(v * scale // 16) * 16) for v in size[::-1]]
+            scaled = torch.nn.functional.interpolate(x, sides, mode="bilinear", align_corners=True)
+            with torch.no_grad():
+                y = y + model(scaled)[0].numpy()
         np.testing.assert_allclose(store[i], y / np.linalg.norm(y), atol=5e-6, err_msg=str(path))
 
 
@@ -265,7 +249,7 @@ def test_several_machines_make_the_same_store(setting):
 
 @pytest.mark.parametrize("stage,args", [("04_extract", dict(shard_size=16)), ("01_verify", dict())])
 def test_a_notebook_ends_well_on_every_machine(stage, args, tmp_path, monkeypatch):
-    "The cells below the seam, on the first machine (which leaves work, or has no pair to verify) and on the last."
+    "The cells below the seam, on the first machine (which leaves work, or has no pair) and on the last."
     monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     cells = json.loads((Path(__file__).parents[1] / "nbs" / f"{stage}.ipynb").read_text())["cells"]
@@ -290,14 +274,9 @@ def test_the_command_says_what_other_machines_have_left(setting, monkeypatch, ca
     args |= dict(n_shards=2)
 
     def command(shard):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "landmark_extract",
-                *(x for k, v in (args | dict(shard=shard)).items() for x in ("-p", k, json.dumps(v))),
-            ],
-        )
+        given = args | dict(shard=shard)
+        options = [x for k, v in given.items() for x in ("-p", k, json.dumps(v))]
+        monkeypatch.setattr(sys, "argv", ["landmark_extract", *options])
         extract.main()
         return capsys.readouterr().out.strip()
 
@@ -318,12 +297,11 @@ def test_two_processes_make_the_same_bytes(setting, monkeypatch):
     def here(*a, **k):
         raise AssertionError("described in this process")
 
-    monkeypatch.setattr(extract, "extract", here)
+    monkeypatch.setattr(extract, "describe", here)
     monkeypatch.setattr(extract, "MANY", 0)
     two = extract.run(extract.Config(**{**args, "n_workers": 2}, name="two"))
-    files = sorted(
-        p.relative_to(one) for p in one.rglob("*") if p.suffix in (".npy", ".csv") or p.name == "card.json"
-    )
+    kept = [p for p in one.rglob("*") if p.suffix in (".npy", ".csv") or p.name == "card.json"]
+    files = sorted(p.relative_to(one) for p in kept)
     assert len(files) == 2 * (3 * 3 + 1) + 2
     for f in files:
         assert (two / f).read_bytes() == (one / f).read_bytes(), f
@@ -341,14 +319,12 @@ def test_workers_of_a_pool_take_different_gpus(tmp_path):
 
 
 def test_a_model_trained_again_in_its_folder_is_loaded_again(setting):
-    "A kernel outlives a training: what it remembers of the old weights must not describe under the name of the new ones."
+    "A kernel outlives a training: the old weights must not describe under the name of the new ones."
     _, args = setting
     cfg = extract.Config(**args, name="again")
     models = Path(args["models"])
     old = open_store(extract.run(cfg) / "a_v1" / "v1_train")[:]
-    save_model(
-        models / "a_v1", make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8)
-    )
+    untrained(models / "a_v1")
     write_json(models / "manifest.json", dict(outputs={"a_v1/weights.safetensors": dict(size=1)}))
     new = open_store(extract.run(cfg) / "a_v1" / "v1_train")[:]
     fresh = open_store(extract.run(extract.Config(**args, name="fresh")) / "a_v1" / "v1_train")[:]
@@ -363,9 +339,8 @@ def test_unreadable_images_of_all_shards_count_together(setting, monkeypatch):
         image_path(world / "v1" / "train", ids[i]).write_bytes(b"")
     with pytest.raises(ValueError, match="2 of 12 images of v1_train cannot be read"):
         extract.run(extract.Config(**args, name="stops"))
-    made = sorted(
-        p.name for p in Path(os.environ["LANDMARK_RUNS"]).glob("*/*/extract/stops-*/a_v1/v1_train/0000?.npy")
-    )
+    runs = Path(os.environ["LANDMARK_RUNS"])
+    made = sorted(p.name for p in runs.glob("*/*/extract/stops-*/a_v1/v1_train/0000?.npy"))
     assert made == ["00000.npy"], "the second shard is one too many"
     made, original = [], extract.extract_shard
     monkeypatch.setattr(extract, "extract_shard", lambda job: made.append(job[5]) or original(job))
@@ -405,7 +380,7 @@ def test_wrong_parameters_stop_at_once(setting, change, says):
 
 
 def test_the_full_profile_ranks_with_the_ensemble_of_six():
-    "Every stage of `gld` that reads descriptors names the six models and their weights alike, as the paper's table does."
+    "Every stage of `gld` that reads descriptors has the six models and the weights of the paper's table."
     from landmark.graph import read_profile
 
     files = read_profile("gld")

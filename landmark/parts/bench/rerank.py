@@ -7,6 +7,9 @@ __all__ = ['listed', 'plain_sort_insert', 'sort_and_insert', 'clustered', 'plain
            'truncated_diffusion', 'expansion_and_votes', 'every_method']
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #0f1618a6
+import contextlib
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
@@ -19,12 +22,25 @@ from ..rerank.methods import METHODS, Problem, rank, soft_vote, sort_insert
 from ..search.knn import search
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #10d079ec
+def _without_repeats(ranks, n, rng):
+    "Lists in which no image stands twice; in place."
+    k = ranks.shape[1]
+    twice = np.sort(ranks, 1)
+    twice = (twice[:, 1:] == twice[:, :-1]).any(1)
+    for i in np.flatnonzero(twice):
+        first = np.sort(np.unique(ranks[i], return_index=True)[1])
+        ranks[i] = np.concatenate([ranks[i][first], rng.integers(0, n, k)])[:k]
+        while len(set(ranks[i].tolist())) < k:
+            ranks[i] = rng.choice(n, k, replace=False)
+    return ranks
+
+
 def listed(
-    q: int,
-    n: int,  # queries, index images
+    q: int,  # queries
+    n: int,  # index images
     n_labels: int,  # landmarks
     k: int = 100,  # length of the lists
-    seed: int = 0,
+    seed: int = 0,  # of the drawing
 ) -> tuple:  # ranks, query labels, query scores, index labels, index scores
     "Made-up lists and predictions of any size."
     rng = np.random.default_rng(seed)
@@ -39,54 +55,54 @@ def listed(
     hits = rng.random((q, k)) < 0.3 * (rng.random((q, 1)) < 0.67)
     at = (start[:, None] + (rng.random((q, k)) * (end - start)[:, None]).astype(np.int64)).clip(max=n - 1)
     ranks = np.where(hits & (end > start)[:, None], order[at], ranks).astype(np.int32)
-    twice = np.sort(ranks, 1)
-    twice = (twice[:, 1:] == twice[:, :-1]).any(1)
-    for i in np.flatnonzero(twice):  # nothing twice in a list
-        ranks[i] = np.concatenate(
-            [ranks[i][np.sort(np.unique(ranks[i], return_index=True)[1])], rng.integers(0, n, k)]
-        )[:k]
-        while len(set(ranks[i].tolist())) < k:
-            ranks[i] = rng.choice(n, k, replace=False)
+    ranks = _without_repeats(ranks, n, rng)
     return ranks, q_labels, rng.random(q, dtype=np.float32), index_labels, rng.random(n, dtype=np.float32)
 
-
+# %% ../../../nbs/parts/bench/rerank.ipynb #1e7af1f9
 def plain_sort_insert(
-    ranks, q_labels, q_scores, index_labels, index_scores, thresh=0.6, topk=100
-) -> np.ndarray:
-    "As the original does it: for every query, look through the whole table of index predictions; ids and labels are strings."
+    ranks: np.ndarray,  # positions in the index, best first [q, k]
+    q_labels: np.ndarray,  # predicted label of each query [q]
+    q_scores: np.ndarray,  # and its score [q]
+    index_labels: np.ndarray,  # of each index image [n]
+    index_scores: np.ndarray,  # [n]
+    thresh: float = 0.6,  # sum of two scores above which an image is inserted
+    topk: int = 100,  # length of the new lists
+) -> np.ndarray:  # positions [q, topk]
+    "Sort-step and insert-step as the original does them."
     ids = np.array([f"{i:016x}" for i in range(len(index_labels))], object)
-    table = pd.DataFrame(
-        dict(id=ids, label=np.array([str(l) for l in index_labels], object), score=index_scores), dtype=object
-    ).astype(dict(score="float32"))
+    labels = np.array([str(label) for label in index_labels], object)
+    table = pd.DataFrame(dict(id=ids, label=labels, score=index_scores), dtype=object)
+    table = table.astype(dict(score="float32"))
     label_of, out = dict(zip(table.id, table.label)), []
     for row, label, score in zip(ids[ranks], map(str, q_labels), q_scores):
-        first, rest = ([x for x in row if (label_of[x] == label) == same] for same in (True, False))
-        more = table[
-            (table.label == label) & ~table.id.isin(row) & (table.score + score > thresh)
-        ].sort_values("score", ascending=False, kind="stable")
+        first = [x for x in row if label_of[x] == label]
+        rest = [x for x in row if label_of[x] != label]
+        new = (table.label == label) & ~table.id.isin(row) & (table.score + score > thresh)
+        more = table[new].sort_values("score", ascending=False, kind="stable")
         out.append((first + more.id.tolist() + rest)[:topk])
     return np.array([[int(x, 16) for x in row] for row in out])
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #542bfc01
+def _sort_row(q, n):
+    "Sort and insert for q queries in an index of n images."
+    case, m = listed(q, n, max(40, n // 30)), min(q, 100)
+    few = [x[:m] for x in case[:3]] + list(case[3:])
+    return compare(
+        "rerank/sort, insert",
+        f"{q:,} queries × {n:,} index images",
+        lambda: sort_insert(*case),
+        lambda: plain_sort_insert(*few),
+        scale=q / m,
+        agree=lambda a, b: (len(b), int((a[:m] != b).any(1).sum())),
+        note=f"plain: {m} queries, extrapolated; agrees: every list equal",
+    )
+
+
 @benchmark("rerank")
 def sort_and_insert(quick: bool, device: str):
     "Sort/insert over growing indexes, and at the size of Google Landmarks."
-    sizes = (
-        [(200, 2_000)] if quick else [(20_000, 5_000), (20_000, 20_000), (20_000, 80_000), (20_000, 100_000)]
-    )
-    for q, n in sizes:
-        case = listed(q, n, max(40, n // 30))
-        m = min(q, 100)
-        few = [x[:m] for x in case[:3]] + list(case[3:])
-        yield compare(
-            "rerank/sort, insert",
-            f"{q:,} queries × {n:,} index images",
-            lambda: sort_insert(*case),
-            lambda: plain_sort_insert(*few),
-            scale=q / m,
-            agree=lambda a, b: (len(b), int((a[:m] != b).any(1).sum())),
-            note=f"plain: {m} queries, extrapolated; agrees: every list equal",
-        )
+    for n in [2_000] if quick else [5_000, 20_000, 80_000, 100_000]:
+        yield _sort_row(200 if quick else 20_000, n)
     q, n = (500, 3_000) if quick else (117_577, 761_757)
     case = listed(q, n, max(40, n // 30))
     yield compare(
@@ -100,11 +116,11 @@ def sort_and_insert(quick: bool, device: str):
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #ddf56cc4
 def clustered(
-    n: int,
-    d: int = 64,  # vectors, dimensions
+    n: int,  # vectors
+    d: int = 64,  # dimensions
     per: int = 30,  # vectors per cluster
     noise: float = 0.9,  # spread against the distance of centres
-    seed: int = 0,
+    seed: int = 0,  # of the drawing
 ) -> np.ndarray:  # unit rows [n, d]
     "Descriptors in clusters."
     rng = np.random.default_rng(seed)
@@ -112,8 +128,15 @@ def clustered(
     return l2n(centres[rng.integers(0, len(centres), n)] + noise * rng.normal(size=(n, d)))
 
 
-def plain_egt(q_sims, q_idxs, sims, idxs, k=100, length=100) -> list:
-    "As the original does it, for t = ∞: the table is a dictionary, membership is asked of a list."
+def plain_egt(
+    q_sims: list,  # similarities of each query's neighbours
+    q_idxs: list,  # and their positions
+    sims: list,  # the same of each index image
+    idxs: list,
+    k: int = 100,  # edges per image
+    length: int = 100,  # of the lists
+) -> list:  # positions, one list per query
+    "EGT as the original does it, for t = ∞."
     out = []
     for qs, qi in zip(q_sims, q_idxs):
         table, found = dict(zip(qi[:k], qs[:k])), []
@@ -127,29 +150,36 @@ def plain_egt(q_sims, q_idxs, sims, idxs, k=100, length=100) -> list:
         out.append(found)
     return out
 
+# %% ../../../nbs/parts/bench/rerank.ipynb #d74dcfaf
+def _egt_row(n, m):
+    "EGT of a hundred queries in an index of n images; m of them plainly."
+    x, q = clustered(n), clustered(100, seed=1)
+    q = l2n(x[:100] + 0.5 * q)
+    lists = *search(q, x, 100, "cpu"), *search(x, x, 100, "cpu")
+    few = [lists[0][:m].tolist(), lists[1][:m].tolist(), lists[2].tolist(), lists[3].tolist()]
+    return compare(
+        "rerank/EGT",
+        f"{len(q)} queries × {n:,} index images",
+        lambda: egt(*lists),
+        lambda: plain_egt(*few),
+        scale=len(q) / m,
+        agree=lambda a, b: (m, int((a[:m] != np.array(b)).any(1).sum())),
+        note=f"plain: {m} queries, extrapolated; agrees: every list equal",
+    )
+
 
 @benchmark("rerank")
 def traversal(quick: bool, device: str):
     "EGT with t = ∞ and 100 edges."
     for n in [1_500] if quick else [5_000, 20_000]:
-        x, q = clustered(n), clustered(100, seed=1)
-        q = l2n(x[:100] + 0.5 * q)
-        lists = *search(q, x, 100, "cpu"), *search(x, x, 100, "cpu")
-        m = 5 if quick else 20
-        few = [lists[0][:m].tolist(), lists[1][:m].tolist(), lists[2].tolist(), lists[3].tolist()]
-        yield compare(
-            "rerank/EGT",
-            f"{len(q)} queries × {n:,} index images",
-            lambda: egt(*lists),
-            lambda: plain_egt(*few),
-            scale=len(q) / m,
-            agree=lambda a, b: (m, int((a[:m] != np.array(b)).any(1).sum())),
-            note=f"plain: {m} queries, extrapolated; agrees: every list equal",
-        )
+        yield _egt_row(n, 5 if quick else 20)
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #c8dfb261
-def plain_diffusion(L, idxs) -> np.ndarray:
-    "As the original does it: slice the sparse matrix, call SciPy's conjugate gradients."
+def plain_diffusion(
+    L,  # Laplacian of the neighbour graph, sparse [n, n]
+    idxs: np.ndarray,  # each image and its neighbours [m, t]
+) -> np.ndarray:  # solution of each image's system [m, t]
+    "Slice the sparse matrix, call SciPy's conjugate gradients."
     from scipy.sparse.linalg import cg
 
     out = np.zeros(idxs.shape, np.float32)
@@ -159,93 +189,92 @@ def plain_diffusion(L, idxs) -> np.ndarray:
         out[i] = cg(L[ids][:, ids], e, x0=np.zeros(len(ids)), rtol=1e-6, maxiter=20)[0]
     return out
 
+# %% ../../../nbs/parts/bench/rerank.ipynb #54a864ee
+def _diffusion_rows(n, t, device):
+    "Diffusion truncated at t in an index of n images, and once more on the device."
+    x = clustered(n)
+    sims, idxs = search(x, x, t, "cpu")
+    L, rows = laplacian(affinity(sims[:, :50], idxs[:, :50])), min(n, 2000)
+    m = min(rows, 100)
+
+    def close(a, b):
+        return (m, int((np.abs(a[0][:m] - b) > 2e-6 * np.abs(b).max(1, keepdims=True)).any(1).sum()))
+
+    name, size = f"rerank/diffusion, truncated at {t}", f"{rows:,} of {n:,} images"
+    rule = "agrees: within 2e-6 of the row's largest, 2 % of rows may stop one step apart"
+
+    def against(ours, **how):
+        plain = partial(plain_diffusion, L, idxs[:m])
+        return compare(name, size, ours, plain, scale=rows / m, agree=close, allowed=0.02, **how)
+
+    yield against(lambda: diffuse(L, idxs[:rows]), note=f"plain: {m} images, extrapolated; {rule}")
+    if device != "cpu":
+        dense = partial(diffuse, L, idxs[:rows], device=device)
+        yield against(dense, device=device, note="dense batches on the GPU")
+
 
 @benchmark("rerank")
 def truncated_diffusion(quick: bool, device: str):
     "Offline diffusion truncated at 200, and at 1000 as the paper does."
     for n, t in [(1_000, 100)] if quick else [(20_000, 200), (20_000, 1000)]:
-        x = clustered(n)
-        sims, idxs = search(x, x, t, "cpu")
-        L, rows = laplacian(affinity(sims[:, :50], idxs[:, :50])), min(n, 2000)
-        m = min(rows, 100)
-
-        def close(a, b):
-            return (m, int((np.abs(a[0][:m] - b) > 2e-6 * np.abs(b).max(1, keepdims=True)).any(1).sum()))
-
-        yield compare(
-            f"rerank/diffusion, truncated at {t}",
-            f"{rows:,} of {n:,} images",
-            lambda: diffuse(L, idxs[:rows]),
-            lambda: plain_diffusion(L, idxs[:m]),
-            scale=rows / m,
-            agree=close,
-            allowed=0.02,
-            note=f"plain: {m} images, extrapolated; agrees: within 2e-6 of the row's largest, 2 % of rows may stop one step apart",
-        )
-        if device != "cpu":
-            yield compare(
-                f"rerank/diffusion, truncated at {t}",
-                f"{rows:,} of {n:,} images",
-                lambda: diffuse(L, idxs[:rows], device=device),
-                lambda: plain_diffusion(L, idxs[:m]),
-                scale=rows / m,
-                agree=close,
-                allowed=0.02,
-                device=device,
-                note="dense batches on the GPU",
-            )
+        yield from _diffusion_rows(n, t, device)
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #029912e3
-@benchmark("rerank")
-def expansion_and_votes(quick: bool, device: str):
-    "αQE of all queries, soft voting of all index images; neighbours given."
-    rng = np.random.default_rng(0)
-    q, n, d = (500, 2_000, 64) if quick else (117_577, 761_757, 512)
-    if not quick and not _fits(n * d * 4 + 3 * q * d * 4):
-        q, n = q // 4, n // 4
-    base = rng.standard_normal((n, d), dtype=np.float32)
-    x, idxs, sims = (
-        base[:q],
-        rng.integers(0, n, (q, 10)),
-        np.sort(rng.random((q, 10), dtype=np.float32), 1)[:, ::-1],
-    )
+def _fits(n_bytes: int) -> bool:
+    "Whether so much memory is free."
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+        return 1.5 * n_bytes < free
+    return False
 
-    def plain():
-        return np.stack(
-            [
-                (v := a + (w[:, None] ** 3 * base[i]).sum(0)) / np.linalg.norm(v)
-                for a, w, i in zip(x[:1000], sims, idxs)
-            ]
-        )
 
-    m = min(q, 1000)
-    yield compare(
+def _plain_expansion(x, base, sims, idxs):
+    "One query after the other: itself, and its neighbours by the third power of their similarity."
+    out = []
+    for a, w, i in zip(x, sims, idxs):
+        v = a + (w[:, None] ** 3 * base[i]).sum(0)
+        out.append(v / np.linalg.norm(v))
+    return np.stack(out)
+
+
+def _plain_votes(sims, labels):
+    "One image after the other: the label with the largest sum."
+    out = []
+    for row, candidates in zip(sims.tolist(), labels.tolist()):
+        votes = {}
+        for sim, label in zip(row, candidates):
+            votes[label] = votes.get(label, 0) + sim
+        out.append(max(votes, key=votes.get))
+    return out
+
+# %% ../../../nbs/parts/bench/rerank.ipynb #15b78eb2
+def _expansion_row(rng, q, n, d):
+    "αQE of q queries that have 10 neighbours each."
+    base, m = rng.standard_normal((n, d), dtype=np.float32), min(q, 1000)
+    x, idxs = base[:q], rng.integers(0, n, (q, 10))
+    sims = np.sort(rng.random((q, 10), dtype=np.float32), 1)[:, ::-1]
+    return compare(
         "rerank/αQE",
         f"{q:,} queries, 10 neighbours, {d} dimensions",
         lambda: alpha_qe(x, base, neighbours=(sims, idxs)),
-        plain,
+        lambda: _plain_expansion(x[:1000], base, sims, idxs),
         scale=q / m,
         threads=2,
         repeat=1,
         agree=lambda a, b: (m, int((np.abs(a[:m] - b) > 1e-5).any(1).sum())),
         note="plain: 1,000 queries one by one, extrapolated; agrees: within 1e-5",
     )
-    near, labels = np.sort(rng.random((n, 3), dtype=np.float32), 1)[:, ::-1], rng.integers(0, 5, (n, 3))
 
-    def vote_plain():
-        out = []
-        for s, l in zip(near[:m].tolist(), labels[:m].tolist()):
-            votes = {}
-            for a, b in zip(s, l):
-                votes[b] = votes.get(b, 0) + a
-            out.append(max(votes, key=votes.get))
-        return out
 
-    yield compare(
+def _voting_row(rng, q, n):
+    "Votes of three neighbours for each of n images."
+    near = np.sort(rng.random((n, 3), dtype=np.float32), 1)[:, ::-1]
+    labels, m = rng.integers(0, 5, (n, 3)), min(q, 1000)
+    return compare(
         "rerank/soft voting",
         f"{n:,} images, 3 voters",
         lambda: soft_vote(near, labels),
-        vote_plain,
+        lambda: _plain_votes(near[:m], labels[:m]),
         scale=n / m,
         repeat=1,
         agree=lambda a, b: (m, int((a[0][:m] != np.array(b)).sum())),
@@ -253,36 +282,40 @@ def expansion_and_votes(quick: bool, device: str):
     )
 
 
-def _fits(n_bytes: int) -> bool:
-    "Whether so much memory is free."
-    try:
-        free = next(int(l.split()[1]) * 1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return False
-    return 1.5 * n_bytes < free
+@benchmark("rerank")
+def expansion_and_votes(quick: bool, device: str):
+    "αQE of all queries, soft voting of all index images; neighbours given."
+    rng = np.random.default_rng(0)
+    q, n, d = (500, 2_000, 64) if quick else (117_577, 761_757, 512)
+    if not quick and not _fits(n * d * 4 + 3 * q * d * 4):
+        q, n = q // 4, n // 4
+    yield _expansion_row(rng, q, n, d)
+    yield _voting_row(rng, q, n)
 
 # %% ../../../nbs/parts/bench/rerank.ipynb #1ac221d8
+def _near(x, rng):
+    "Descriptors a little beside others."
+    return l2n(x + 0.05 * rng.normal(size=x.shape))
+
+
+def _method_row(name, queries, index, train, device):
+    "What one method costs."
+    labels, m = np.arange(len(train)) // 15, METHODS[name]
+    return compare(
+        f"rerank/method: {m.title}",
+        f"{len(queries):,} queries × {len(index):,} index images",
+        lambda: rank(Problem(queries, index, train, labels, dict(device=device)), name),
+        repeat=1,
+        device=device,
+        note="searches included" + ("; beyond the paper" if m.beyond else ""),
+    )
+
+
 @benchmark("rerank")
 def every_method(quick: bool, device: str):
     "All registered methods on one world, from descriptors to lists."
     q, n = (20, 300) if quick else (200, 5_000)
     index, rng = clustered(n), np.random.default_rng(1)
-    queries, train = (
-        l2n(index[:q] + 0.05 * rng.normal(size=(q, index.shape[1]))),
-        l2n(index[::2] + 0.05 * rng.normal(size=(len(index[::2]), index.shape[1]))),
-    )
-    for name, m in METHODS.items():
-
-        def work():
-            return rank(
-                Problem(queries, index, train, np.arange(len(train)) // 15, dict(device=device)), name
-            )
-
-        yield compare(
-            f"rerank/method: {m.title}",
-            f"{q:,} queries × {n:,} index images",
-            work,
-            repeat=1,
-            device=device,
-            note="searches included" + ("; beyond the paper" if m.beyond else ""),
-        )
+    queries, train = _near(index[:q], rng), _near(index[::2], rng)
+    for name in METHODS:
+        yield _method_row(name, queries, index, train, device)

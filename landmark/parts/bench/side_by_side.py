@@ -12,60 +12,58 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #2de1c4cc
-@contextlib.contextmanager
-def use_threads(
-    n: int,  # threads for torch, faiss, numba and OpenCV
-):
-    "Give every library the same number of threads, and put it back afterwards."
+def _set_threads(n):
+    "Tell every library that is there; returns what puts its old number back."
     import cv2
     import torch
 
-    old = torch.get_num_threads(), cv2.getNumThreads()
-    put_back = []
+    put_back = [partial(torch.set_num_threads, torch.get_num_threads())]
+    put_back.append(partial(cv2.setNumThreads, cv2.getNumThreads()))
     torch.set_num_threads(n)
     cv2.setNumThreads(n)
     with contextlib.suppress(ImportError):
         import faiss
 
-        before = faiss.omp_get_max_threads()
+        put_back.append(partial(faiss.omp_set_num_threads, faiss.omp_get_max_threads()))
         faiss.omp_set_num_threads(n)
-        put_back.append(lambda: faiss.omp_set_num_threads(before))
     with contextlib.suppress(ImportError):
         import numba
 
-        had = numba.get_num_threads()
+        put_back.append(partial(numba.set_num_threads, numba.get_num_threads()))
         numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
-        put_back.append(lambda: numba.set_num_threads(had))
     with contextlib.suppress(ImportError):
         from threadpoolctl import threadpool_limits
 
-        limit = threadpool_limits(n)
-        put_back.append(limit.restore_original_limits)
+        put_back.append(threadpool_limits(n).restore_original_limits)
+    return put_back
+
+
+@contextlib.contextmanager
+def use_threads(
+    n: int,  # threads for torch, faiss, numba and OpenCV
+):
+    "Give every library the same number of threads, and put it back afterwards."
+    put_back = _set_threads(n)
     try:
         yield
     finally:
-        torch.set_num_threads(old[0])
-        cv2.setNumThreads(old[1])
-        for f in put_back:
-            f()
+        for undo in reversed(put_back):  # libraries may share one pool: the first change is undone last
+            undo()
 
-
+# %% ../../../nbs/parts/bench/side_by_side.ipynb #b2662f4c
 def own_mib() -> float:  # mapped files left out, where the system tells them apart
     "Memory of this process in MiB."
-    try:
-        return next(
-            int(line.split()[1]) / 2**10 for line in open("/proc/self/status") if line.startswith("RssAnon")
-        )
-    except (OSError, StopIteration):
-        import resource
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 2**10 for line in f if line.startswith("RssAnon"))
+    import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class PeakMemory:
@@ -74,14 +72,13 @@ class PeakMemory:
     def __enter__(self):
         self.base = self.top = own_mib()
         self._stop = threading.Event()
-
-        def watch():
-            while not self._stop.wait(0.005):
-                self.top = max(self.top, own_mib())
-
-        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
+
+    def _watch(self):
+        while not self._stop.wait(0.005):
+            self.top = max(self.top, own_mib())
 
     def __exit__(self, *exc):
         self._stop.set()
@@ -107,7 +104,7 @@ class Row:
     agrees: bool  # by the benchmark's rule
     note: str = ""  # an extrapolation, a rule, a remark
 
-
+# %% ../../../nbs/parts/bench/side_by_side.ipynb #b838c730
 def device_name(
     device="cpu",  # cpu or cuda
 ) -> str:  # processor or GPU, for a file name
@@ -118,8 +115,22 @@ def device_name(
         return torch.cuda.get_device_name()
     return f"cpu-{platform.machine()}"
 
+# %% ../../../nbs/parts/bench/side_by_side.ipynb #3ba69058
+def _nothing():
+    "A CPU has done its work when a call returns."
+
+
+def _wait_for(device):
+    "What waits until a device has done its work."
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.synchronize
+    return _nothing
+
 
 def _time(fn, sync):
+    "Seconds of a call, and what it returns."
     sync()
     t = time.perf_counter()
     out = fn()
@@ -138,11 +149,36 @@ def _gpu_mib(device, peak: bool = False) -> float:  # MiB in use, or the most si
     return torch.cuda.memory_allocated() / 2**20
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #a1c0def7
+def _take_turns(ours, plain, repeat, plain_repeat, device, warm):
+    "Times and last results of both sides, and the memory of ours."
+    sync = _wait_for(device)
+    if warm:
+        ours()
+    before = _gpu_mib(device)
+    with PeakMemory() as mem:
+        t, a = _time(ours, sync)
+    mib = mem.mib if device == "cpu" else _gpu_mib(device, peak=True) - before
+    ours_times, plain_times, b = [t], [], None
+    for i in range(max(repeat, plain_repeat if plain else 0)):
+        if plain and i < plain_repeat:
+            t, b = _time(plain, sync)
+            plain_times.append(t)
+        if 0 < i < repeat:
+            t, a = _time(ours, sync)
+            ours_times.append(t)
+    return ours_times, plain_times, a, b, mib
+
+
+def _differences(a, b):
+    "Entries compared, and how many differ."
+    return int(np.size(b)), int((np.asarray(a) != np.asarray(b)).sum())
+
+# %% ../../../nbs/parts/bench/side_by_side.ipynb #c9cad246
 def compare(
-    name: str,
-    size: str,  # family/what, and how large
-    ours,
-    plain=None,  # functions without arguments, over the same inputs
+    name: str,  # family/what
+    size: str,  # in words: what is computed
+    ours,  # function without arguments
+    plain=None,  # function over the same inputs
     agree=None,  # (ours' result, plain's result) → (n compared, n different); equality if not given
     allowed: float = 0.0,  # share of differences that still counts as agreement, stated in `note`
     repeat: int = 3,  # runs of ours; the median counts
@@ -151,51 +187,27 @@ def compare(
     threads: int = 1,  # for both sides
     device: str = "cpu",  # where ours runs
     warm: bool = True,  # run ours once before timing: compilation is not part of the figure
-    note: str = "",
-) -> Row:
+    note: str = "",  # an extrapolation, a rule, a remark
+) -> Row:  # one line of the table
     "Time ours against the plain version and compare their results."
-
-    def sync():
-        return None
-
-    if str(device).startswith("cuda"):
-        import torch
-
-        sync = torch.cuda.synchronize
     with use_threads(threads):
-        if warm:
-            ours()
-        before = _gpu_mib(device)
-        with PeakMemory() as mem:
-            t, a = _time(ours, sync)
-        if device != "cpu":
-            mem.mib = _gpu_mib(device, peak=True) - before
-        ours_times, plain_times = [t], []
-        for i in range(max(repeat, plain_repeat if plain else 0)):
-            if plain and i < plain_repeat:
-                t, b = _time(plain, sync)
-                plain_times.append(t * scale)
-            if 0 < i < repeat:
-                t, a = _time(ours, sync)
-                ours_times.append(t)
-    if plain is None:
-        n = bad = 0
-    else:
-        n, bad = agree(a, b) if agree else (int(np.size(b)), int((np.asarray(a) != np.asarray(b)).sum()))
-    ours_s, plain_s = float(np.median(ours_times)), float(np.median(plain_times)) if plain else None
+        mine, other, a, b, mib = _take_turns(ours, plain, repeat, plain_repeat, device, warm)
+    n, bad = (agree or _differences)(a, b) if plain else (0, 0)
+    ours_s = float(np.median(mine))
+    plain_s = float(np.median([t * scale for t in other])) if plain else None
     return Row(
-        name,
-        size,
-        ours_s,
-        plain_s,
-        plain_s / ours_s if plain_s else None,
-        round(mem.mib, 1),
-        "cpu" if device == "cpu" else device_name(device),
-        threads,
-        n,
-        bad,
-        plain is None or bad <= allowed * max(n, 1),
-        note,
+        name=name,
+        size=size,
+        ours_s=ours_s,
+        plain_s=plain_s,
+        ratio=plain_s / ours_s if plain_s else None,
+        peak_mib=round(mib, 1),
+        device="cpu" if device == "cpu" else device_name(device),
+        threads=threads,
+        n=n,
+        n_disagree=bad,
+        agrees=plain is None or bad <= allowed * max(n, 1),
+        note=note,
     )
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #6559da1a

@@ -20,6 +20,7 @@ class SubmissionError(ValueError):
 
 
 def _unique(ids, what):
+    "Ids as a column of text, each once."
     s = pd.Series(np.asarray(ids, str), dtype=object)
     if s.duplicated().any():
         raise SubmissionError(f"{what} {s[s.duplicated()].iloc[0]} occurs twice")
@@ -27,18 +28,18 @@ def _unique(ids, what):
 
 
 def _write(df, path):
+    "A CSV, compressed if its name says so."
     with atomic_path(path) as tmp:
         df.to_csv(tmp, index=False, compression="gzip" if str(path).endswith(".gz") else None)
     return Path(path)
 
 
 def _in_order(df, wanted, column):
-    "Rows in the order of the official list; test images without an answer get an empty one, unknown ones are refused."
+    "Rows in the order of the official list, empty for who has no answer; unknown images are refused."
     wanted = _unique(wanted, "test image")
     if (unknown := ~df.id.isin(set(wanted))).any():
-        raise SubmissionError(
-            f"{int(unknown.sum())} of {len(df)} images are no test images ({df.id[unknown].iloc[0]} first)"
-        )
+        first = df.id[unknown].iloc[0]
+        raise SubmissionError(f"{int(unknown.sum())} of {len(df)} images are no test images ({first} first)")
     return df.set_index("id")[column].reindex(wanted, fill_value="").rename_axis("id").reset_index()
 
 # %% ../../../nbs/parts/data/submission.ipynb #10d9380d
@@ -49,7 +50,7 @@ def write_retrieval(
     index_ids,  # image ids of the index [n]
     all_queries=None,  # the official test ids; those without a list get an empty row
     most: int = 100,  # images per list
-) -> Path:
+) -> Path:  # `path`
     "Write ranked lists as a submission of the retrieval track."
     index_ids, ranks = np.asarray(index_ids, str), np.asarray(ranks)[:, :most]
     ids = _unique(query_ids, "query")
@@ -60,11 +61,16 @@ def write_retrieval(
     ordered = np.sort(ranks, axis=1)
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
     if twice.any():
-        raise SubmissionError(
-            f"{int(twice.sum())} lists name an image twice (that of {ids[twice.argmax()]} first)"
-        )
+        first = ids[twice.argmax()]
+        raise SubmissionError(f"{int(twice.sum())} lists name an image twice (that of {first} first)")
     df = pd.DataFrame(dict(id=ids, images=[" ".join(index_ids[row[row >= 0]]) for row in ranks]))
     return _write(_in_order(df, ids if all_queries is None else all_queries, "images"), path)
+
+
+def _all_there(path, ids, wanted):
+    "Refuse a file that lacks one of the wanted images."
+    if wanted is not None and (missing := set(np.asarray(wanted, str)) - set(ids)):
+        raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
 
 
 def read_retrieval(
@@ -76,11 +82,9 @@ def read_retrieval(
     df = read_table(path, ["id", "images"])
     ids = _unique(df.id, f"{path}: query")
     lists = [s.split() for s in df.images]
-    if query_ids is not None and (missing := set(np.asarray(query_ids, str)) - set(ids)):
-        raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
-    if index_ids is not None and (
-        unknown := {i for row in lists for i in row} - set(np.asarray(index_ids, str))
-    ):
+    _all_there(path, ids, query_ids)
+    named = {i for row in lists for i in row}
+    if index_ids is not None and (unknown := named - set(np.asarray(index_ids, str))):
         raise SubmissionError(
             f"{path} names {len(unknown)} images that the index does not have ({min(unknown)} first)"
         )
@@ -93,21 +97,22 @@ def write_recognition(
     labels,  # predicted landmark_id, below 0 for no answer [q]
     scores,  # confidence [q]
     all_images=None,  # the official test ids; those without a prediction get an empty row
-) -> Path:
+) -> Path:  # `path`
     "Write predictions as a submission of the recognition track."
-    ids, labels, scores = _unique(image_ids, "test image"), np.asarray(labels), np.asarray(scores, np.float64)
+    ids = _unique(image_ids, "test image")
+    labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
     if not len(ids) == len(labels) == len(scores):
         raise SubmissionError(
             f"{len(ids)} images, {len(labels)} labels and {len(scores)} scores; each image has one of both"
         )
     bad = (labels >= 0) & ~np.isfinite(scores)
     if bad.any():
+        first = ids[bad.argmax()]
         raise SubmissionError(
-            f"{int(bad.sum())} predictions have no finite confidence (that of {ids[bad.argmax()]} first)"
+            f"{int(bad.sum())} predictions have no finite confidence (that of {first} first)"
         )
-    df = pd.DataFrame(
-        dict(id=ids, landmarks=["" if l < 0 else f"{l} {s:.9f}" for l, s in zip(labels, scores)])
-    )
+    answers = ["" if label < 0 else f"{label} {score:.9f}" for label, score in zip(labels, scores)]
+    df = pd.DataFrame(dict(id=ids, landmarks=answers))
     return _write(_in_order(df, ids if all_images is None else all_images, "landmarks"), path)
 
 
@@ -118,8 +123,7 @@ def read_recognition(
     "Read a submission of the recognition track."
     df = read_table(path, ["id", "landmarks"])
     ids = _unique(df.id, f"{path}: test image")
-    if image_ids is not None and (missing := set(np.asarray(image_ids, str)) - set(ids)):
-        raise SubmissionError(f"{path} lacks {len(missing)} test images ({min(missing)} first)")
+    _all_there(path, ids, image_ids)
     rows = []
     for i, s in zip(ids, df.landmarks):
         try:

@@ -45,9 +45,8 @@ def whiten_store(
     shard_size: int = 65536,  # rows per shard, and rows in memory at a time
 ) -> Store:  # the same images in the same order
     "Stream a store through a whitening; a killed run goes on with the next shard."
-    card = dict(
-        whitened=store.card["made_by"], dims=dims, learned_on=card, shard_size=shard_size, n=len(store)
-    )
+    made_by = dict(whitened=store.card["made_by"], dims=dims, learned_on=card)
+    card = made_by | dict(shard_size=shard_size, n=len(store))
     n_shards = max(1, -(-len(store) // shard_size))
     for i in missing_shards(out_dir, n_shards, card):
         part = slice(i * shard_size, (i + 1) * shard_size)
@@ -70,6 +69,11 @@ def models_in(
     there = sorted({p.parent.parent for p in Path(extracted).glob("*/*/card.json")})
     return [m.name for m in there if all((m / s / "card.json").exists() for s in splits)]
 
+# %% ../../../nbs/parts/descriptors/ensemble.ipynb #196eaae7
+def _stage_of(cfg):
+    "The stage that asks, for its messages."
+    return type(cfg).__module__.rpartition(".")[2]
+
 
 def choose_models(
     cfg,  # the asking stage's config, with `models` and `weights`
@@ -77,19 +81,37 @@ def choose_models(
     splits=(),  # that a model must have
 ) -> list:  # names
     "The models asked for, or all, in the order of the parameters; unknown ones are refused."
-    asking, there = type(cfg).__module__.rpartition(".")[2], models_in(extracted, splits)
+    asking, there = _stage_of(cfg), models_in(extracted, splits)
     what = " of " + " and ".join(splits) if splits else ""
     unknown = [m for m in cfg.models if m not in there]
     if unknown or not there:
+        wanted, found = ", ".join(unknown) or "any model", ", ".join(there) or "none"
         raise ParameterError(
-            f"{asking}: there are no descriptors{what} by {', '.join(unknown) or 'any model'} in {extracted}; there are those by {', '.join(there) or 'none'}"
+            f"{asking}: there are no descriptors{what} by {wanted} in {extracted}; there are those by {found}"
         )
     chosen = list(cfg.models or there)
     if cfg.weights and len(cfg.weights) != len(chosen):
-        raise ParameterError(
-            f"{asking}: {len(cfg.weights)} weights for {len(chosen)} models ({', '.join(chosen)}); each has one"
-        )
+        said = f"{len(cfg.weights)} weights for {len(chosen)} models ({', '.join(chosen)})"
+        raise ParameterError(f"{asking}: {said}; each has one")
     return chosen
+
+# %% ../../../nbs/parts/descriptors/ensemble.ipynb #86db4931
+def _join(stores, weights, out_dir):
+    "The ensemble of several models, on the splits that all of them have."
+    splits = sorted(set.intersection(*map(set, stores)))
+    return {s: concat_stores([m[s] for m in stores], out_dir / s, list(weights)) for s in splits}
+
+
+def _whiten(cfg, stores, out_dir):
+    "Learn on the training split, apply to all."
+    if "v2_train" not in stores:
+        raise ParameterError(
+            f"{_stage_of(cfg)}: pca_dims needs descriptors of v2_train to learn from; "
+            "extract that split, or set pca_dims to 0"
+        )
+    pca = learn_pca(stores["v2_train"])
+    for split, store in stores.items():
+        whiten_store(store, pca, cfg.pca_dims, out_dir / split, stores["v2_train"].card["made_by"])
 
 
 def join_models(
@@ -97,7 +119,7 @@ def join_models(
     extracted: Path,  # artifact of 04_extract
     models: list,  # names, in the order of the weights
 ) -> dict:  # model → its stores by split; one model, `ensemble`, with weights
-    "Stores of the models, or of the ensemble of them; whitened ones and ensembles are made once and kept for whoever asks next."
+    "Stores of the models, or of the ensemble of them, whitened if asked."
     extracted = Path(extracted)
     if not (cfg.weights or cfg.pca_dims):
         return {m: stores_of(extracted / m) for m in models}
@@ -116,24 +138,7 @@ def join_models(
     with open_stage("ensemble", own, inputs=[extracted], code="landmark.parts.descriptors.ensemble") as st:
         if not st.done:
             stores = [stores_of(extracted / m) for m in models]
-            if cfg.weights:
-                stores = {
-                    s: concat_stores([m[s] for m in stores], st.dir / "joined" / s, list(cfg.weights))
-                    for s in sorted(set.intersection(*map(set, stores)))
-                }
-            else:
-                (stores,) = stores
+            stores = _join(stores, cfg.weights, st.dir / "joined") if cfg.weights else stores[0]
             if cfg.pca_dims:
                 _whiten(cfg, stores, st.dir / "whitened")
     return {own.name: stores_of(st.dir / ("whitened" if cfg.pca_dims else "joined"))}
-
-
-def _whiten(cfg, stores, out_dir):
-    "Learn on the training split, apply to all."
-    if "v2_train" not in stores:
-        raise ParameterError(
-            f"{type(cfg).__module__.rpartition('.')[2]}: pca_dims needs descriptors of v2_train to learn from; extract that split, or set pca_dims to 0"
-        )
-    pca = learn_pca(stores["v2_train"])
-    for split, store in stores.items():
-        whiten_store(store, pca, cfg.pca_dims, out_dir / split, stores["v2_train"].card["made_by"])

@@ -38,7 +38,7 @@ def side_sizes(
     return np.maximum(1, np.round(wh * np.minimum(1, max_side / wh.max(1, keepdims=True)))).astype(int)
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #f6c9b58a
-PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
+PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)  # what the network computes in
 
 
 @torch.inference_mode()
@@ -57,11 +57,9 @@ def describe_scales(
     outputs = []
     for s in scales:
         size = scaled_size(*images.shape[2:], s, multiple, min_side)
-        x = (
-            images
-            if size == tuple(images.shape[2:])
-            else F.interpolate(images, size, mode="bilinear", align_corners=True)
-        )
+        x = images
+        if size != tuple(images.shape[2:]):
+            x = F.interpolate(images, size, mode="bilinear", align_corners=True)
         with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
             outputs.append(model(x).float())
     return F.normalize(torch.stack(outputs).mean(0))
@@ -80,7 +78,7 @@ def same_size_batches(
     groups = np.split(order, np.flatnonzero(np.diff(same[order])) + 1)
     return [b[i : i + batch_size] for b in groups for i in range(0, len(b), batch_size)]
 
-
+# %% ../../../nbs/parts/descriptors/extraction.ipynb #0ee9f62d
 class Unfinished:
     "Descriptors of a shard that is not finished, set down now and then."
 
@@ -94,31 +92,29 @@ class Unfinished:
         self.path, self.every, self.last = path and Path(path), every, time.monotonic()
         self.key = hashlib.sha256(repr((made_by, [b.tolist() for b in batches])).encode()).hexdigest()
 
-    def read(
-        self,
-    ) -> tuple:  # batches done, descriptors [n, d], which rows are described [n], [(position, reason)]
+    def read(self) -> tuple:  # batches done, descriptors [n, d], who is described [n], [(position, reason)]
         "What was set down, or None."
         if not (self.path and self.path.exists()):
             return None
         with np.load(self.path, allow_pickle=False) as f:
             if str(f["key"]) != self.key:
                 return None
-            return int(f["done"]), f["x"], f["ok"], [(int(i), str(why)) for i, why in zip(f["bad"], f["why"])]
+            bad = [(int(i), str(why)) for i, why in zip(f["bad"], f["why"])]
+            return int(f["done"]), f["x"], f["ok"], bad
 
-    def note(self, done, x, ok, bad):
+    def note(
+        self,
+        done: int,  # batches dealt with
+        x: np.ndarray,  # descriptors, zeros where there is none yet [n, d]
+        ok: np.ndarray,  # rows that are described [n]
+        bad: list,  # (position, reason) of what cannot be read
+    ):
         "Set down, if it is time."
         if not self.path or time.monotonic() - self.last < self.every:
             return
+        where, why = np.array([i for i, _ in bad], int), np.array([w for _, w in bad], str)
         with atomic_path(self.path) as tmp, open(tmp, "wb") as f:
-            np.savez(
-                f,
-                key=self.key,
-                done=done,
-                x=x,
-                ok=ok,
-                bad=np.array([i for i, _ in bad], int),
-                why=np.array([w for _, w in bad], str),
-            )
+            np.savez(f, key=self.key, done=done, x=x, ok=ok, bad=where, why=why)
         self.last = time.monotonic()
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #f2dc6026
@@ -139,11 +135,10 @@ def extract(
     notes=None,  # file in which a killed run finds what it had
     made_by: str = "",  # what makes the descriptors; notes of something else are not read
     every: float = 60,  # seconds between two notes
-) -> (
-    tuple
-):  # descriptors of the readable photos [m, d], their positions [m], [(position, reason)] of the others
+) -> tuple:  # descriptors [m, d], positions of what could be read [m], [(position, reason)] of the others
     "Descriptors of photos."
-    device, n, batches = next(model.parameters()).device, len(sizes), same_size_batches(sizes, batch_size)
+    device, n = next(model.parameters()).device, len(sizes)
+    batches = same_size_batches(sizes, batch_size)
     photos = photos if photos is not None else Crops(paths, [tuple(map(int, s)) for s in sizes], boxes)
     unfinished = Unfinished(notes, batches, made_by, every)
     load = load or (lambda left: make_loader(photos, left, n_loaders=n_loaders, pin=device.type == "cuda"))
@@ -151,14 +146,9 @@ def extract(
     done(int(ok.sum()) + len(bad))
     for i, (images, at, wrong) in enumerate(load(batches[start:]), start + 1):
         if len(at):
-            x[at] = (
-                describe_scales(
-                    model, images.to(device, non_blocking=True), scales, multiple, min_side, precision
-                )
-                .cpu()
-                .numpy()
-            )
-            ok[at] = True
+            images = images.to(device, non_blocking=True)
+            y = describe_scales(model, images, scales, multiple, min_side, precision)
+            x[at], ok[at] = y.cpu().numpy(), True
         bad += wrong
         done(len(at) + len(wrong))
         if i < len(batches):

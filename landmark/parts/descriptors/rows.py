@@ -25,13 +25,14 @@ def check_rows(
     top = np.abs(x).max(1, initial=0) if x.size else np.zeros(len(x))  # NaN and infinity survive the maximum
     for bad, word in ((~np.isfinite(top), "not finite"), (zeros & (top == 0), "all zero")):
         if bad.any():
+            where = np.flatnonzero(bad)[:5].tolist()
             raise StoreError(
-                f"{what}: {bad.sum()} of {len(x)} rows are {word} (rows {np.flatnonzero(bad)[:5].tolist()}); "
+                f"{what}: {bad.sum()} of {len(x)} rows are {word} (rows {where}); "
                 "a descriptor is finite and has a direction"
             )
     return x
 
-
+# %% ../../../nbs/parts/descriptors/rows.ipynb #5422ffc5
 def l2n(
     x: np.ndarray,  # rows [n, d]
     what: str = "descriptors",  # name used in the error
@@ -39,7 +40,7 @@ def l2n(
     "L2-normalise rows."
     x = np.asarray(x, np.float32)
     check_rows(x, what)
-    scale = np.abs(x).max(1, keepdims=True, initial=0)  # squares of tiny or huge numbers would leave float32
+    scale = np.abs(x).max(1, keepdims=True, initial=0)
     x = x / np.where(scale == 0, 1, scale)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
@@ -54,16 +55,14 @@ def rows_of(
     if len(wanted) == len(ids) and (wanted == ids).all():
         return np.arange(len(ids))
     order = np.argsort(ids, kind="stable")
-    at = (
-        order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
-        if len(ids)
-        else np.zeros(len(wanted), int)
-    )
-    unknown = ids[at] != wanted if len(ids) else np.ones(len(wanted), bool)
+    if len(ids):
+        at = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
+        unknown = ids[at] != wanted
+    else:
+        at, unknown = np.zeros(len(wanted), int), np.ones(len(wanted), bool)
     if unknown.any():
-        raise StoreError(
-            f"{int(unknown.sum())} of {len(wanted)} ids are not in {where} ({wanted[unknown][0]} first)"
-        )
+        first = wanted[unknown][0]
+        raise StoreError(f"{int(unknown.sum())} of {len(wanted)} ids are not in {where} ({first} first)")
     return at
 
 # %% ../../../nbs/parts/descriptors/rows.ipynb #89965818
@@ -79,10 +78,8 @@ def ensemble(
     if any(not np.isfinite(w) or w <= 0 for w in weights):
         raise StoreError(f"weights are {weights}; each must be above 0")
     if len({len(x) for x in xs}) > 1:
-        raise StoreError(
-            f"models have {[len(x) for x in xs]} descriptors; an ensemble needs the same images from each"
-        )
-    out = np.concatenate(
-        [l2n(x, f"model {i}") * np.float32(w) for i, (x, w) in enumerate(zip(xs, weights))], 1
-    )
+        counts = [len(x) for x in xs]
+        raise StoreError(f"models have {counts} descriptors; an ensemble needs the same images from each")
+    parts = [l2n(x, f"model {i}") * np.float32(w) for i, (x, w) in enumerate(zip(xs, weights))]
+    out = np.concatenate(parts, 1)
     return l2n(out) if normalise else out

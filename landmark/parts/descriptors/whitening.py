@@ -33,9 +33,9 @@ class Whitening:
             raise ValueError(
                 f"{dims} dimensions are asked for; the data this was learned on has {len(self.P)}"
             )
-        if x.shape[1] != len(self.mean):
+        if (d := x.shape[1]) != len(self.mean):
             raise ValueError(
-                f"descriptors have {x.shape[1]} dimensions, the whitening was learned on {len(self.mean)}"
+                f"descriptors have {d} dimensions, the whitening was learned on {len(self.mean)}"
             )
         y = (check_rows(np.asarray(x, np.float64), zeros=False) - self.mean) @ self.P[:dims].T
         if normalise:
@@ -44,18 +44,18 @@ class Whitening:
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #a6afec7d
 def _directions(S, what):
-    "Eigenvectors of a symmetric matrix as rows, by descending eigenvalue, and the eigenvalues; empty directions left out."
+    "Eigenvectors of a symmetric matrix as rows, by descending eigenvalue, and these; empty ones left out."
     values, vectors = np.linalg.eigh(S)  # symmetric: eigh, where the original's eig may turn complex
     values, rows = values[::-1], vectors.T[::-1]
     keep = values > len(S) * np.finfo(np.float64).eps * max(values[0], 0)
     if not keep.any():
         raise ValueError(f"{what}: all descriptors are the same, there is nothing to whiten")
     if not keep.all():
-        log(
-            f"{what}: the data has {int(keep.sum())} directions of {len(S)} dimensions; the others are left out"
-        )
+        said = f"the data has {int(keep.sum())} directions of {len(S)} dimensions"
+        log(f"{what}: {said}; the others are left out")
     rows = rows[keep]
-    return rows * np.sign(np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)), values[keep]
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
+    return rows * np.sign(largest), values[keep]
 
 
 def _sum_of_products(x, mean, block=65536):
@@ -69,7 +69,7 @@ def _sum_of_products(x, mean, block=65536):
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #7e6a91f1
 def learn_pca(
     x,  # descriptors: array or store [n, d]
-) -> Whitening:
+) -> Whitening:  # its output has covariance 1
     "PCA whitening."
     if len(x) < 2:
         raise ValueError(f"whitening is learned on {len(x)} descriptors; it takes at least 2")
@@ -81,28 +81,18 @@ def learn_pca(
     return Whitening(mean, rows / np.sqrt(values)[:, None])
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #3b007d43
-def learn_whitening(
-    x: np.ndarray,  # descriptors [n, d]
-    first: np.ndarray,  # position of the first image of each matching pair [p]
-    second: np.ndarray,  # and of the second [p]
-) -> Whitening:
-    "Supervised whitening from pairs of the same landmark."
-    first, second = np.asarray(first), np.asarray(second)
+def _check_pairs(first, second, n):
+    "Pairs have two images each, among the n there are."
     if len(first) != len(second) or not len(first):
-        raise ValueError(
-            f"{len(first)} first and {len(second)} second images; matching pairs have one of each"
-        )
-    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) >= len(x):
-        raise ValueError(
-            f"a pair names image {max(first.max(), second.max())} (or one below 0); there are {len(x)} descriptors"
-        )
-    a, b = (
-        check_rows(np.asarray(x[first], np.float64), zeros=False),
-        check_rows(np.asarray(x[second], np.float64), zeros=False),
-    )
-    mean, S = a.mean(0), (a - b).T @ (a - b) / len(a)
-    if not S.any():
-        raise ValueError("the pairs do not differ; there is nothing to learn from them")
+        said = f"{len(first)} first and {len(second)} second images"
+        raise ValueError(f"{said}; matching pairs have one of each")
+    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) >= n:
+        largest = max(first.max(), second.max())
+        raise ValueError(f"a pair names image {largest} (or one below 0); there are {n} descriptors")
+
+
+def _inverse_factor(S, n_pairs):
+    "Inverse of the Cholesky factor of S, of which the diagonal grows until there is one."
     scale, share = np.trace(S) / len(S), 0.0
     while True:
         try:
@@ -111,8 +101,23 @@ def learn_whitening(
         except np.linalg.LinAlgError:
             share = max(1e-10, 10 * share)
     if share:
-        log(
-            f"supervised whitening: {len(a)} pairs span too few directions; {share:g} of their mean variance was added to each"
-        )
+        said = f"{n_pairs} pairs span too few directions; {share:g} of their mean variance was added to each"
+        log(f"supervised whitening: {said}")
+    return P0
+
+# %% ../../../nbs/parts/descriptors/whitening.ipynb #3e31c635
+def learn_whitening(
+    x: np.ndarray,  # descriptors [n, d]
+    first: np.ndarray,  # position of the first image of each matching pair [p]
+    second: np.ndarray,  # and of the second [p]
+) -> Whitening:  # differences within pairs become white
+    "Supervised whitening from pairs of the same landmark."
+    first, second = np.asarray(first), np.asarray(second)
+    _check_pairs(first, second, len(x))
+    a, b = (check_rows(np.asarray(x[i], np.float64), zeros=False) for i in (first, second))
+    mean, S = a.mean(0), (a - b).T @ (a - b) / len(a)
+    if not S.any():
+        raise ValueError("the pairs do not differ; there is nothing to learn from them")
+    P0 = _inverse_factor(S, len(a))
     rows, _ = _directions(P0 @ _sum_of_products(x, mean) @ P0.T, "supervised whitening")
     return Whitening(mean, rows @ P0)

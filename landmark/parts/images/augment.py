@@ -39,7 +39,7 @@ class Augment:
             contrast=1 + near(self.contrast),
         )
 
-
+# %% ../../../nbs/parts/images/augment.ipynb #d25d71f4
 AUGMENTS = dict(
     none=Augment(),
     soft=Augment(crop=0.2, brightness=0.1),
@@ -67,15 +67,12 @@ def change(
         m = np.float32([[1, t, -t * size[1] / 2], [0, 1, 0]])  # rows slide, the middle one stays
         out = cv2.warpAffine(out, m, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     if brightness != 1 or contrast != 1:
-        mean = cv2.mean(out)[:3]
-        mean = brightness * sum(mean) / 3
-        out = cv2.LUT(
-            out,
-            np.clip((np.arange(256) * brightness - mean) * contrast + mean + 0.5, 0, 255).astype(np.uint8),
-        )
+        mean = brightness * sum(cv2.mean(out)[:3]) / 3
+        table = (np.arange(256) * brightness - mean) * contrast + mean + 0.5
+        out = cv2.LUT(out, np.clip(table, 0, 255).astype(np.uint8))
     return out
 
-
+# %% ../../../nbs/parts/images/augment.ipynb #b6bd0d2f
 def augment(
     image: np.ndarray,  # uint8 RGB [h, w, 3]
     size: tuple,  # (width, height) of the network input

@@ -17,7 +17,8 @@ from ..core import atomic_path, locked
 from .reading import ImageError, image_size
 
 # %% ../../../nbs/parts/images/batching.ipynb #de028dbc
-BINS5, BINS3 = (0.67, 0.77, 1.33, 1.5), (0.77, 1.33)  # edges of height / width
+BINS5 = (0.67, 0.77, 1.33, 1.5)  # edges of height / width of five groups
+BINS3 = (0.77, 1.33)  # and of three
 SIZES = {  # (width, height) of each group, landscape first
     "SS": ((384, 256), (256, 256), (256, 384)),
     "SS2": ((480, 320), (480, 352), (384, 384), (352, 480), (320, 480)),
@@ -30,7 +31,7 @@ SIZES = {  # (width, height) of each group, landscape first
     "L2": ((800, 544), (800, 608), (800, 800), (608, 800), (544, 800)),
 }
 
-
+# %% ../../../nbs/parts/images/batching.ipynb #5e7235b0
 def size_table(
     sizes: str,  # a name in SIZES, or a number of pixels such as "128"
 ) -> tuple:  # edges of height/width, and (width, height) of each group
@@ -38,9 +39,8 @@ def size_table(
     if sizes in SIZES:
         return (BINS5 if len(SIZES[sizes]) == 5 else BINS3), SIZES[sizes]
     if not (str(sizes).isdigit() and int(sizes) >= 32):
-        raise ValueError(
-            f"`sizes` is {sizes!r}; allowed are {', '.join(SIZES)} or a number of pixels from 32 up."
-        )
+        allowed = f"{', '.join(SIZES)} or a number of pixels from 32 up"
+        raise ValueError(f"`sizes` is {sizes!r}; allowed are {allowed}.")
     long, short, mid = (max(16, int(int(sizes) * f / 16) * 16) for f in (1.0, 0.75, 0.875))
     return BINS3, ((long, short), (mid, mid), (short, long))
 
@@ -62,7 +62,8 @@ def grouped_batches(
     min_batch: int = 1,  # otherwise: leave out those smaller than this
 ) -> list:  # arrays of positions
     "Cut each group's images into batches, ordered by their first image."
-    order, least = np.asarray(order, np.int64), batch_size if drop_uneven else min_batch
+    order = np.asarray(order, np.int64)
+    least = batch_size if drop_uneven else min_batch
     g = np.asarray(groups)[order]
     batches = []
     for k in np.unique(g):
@@ -72,7 +73,7 @@ def grouped_batches(
 
 # %% ../../../nbs/parts/images/batching.ipynb #6e564c5f
 class GroupedBatchSampler:
-    "The batches of one epoch after another: shuffled, of one aspect ratio each, the same for the same seed and epoch."
+    "Shuffled batches of one aspect ratio each, the same for the same seed and epoch."
 
     def __init__(
         self,
@@ -82,13 +83,9 @@ class GroupedBatchSampler:
         drop_uneven: bool = False,  # leave out batches that are not full
         min_batch: int = 1,  # otherwise: leave out those smaller than this
     ):
-        self.groups, self.batch_size, self.seed, self.drop_uneven, self.min_batch = (
-            np.asarray(groups),
-            batch_size,
-            seed,
-            drop_uneven,
-            min_batch,
-        )
+        self.groups = np.asarray(groups)
+        self.batch_size, self.seed = batch_size, seed
+        self.drop_uneven, self.min_batch = drop_uneven, min_batch
 
     def batches(
         self,
@@ -100,38 +97,39 @@ class GroupedBatchSampler:
 
 # %% ../../../nbs/parts/images/batching.ipynb #7635332e
 def _size(path) -> tuple:
+    "Width and height, 0 × 0 of what cannot be read."
     try:
         return image_size(path)
     except ImageError:
         return 0, 0
 
 
+def _scan(paths, wh, n_threads, cache=None, at_once=2**18):
+    "Read the headers that are not known; millions of them take a while, and are kept as they come."
+    new = np.flatnonzero(wh.min(1) == 0)  # what could not be read may have been mended since
+    with ThreadPoolExecutor(n_threads) as pool:
+        for some in [new[a : a + at_once] for a in range(0, len(new), at_once)]:
+            sizes = list(pool.map(_size, [paths[i] for i in some]))
+            wh[some] = np.array(sizes, np.int32).reshape(-1, 2)
+            if cache:
+                with atomic_path(cache) as tmp, open(tmp, "wb") as f:
+                    np.save(f, wh)
+    return wh
+
+# %% ../../../nbs/parts/images/batching.ipynb #021b574a
 def scan_sizes(
     paths: list,  # image files [n]
     cache_dir: Path = None,  # folder to remember sizes in
     n_threads: int = 8,  # threads
 ) -> np.ndarray:  # (width, height) of each, 0 where the header cannot be read [n, 2]
     "Sizes of images from their headers, cached; of several processes that ask, one reads."
+    unknown = np.zeros((len(paths), 2), np.int32)
     if not cache_dir:
-        return _scan(paths, np.zeros((len(paths), 2), np.int32), n_threads)
+        return _scan(paths, unknown, n_threads)
     key = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
     cache = Path(cache_dir) / f"sizes-{key}.npy"
     with locked(cache):
-        return _scan(
-            paths, np.load(cache) if cache.exists() else np.zeros((len(paths), 2), np.int32), n_threads, cache
-        )
-
-
-def _scan(paths, wh, n_threads, cache=None, at_once=2**18):
-    "Read the headers that are not known; those of millions of images take a while, and are kept as they come."
-    new = np.flatnonzero(wh.min(1) == 0)  # what could not be read may have been mended since
-    with ThreadPoolExecutor(n_threads) as pool:
-        for some in [new[a : a + at_once] for a in range(0, len(new), at_once)]:
-            wh[some] = np.array(list(pool.map(_size, [paths[i] for i in some])), np.int32).reshape(-1, 2)
-            if cache:
-                with atomic_path(cache) as tmp, open(tmp, "wb") as f:
-                    np.save(f, wh)
-    return wh
+        return _scan(paths, np.load(cache) if cache.exists() else unknown, n_threads, cache)
 
 # %% ../../../nbs/parts/images/batching.ipynb #fd053346
 def scaled_size(
