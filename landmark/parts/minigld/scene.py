@@ -16,20 +16,17 @@ from .clutter import PAINTERS
 from .facade import building_palette, facade, roofing
 from .geometry import Canvas, Sprite, body, box, draw_bodies, draw_face, gable, look_at
 from .paint import finish, palette
+from .passersby import car, lamp, person, tree
 from .plan import rng_of
 from .rooms import detail_of, hall_of
 from .styles import Landmark
 from landmark.parts.minigld.weather import (
     GROUNDS,
-    car,
     compose,
     draw_ground,
     expose,
-    lamp,
     light_of,
-    person,
     sky_picture,
-    tree,
 )
 
 # %% ../../../nbs/parts/minigld/scene.ipynb #6270ecb6
