@@ -227,10 +227,12 @@ def _near_in_angle(t: pd.DataFrame, groups: list, aspect: str):
 
 
 def _with_lookalike(t: pd.DataFrame, groups):
-    "A photograph of a building and one of its double, of the same aspect."
+    "The first photograph of each building with those of its double, of the same aspect."
     for name, g in groups:
-        doubles = t.index[t.building == f"look/{name}"]
-        yield from ((a, b) for a in g.index for b in doubles if t.aspect[a] == t.aspect[b])
+        first = g.index[0]
+        yield from (
+            (first, b) for b in t.index[t.building == f"look/{name}"] if t.aspect[first] == t.aspect[b]
+        )
 
 
 def _kinds_of_pairs(t: pd.DataFrame, r, n: int):
