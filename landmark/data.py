@@ -30,8 +30,8 @@ from .parts.data.layout import read_images, read_table, read_truth, splits
 from .parts.images.reading import ImageError, image_size, read_image
 from .parts.local.features import extract
 from .parts.local.verification import verify
-from .parts.minigld.plan import scaled
-from .parts.minigld.world import WORLDS, draw_world, shuffle_labels
+from .parts.minigld.plan import Knobs, scaled
+from .parts.minigld.world import WORLDS, draw_world
 
 # %% ../nbs/00_data.ipynb #9bcd6b56
 @stage_config
@@ -50,41 +50,35 @@ class Config:
     n_workers: int = 0  # processes, 0 is one per core
 
 # %% ../nbs/00_data.ipynb #bba2ad21
+def _changed(cfg: Config) -> list:
+    "Names of the knobs that a config turns."
+    turned = dict(size=cfg.size != 1, n_aspects=cfg.n_aspects, noise=cfg.noise is not None)
+    turned["shuffle_labels"] = cfg.shuffle_labels
+    return [k for k, v in turned.items() if v]
+
+
 def knobs_of(
     cfg: Config,  # the stage's config
-):  # the knobs of the world to draw, or None for a folder
+) -> Knobs | None:  # the knobs of the world to draw, or None for a folder
     "The drawn world that a config asks for."
     name = default_world() if cfg.world == "default" else cfg.world
-    changed = [
-        k
-        for k, v in dict(
-            size=cfg.size != 1,
-            n_aspects=cfg.n_aspects,
-            noise=cfg.noise is not None,
-            shuffle_labels=cfg.shuffle_labels,
-        ).items()
-        if v
-    ]
     if name not in WORLDS:
-        if changed:
-            raise ParameterError(
-                f"data: {', '.join(changed)} can only be set for a drawn world ({', '.join(WORLDS)}), and world is {cfg.world!r}"
-            )
+        if changed := _changed(cfg):
+            only = f"can only be set for a drawn world ({', '.join(WORLDS)})"
+            raise ParameterError(f"data: {', '.join(changed)} {only}, and world is {cfg.world!r}")
         return None
     if not 0.05 <= cfg.size <= 1000:
         raise ParameterError(f"data: size is {cfg.size}; allowed are 0.05 to 1000")
     knobs = WORLDS[name] if cfg.size == 1 else scaled(WORLDS[name], cfg.size)
+    given = dict(n_aspects=cfg.n_aspects or None, noise=cfg.noise)
     try:
-        return replace(
-            knobs,
-            **({"n_aspects": cfg.n_aspects} if cfg.n_aspects else {}),
-            **({} if cfg.noise is None else {"noise": cfg.noise}),
-        )
+        return replace(knobs, **{k: v for k, v in given.items() if v is not None})
     except ValueError as e:
         raise ParameterError(f"data: {e}") from None
 
 # %% ../nbs/00_data.ipynb #bd00770b
-def _look(job) -> str:  # what is wrong with a file, or nothing
+def _look(job: tuple) -> str:
+    "What is wrong with a file, or nothing; a job is its path and how to look."
     path, check = job
     if not Path(path).is_file():
         return "file is missing"
@@ -97,6 +91,24 @@ def _look(job) -> str:  # what is wrong with a file, or nothing
     return ""
 
 
+def _check_split(world: Path, split: str, check: str, n_workers: int) -> list:
+    "What is wrong with one image set: (split, image_id, problem) each."
+    df = read_images(world, split)
+    if not len(df):
+        return [(split, "", "the table lists no image")]
+    looks = parallel_map(_look, [(p, check) for p in df.path], n_workers, split)
+    found = [(split, i, problem) for i, problem in zip(df.image_id, looks) if problem]
+    if "landmark_id" in df:
+        for landmark, n in df.landmark_id.value_counts().items():
+            if n == 1:
+                image_id = df.image_id[df.landmark_id == landmark].iloc[0]
+                found.append((split, image_id, f"label {landmark} has one image"))
+    return found
+
+
+_TABLES = "v1/train.csv, v2/train.csv, v2/index.csv, v2/test.csv, revisited/<name>/gnd_<name>.pkl"
+
+
 def check_world(
     world: Path,  # folder in the Google Landmarks layout
     check: str = "sizes",  # files, sizes or pixels
@@ -106,38 +118,18 @@ def check_world(
     if check not in ("files", "sizes", "pixels"):
         raise ParameterError(f"data: check is {check!r}; allowed: files, sizes, pixels")
     if not Path(world).is_dir():
-        raise ParameterError(
-            f"data: world {str(world)!r} is neither a drawn world ({', '.join(WORLDS)}) nor a folder"
-        )
+        neither = f"neither a drawn world ({', '.join(WORLDS)}) nor a folder"
+        raise ParameterError(f"data: world {str(world)!r} is {neither}")
     if not splits(world):
-        raise ParameterError(
-            f"data: {world} holds no images in the Google Landmarks layout: none of v1/train.csv, v2/train.csv, v2/index.csv, v2/test.csv, revisited/<name>/gnd_<name>.pkl is there"
-        )
-    found = []
-    for split in splits(world):
-        df = read_images(world, split)
-        if not len(df):
-            found.append((split, "", "the table lists no image"))
-            continue
-        for image_id, problem in zip(
-            df.image_id, parallel_map(_look, [(p, check) for p in df.path], n_workers, split)
-        ):
-            if problem:
-                found.append((split, image_id, problem))
-        if "landmark_id" in df:
-            for landmark, n in df.landmark_id.value_counts().items():
-                if n == 1:
-                    found.append(
-                        (
-                            split,
-                            df.image_id[df.landmark_id == landmark].iloc[0],
-                            f"label {landmark} has one image",
-                        )
-                    )
+        nothing = "holds no images in the Google Landmarks layout"
+        raise ParameterError(f"data: {world} {nothing}: none of {_TABLES} is there")
+    found = [row for split in splits(world) for row in _check_split(world, split, check, n_workers)]
     return pd.DataFrame(found, columns=["split", "image_id", "problem"])
 
 # %% ../nbs/00_data.ipynb #886a66a3
-def datasets_table(world: Path) -> pd.DataFrame:  # dataset, images, labels
+def datasets_table(
+    world: Path,  # folder in the Google Landmarks layout
+) -> pd.DataFrame:  # dataset, images, labels
     "The paper's table of data sets, for these."
     rows = []
     for split, name in (("v1_train", "GLD-v1"), ("v2_train", "GLD-v2")):
@@ -147,26 +139,26 @@ def datasets_table(world: Path) -> pd.DataFrame:  # dataset, images, labels
     return pd.DataFrame(rows, columns=["dataset", "images", "labels"])
 
 
-def summary_table(world: Path) -> pd.DataFrame:  # split, fact, value, images
+def _label_sizes(world: Path, split: str) -> list:
+    "How many images the labels of a train set have: rows of the summary."
+    sizes = read_images(world, split).landmark_id.value_counts()
+    facts = dict(least=sizes.min(), median=sizes.median(), mean=round(sizes.mean(), 1), most=sizes.max())
+    rows = [(split, "images per label", q, float(v)) for q, v in facts.items()]
+    return [*rows, (split, "labels with one image", "", int((sizes == 1).sum()))]
+
+
+def summary_table(
+    world: Path,  # folder in the Google Landmarks layout
+) -> pd.DataFrame:  # split, fact, value, count
     "Counts per split: kinds, aspects and lights where the truth is known, class sizes, usage."
     rows = [(s, "images", "", len(read_images(world, s))) for s in splits(world)]
     for split in {"v1_train", "v2_train"} & set(splits(world)):
-        sizes = read_images(world, split).landmark_id.value_counts()
-        rows += [
-            (split, "images per label", q, float(v))
-            for q, v in zip(
-                ("least", "median", "mean", "most"),
-                (sizes.min(), sizes.median(), round(sizes.mean(), 1), sizes.max()),
-            )
-        ]
-        rows.append((split, "labels with one image", "", int((sizes == 1).sum())))
+        rows += _label_sizes(world, split)
     for kind in ("retrieval", "recognition"):
         path = Path(world) / "v2" / f"{kind}_solution.csv"
         if path.exists():
-            rows += [
-                ("test", f"{kind} usage", u, n)
-                for u, n in sorted(Counter(read_table(path, ["id", "Usage"]).Usage).items())
-            ]
+            usages = Counter(read_table(path, ["id", "Usage"]).Usage)
+            rows += [("test", f"{kind} usage", u, n) for u, n in sorted(usages.items())]
     if (Path(world) / "truth.csv").exists():
         truth = read_truth(world)
         for fact in ("kind", "aspect", "light"):
@@ -174,16 +166,32 @@ def summary_table(world: Path) -> pd.DataFrame:  # split, fact, value, images
     return pd.DataFrame(sorted(rows, key=lambda r: r[:2]), columns=["split", "fact", "value", "count"])
 
 # %% ../nbs/00_data.ipynb #4f34ebfe
-def run(cfg: Config) -> Path:
+def _folder_of(cfg: Config) -> Path:
+    "The folder that a config names; it must be there."
+    folder = Path(cfg.world) if Path(cfg.world).is_absolute() else project_root() / cfg.world
+    if not folder.is_dir():
+        neither = f"neither a drawn world ({', '.join(WORLDS)}) nor a folder"
+        raise ParameterError(f"data: world is {cfg.world!r}: {neither}")
+    return folder
+
+
+def _report(problems: pd.DataFrame, out_dir: Path) -> dict:  # broken, single
+    "Write down what is wrong, say so, and count it."
+    if not len(problems):
+        return dict(broken=0, single=0)
+    single = int(problems.problem.str.startswith("label ").sum())
+    broken, path = len(problems) - single, out_dir / "problems.csv"
+    write_csv(problems, path)
+    log(f"{broken} images are missing or broken and {single} labels have one image: {path}")
+    return dict(broken=broken, single=single)
+
+
+def run(
+    cfg: Config,
+) -> Path:  # the artifact: world/ if drawn, datasets.csv, summary.csv, problems.csv if there are any
     "Draw a world into the artifact's `world/`, or check a folder; summarise it."
     knobs = knobs_of(cfg)
-    folder = (
-        None if knobs else Path(cfg.world) if Path(cfg.world).is_absolute() else project_root() / cfg.world
-    )
-    if folder is not None and not folder.is_dir():
-        raise ParameterError(
-            f"data: world is {cfg.world!r}: neither a drawn world ({', '.join(WORLDS)}) nor a folder"
-        )
+    folder = None if knobs else _folder_of(cfg)
     with open_stage("data", cfg, inputs=[folder], code=__name__) as st:
         if st.done:
             return st.dir
@@ -192,26 +200,13 @@ def run(cfg: Config) -> Path:
         world = folder or st.dir / "world"
         if knobs and not (world / "world.json").exists():
             draw_world(world, knobs, cfg.seed, cfg.n_workers, shuffled=cfg.shuffle_labels)
-        problems = (
-            check_world(world, "files" if knobs else cfg.check, cfg.n_workers or 0)
-            if folder
-            else pd.DataFrame(columns=["split", "image_id", "problem"])
-        )
-        broken = ~problems.problem.str.startswith("label ") if len(problems) else pd.Series(dtype=bool)
-        if len(problems):
-            write_csv(problems, st.dir / "problems.csv")
-            log(
-                f"{int(broken.sum())} images are missing or broken and {int((~broken).sum())} labels have one image: {st.dir}/problems.csv"
-            )
+        problems = check_world(world, cfg.check, cfg.n_workers or 0) if folder else pd.DataFrame()
+        counts = _report(problems, st.dir)
         table, summary = datasets_table(world), summary_table(world)
         write_csv(table, st.dir / "datasets.csv")
         write_csv(summary, st.dir / "summary.csv")
-        st.metrics |= dict(
-            images=int(summary[summary.fact == "images"]["count"].sum()),
-            broken=int(broken.sum()),
-            single=int((~broken).sum()),
-            drawn=bool(knobs),
-        )
+        n_images = int(summary[summary.fact == "images"]["count"].sum())
+        st.metrics |= dict(images=n_images, **counts, drawn=bool(knobs))
     return st.dir
 
 
@@ -220,61 +215,54 @@ def main():
     stage_main(Config, run)
 
 # %% ../nbs/00_data.ipynb #0541128d
+_SAME = dict(front="two fronts", back="two backs", inside="two interiors", detail="two details")
+
+
+def _near_in_angle(t: pd.DataFrame, groups: list, aspect: str):
+    "Pairs of one building's photographs of one aspect, taken from less than 25° apart."
+    for g in groups:
+        for a, b in combinations(g.index[g.aspect == aspect], 2):
+            if abs(t.azimuth[a] - t.azimuth[b]) < 25:
+                yield a, b
+
+
+def _with_lookalike(t: pd.DataFrame, groups):
+    "The first photograph of each building with those of its double, of the same aspect."
+    for name, g in groups:
+        first = g.index[0]
+        yield from (
+            (first, b) for b in t.index[t.building == f"look/{name}"] if t.aspect[first] == t.aspect[b]
+        )
+
+
+def _kinds_of_pairs(t: pd.DataFrame, r, n: int):
+    "The kinds of pairs one after another, (name, pairs) each; `r` is asked for the last kind only."
+    named = list(t.groupby("building"))
+    groups = [g for _, g in named]
+    for aspect, name in _SAME.items():
+        yield f"{name} within 25°", _near_in_angle(t, groups, aspect)
+    few = (p for g in groups for p in combinations(g.index[:12], 2))
+    yield "two aspects of one landmark", ((a, b) for a, b in few if t.aspect[a] != t.aspect[b])
+    yield "landmark and lookalike", _with_lookalike(t, named)
+    model, any_two = t.building.str.removeprefix("look/"), r.choice(t.index, (8 * n, 2))
+    yield "two landmarks", ((a, b) for a, b in any_two if model[a] != model[b])
+
+
 def draw_pairs(
     truth: pd.DataFrame,  # `truth.csv`
     n: int = 60,  # pairs per kind
     seed: int = 1,  # which pairs
 ) -> pd.DataFrame:  # pair, a, b (paths in the world)
     "Pairs of photographs by what they have in common."
-    r, t, out = np.random.default_rng(seed), truth[truth.building.fillna("") != ""], {}
-
-    def take(name, pairs):
+    r, t, rows = np.random.default_rng(seed), truth[truth.building.fillna("") != ""], []
+    for name, pairs in _kinds_of_pairs(t, r, n):
         pairs = list(pairs)
-        out[name] = [pairs[i] for i in r.permutation(len(pairs))[:n]]
+        for i in r.permutation(len(pairs))[:n]:
+            a, b = pairs[i]
+            rows.append((name, t.path[a], t.path[b]))
+    return pd.DataFrame(rows, columns=["pair", "a", "b"])
 
-    groups = [g for _, g in t.groupby("building")]
-    for name, aspect in (
-        ("two fronts", "front"),
-        ("two backs", "back"),
-        ("two interiors", "inside"),
-        ("two details", "detail"),
-    ):
-        take(
-            f"{name} within 25°",
-            (
-                p
-                for g in groups
-                for p in combinations(g.index[g.aspect == aspect], 2)
-                if abs(t.azimuth[p[0]] - t.azimuth[p[1]]) < 25
-            ),
-        )
-    take(
-        "two aspects of one landmark",
-        (p for g in groups for p in combinations(g.index[:12], 2) if t.aspect[p[0]] != t.aspect[p[1]]),
-    )
-    take(
-        "landmark and lookalike",
-        (
-            (a, b)
-            for b, g in t.groupby("building")
-            for a in g.index
-            for b in t.index[t.building == f"look/{b}"]
-            if t.aspect[a] == t.aspect[b]
-        ),
-    )
-    take(
-        "two landmarks",
-        (
-            (a, b)
-            for a, b in r.choice(t.index, (8 * n, 2))
-            if t.building[a].removeprefix("look/") != t.building[b].removeprefix("look/")
-        ),
-    )
-    return pd.DataFrame(
-        [(k, t.path[a], t.path[b]) for k, ps in out.items() for a, b in ps], columns=["pair", "a", "b"]
-    )
-
-
+# %% ../nbs/00_data.ipynb #93d4b638
 def count_inliers(
     root: Path,  # folder of the pictures
     pairs: pd.DataFrame,  # pair, a, b (paths below `root`)

@@ -11,10 +11,18 @@ import numpy as np
 
 from .facade import inscription
 from .paint import BRIGHT, STONE, Surface, carve, glyph, masonry, noise
-from .weather import person, rgba, sky_picture, tree
+from .passersby import person, rgba, tree
+from .weather import sky_picture
 
 # %% ../../../nbs/parts/minigld/clutter.ipynb #eabef113
-def paste(im: np.ndarray, pic: np.ndarray, x: float, y: float, h: float, shade: float = 1.0):
+def paste(
+    im: np.ndarray,  # float32 RGB, changed [h, w, 3]
+    pic: np.ndarray,  # RGBA
+    x: float,  # where its foot stands, pixels
+    y: float,
+    h: float,  # how high it becomes, pixels
+    shade: float = 1.0,  # factor of its colours
+):
     "Lay an RGBA picture on an image, its foot at (x, y), h pixels high."
     w = max(1, int(h * pic.shape[1] / pic.shape[0]))
     h = max(1, int(h))
@@ -29,175 +37,97 @@ def paste(im: np.ndarray, pic: np.ndarray, x: float, y: float, h: float, shade: 
 
 
 def _stained(r, w: int, h: int, colour, cell: float = 40) -> np.ndarray:
-    return (
-        (np.asarray(colour) * (0.75 + 0.5 * noise(r, h, w, cell)[..., None])).clip(0, 255).astype(np.float32)
-    )
+    "One colour in patches about `cell` pixels large, float32 [h, w, 3]."
+    light = 0.75 + 0.5 * noise(r, h, w, cell)[..., None]
+    return (np.asarray(colour) * light).clip(0, 255).astype(np.float32)
 
 # %% ../../../nbs/parts/minigld/clutter.ipynb #a15af88e
-def people(r, w: int, h: int, row: dict) -> np.ndarray:  # float32 RGB
-    "Friends, close to the camera."
+def _background(r, w: int, h: int) -> np.ndarray:
+    "Sky or a room, ground, a few walls and trees, out of focus."
     im = sky_picture(r, w, h, h * 0.5, "day" if r.random() < 0.6 else "indoor", "clear")
     ground = int(h * r.uniform(0.45, 0.7))
     im[ground:] = _stained(r, w, h - ground, STONE[r.integers(len(STONE))])
     for _ in range(5):
-        x = r.uniform(0, w)
-        im[int(r.uniform(0.1, 0.5) * h) : ground, int(x) : int(x + r.uniform(0.1, 0.3) * w)] = STONE[
-            r.integers(len(STONE))
-        ] * r.uniform(0.4, 1)
+        x, colour = r.uniform(0, w), STONE[r.integers(len(STONE))] * r.uniform(0.4, 1)
+        top, right = int(r.uniform(0.1, 0.5) * h), int(x + r.uniform(0.1, 0.3) * w)
+        im[top:ground, int(x) : right] = colour
     for _ in range(3):
         paste(im, tree(int(r.integers(12))), r.uniform(0, w), ground + 8, h * r.uniform(0.3, 0.6))
-    im = cv2.GaussianBlur(im, (0, 0), r.uniform(1.5, 5))
+    return cv2.GaussianBlur(im, (0, 0), r.uniform(1.5, 5))
+
+
+def people(r, w: int, h: int, row: dict) -> np.ndarray:  # float32 RGB [h, w, 3]
+    "Friends, close to the camera."
+    im = _background(r, w, h)
     n = int(r.choice([1, 2, 3, 6]))
     size = h * r.uniform(0.9, 2.2) if n < 4 else h * r.uniform(0.5, 0.8)
     for i in range(n):
-        paste(
-            im,
-            person(int(r.integers(48))),
-            w * (i + 0.5 + r.normal(0, 0.12)) / n,
-            h + size * (0.42 if n < 4 else 0.03) + r.normal(0, 5),
-            size * r.uniform(0.92, 1.08),
-        )
+        who, x = person(int(r.integers(48))), w * (i + 0.5 + r.normal(0, 0.12)) / n
+        foot = h + size * (0.42 if n < 4 else 0.03) + r.normal(0, 5)
+        paste(im, who, x, foot, size * r.uniform(0.92, 1.08))
     return im
 
+# %% ../../../nbs/parts/minigld/clutter.ipynb #cd014a3e
+_FOOD = np.array(
+    [
+        (180, 110, 50),
+        (96, 140, 50),
+        (200, 60, 40),
+        (226, 196, 110),
+        (110, 60, 36),
+        (240, 226, 190),
+        (210, 140, 60),
+    ]
+)  # colours of what is eaten, RGB
 
-def food(r, w: int, h: int, row: dict) -> np.ndarray:
-    "A plate on a table, from above."
-    wood = (
-        masonry(r, h, w, 60, "panel", STONE[r.choice([2, 4, 10])] * 0.7).rgb
-        if r.random() < 0.5
-        else _stained(r, w, h, BRIGHT[r.integers(len(BRIGHT))] * 0.6 + 80)
-    )
-    im = np.ascontiguousarray(wood.astype(np.uint8))
+
+def _disc(im: np.ndarray, at, size, angle: float, colour):
+    "A filled ellipse; `size` are its half axes."
+    cv2.ellipse(im, at, size, angle, 0, 360, colour, -1, cv2.LINE_AA)
+
+
+def _bite(r, im: np.ndarray, c, R: int, flat: float):
+    "Something to eat near the middle c of a plate of radius R, with its shine."
+    x, y = int(c[0] + r.normal(0, R * 0.25)), int(c[1] + r.normal(0, R * 0.22 * flat))
+    k = r.uniform(0.05, 0.24) * R
+    colour = _FOOD[r.integers(len(_FOOD))] * r.uniform(0.7, 1.15)
+    size = (int(k), max(1, int(k * r.uniform(0.3, 0.9))))
+    _disc(im, (x, y), size, r.uniform(0, 180), rgba(colour)[:3])
+    shine = (max(1, int(k * 0.3)), max(1, int(k * 0.15)))
+    _disc(im, (x - int(k * 0.2), y - int(k * 0.2)), shine, 30, rgba(colour * 1.3 + 20)[:3])
+
+
+def _plate(r, im: np.ndarray, x: float, room: float):
+    "A full plate: shadow, rim, slope and bottom, and what lies on it."
+    c, R = (int(x), int(im.shape[0] * r.uniform(0.4, 0.6))), int(room * r.uniform(0.36, 0.5))
+    flat = r.uniform(0.7, 1)
+    for k, v in ((1.06, 60), (1.0, 238), (0.74, 222), (0.7, 244)):
+        at = (c[0], c[1] + (4 if v == 60 else 0))
+        _disc(im, at, (int(R * k), int(R * k * flat)), 0, (v, v, v - 6))
+    for _ in range(int(r.integers(10, 46))):
+        _bite(r, im, c, R, flat)
+
+
+def food(r, w: int, h: int, row: dict) -> np.ndarray:  # float32 RGB [h, w, 3]
+    "Plates on a table, from above."
+    if r.random() < 0.5:
+        table = masonry(r, h, w, 60, "panel", STONE[r.choice([2, 4, 10])] * 0.7).rgb
+    else:
+        table = _stained(r, w, h, BRIGHT[r.integers(len(BRIGHT))] * 0.6 + 80)
+    im = np.ascontiguousarray(table.astype(np.uint8))
     n = int(r.choice([1, 1, 2, 3]))
     for i in range(n):
-        c, R = (
-            (int(w * (i + 0.5 + r.normal(0, 0.1)) / n), int(h * r.uniform(0.4, 0.6))),
-            int(min(w / n, h) * r.uniform(0.36, 0.5)),
-        )
-        flat = r.uniform(0.7, 1)
-        for k, v in ((1.06, 60), (1.0, 238), (0.74, 222), (0.7, 244)):
-            cv2.ellipse(
-                im,
-                (c[0], c[1] + (4 if v == 60 else 0)),
-                (int(R * k), int(R * k * flat)),
-                0,
-                0,
-                360,
-                (v, v, v - 6),
-                -1,
-                cv2.LINE_AA,
-            )
-        hues = np.array(
-            [
-                (180, 110, 50),
-                (96, 140, 50),
-                (200, 60, 40),
-                (226, 196, 110),
-                (110, 60, 36),
-                (240, 226, 190),
-                (210, 140, 60),
-            ]
-        )
-        for _ in range(int(r.integers(10, 46))):
-            p = (int(c[0] + r.normal(0, R * 0.25)), int(c[1] + r.normal(0, R * 0.22 * flat)))
-            k = r.uniform(0.05, 0.24) * R
-            q = hues[r.integers(len(hues))] * r.uniform(0.7, 1.15)
-            cv2.ellipse(
-                im,
-                p,
-                (int(k), max(1, int(k * r.uniform(0.3, 0.9)))),
-                r.uniform(0, 180),
-                0,
-                360,
-                rgba(q)[:3],
-                -1,
-                cv2.LINE_AA,
-            )
-            cv2.ellipse(
-                im,
-                (p[0] - int(k * 0.2), p[1] - int(k * 0.2)),
-                (max(1, int(k * 0.3)), max(1, int(k * 0.15))),
-                30,
-                0,
-                360,
-                rgba(q * 1.3 + 20)[:3],
-                -1,
-                cv2.LINE_AA,
-            )
+        _plate(r, im, w * (i + 0.5 + r.normal(0, 0.1)) / n, min(w / n, h))
     for x in (w * 0.06, w * 0.93):
-        cv2.line(
-            im,
-            (int(x), int(h * 0.2)),
-            (int(x + r.normal(0, 8)), int(h * 0.85)),
-            (186, 188, 192),
-            5,
-            cv2.LINE_AA,
-        )
-    cv2.circle(
-        im,
-        (int(w * 0.86), int(h * 0.14)),
-        int(h * 0.12),
-        rgba(BRIGHT[r.integers(len(BRIGHT))])[:3],
-        -1,
-        cv2.LINE_AA,
-    )
+        tip = (int(x + r.normal(0, 8)), int(h * 0.85))
+        cv2.line(im, (int(x), int(h * 0.2)), tip, (186, 188, 192), 5, cv2.LINE_AA)
+    glass = rgba(BRIGHT[r.integers(len(BRIGHT))])[:3]
+    cv2.circle(im, (int(w * 0.86), int(h * 0.14)), int(h * 0.12), glass, -1, cv2.LINE_AA)
     return im.astype(np.float32)
 
 # %% ../../../nbs/parts/minigld/clutter.ipynb #5f906096
-def map_sheet(r, w: int, h: int, row: dict) -> np.ndarray:
-    "A street plan, a leaflet or a sign with text."
-    if r.random() < 0.3:
-        return _leaflet(r, w, h)
-    im = np.empty((h, w, 3), np.uint8)
-    im[:] = np.array((238, 232, 214)) * r.uniform(0.9, 1.05)
-    for _ in range(7):
-        cv2.ellipse(
-            im,
-            tuple(int(v) for v in r.random(2) * [w, h]),
-            (int(r.uniform(0.05, 0.2) * w), int(r.uniform(0.05, 0.2) * h)),
-            r.uniform(0, 180),
-            0,
-            360,
-            (190, 216, 170),
-            -1,
-            cv2.LINE_AA,
-        )
-    river = np.cumsum(np.c_[np.full(9, w / 7.5), r.normal(0, h * 0.12, 9)], 0) + [
-        -w * 0.2,
-        h * r.uniform(0.3, 0.7),
-    ]
-    cv2.polylines(im, [np.int32(river)], False, (150, 190, 224), int(r.uniform(8, 22)), cv2.LINE_AA)
-    a = r.uniform(0, 1.5)
-    for k in range(34):
-        t = a + (np.pi / 2) * (k % 2) + r.normal(0, 0.12)
-        p = r.random(2) * [w, h]
-        d = np.array([np.cos(t), np.sin(t)]) * w * r.uniform(0.2, 1)
-        cv2.line(
-            im,
-            tuple(int(v) for v in p - d),
-            tuple(int(v) for v in p + d),
-            (250, 250, 246) if k > 5 else (244, 200, 96),
-            int(r.uniform(2, 6)),
-            cv2.LINE_AA,
-        )
-    s = Surface(h, w)
-    s.rgb = im
-    for _ in range(14):
-        inscription(
-            r,
-            s,
-            r.uniform(0.1, 0.9) * w,
-            r.uniform(0.05, 0.95) * h,
-            r.uniform(6, 10),
-            (60, 56, 66),
-            int(r.integers(5, 9)),
-        )
-    for x, y in r.random((7, 2)) * [w, h]:
-        cv2.circle(s.rgb, (int(x), int(y)), 5, (200, 40, 40), -1, cv2.LINE_AA)
-    return s.rgb.astype(np.float32)
-
-
 def _leaflet(r, w: int, h: int) -> np.ndarray:
+    "A page with a headline, text and an emblem."
     s = Surface(h, w, BRIGHT[r.integers(len(BRIGHT))] * 0.5 + r.uniform(20, 110))
     s.rect(w * 0.06, h * 0.06, w * 0.94, h * 0.94, (240, 238, 230))
     s.rect(w * 0.06, h * 0.06, w * 0.94, h * 0.24, BRIGHT[r.integers(len(BRIGHT))])
@@ -207,112 +137,147 @@ def _leaflet(r, w: int, h: int) -> np.ndarray:
     carve(s, glyph(r, int(h * 0.3)), w * 0.66, h * 0.4, BRIGHT[r.integers(len(BRIGHT))], 0)
     return s.rgb.astype(np.float32)
 
+
+def _whole(p) -> tuple:
+    return tuple(int(v) for v in p)
+
+
+def _parks_and_river(r, im: np.ndarray):
+    h, w = im.shape[:2]
+    for _ in range(7):
+        at, size = (
+            _whole(r.random(2) * [w, h]),
+            (int(r.uniform(0.05, 0.2) * w), int(r.uniform(0.05, 0.2) * h)),
+        )
+        cv2.ellipse(im, at, size, r.uniform(0, 180), 0, 360, (190, 216, 170), -1, cv2.LINE_AA)
+    bends = np.cumsum(np.c_[np.full(9, w / 7.5), r.normal(0, h * 0.12, 9)], 0)
+    river = bends + [-w * 0.2, h * r.uniform(0.3, 0.7)]
+    cv2.polylines(im, [np.int32(river)], False, (150, 190, 224), int(r.uniform(8, 22)), cv2.LINE_AA)
+
+
+def _streets(r, im: np.ndarray):
+    "A grid that nobody drew with a ruler; the first six are main roads."
+    h, w = im.shape[:2]
+    a = r.uniform(0, 1.5)
+    for k in range(34):
+        t = a + (np.pi / 2) * (k % 2) + r.normal(0, 0.12)
+        p = r.random(2) * [w, h]
+        d = np.array([np.cos(t), np.sin(t)]) * w * r.uniform(0.2, 1)
+        colour = (250, 250, 246) if k > 5 else (244, 200, 96)
+        cv2.line(im, _whole(p - d), _whole(p + d), colour, int(r.uniform(2, 6)), cv2.LINE_AA)
+
+
+def map_sheet(r, w: int, h: int, row: dict) -> np.ndarray:  # float32 RGB [h, w, 3]
+    "A street plan, or a leaflet with text."
+    if r.random() < 0.3:
+        return _leaflet(r, w, h)
+    s = Surface(h, w)
+    s.rgb[:] = np.array((238, 232, 214)) * r.uniform(0.9, 1.05)
+    _parks_and_river(r, s.rgb)
+    _streets(r, s.rgb)
+    for _ in range(14):
+        x, y, size = r.uniform(0.1, 0.9) * w, r.uniform(0.05, 0.95) * h, r.uniform(6, 10)
+        inscription(r, s, x, y, size, (60, 56, 66), int(r.integers(5, 9)))
+    for x, y in r.random((7, 2)) * [w, h]:
+        cv2.circle(s.rgb, (int(x), int(y)), 5, (200, 40, 40), -1, cv2.LINE_AA)
+    return s.rgb.astype(np.float32)
+
 # %% ../../../nbs/parts/minigld/clutter.ipynb #414213a4
-def landscape(r, w: int, h: int, row: dict) -> np.ndarray:
+_DIM = dict(day=1.0, overcast=0.85, dusk=0.55, night=0.16)  # what is left of the daylight
+_SLOPES = [(70, 100, 52), (130, 110, 70), (90, 96, 60)]
+
+
+def _ridges(r, im: np.ndarray, horizon: float, dim: float):
+    "Hills behind hills, each with an outline of large and small noise."
+    h, w = im.shape[:2]
+    n = int(r.integers(2, 5))
+    for i in range(n):
+        high = h * (0.3 - 0.08 * i) * r.uniform(0.2, 1)
+        hills, bushes = noise(r, 1, w, w / r.uniform(2, 7))[0], noise(r, 1, w, 9)[0]
+        ridge = horizon - high * hills - h * 0.03 * bushes + i * h * 0.03
+        near = np.array(_SLOPES[r.integers(3)])
+        colour = (np.array((120, 136, 160)) * (1 - i / n) + near * i / n) * dim
+        below = np.arange(h)[:, None] > ridge[None]
+        im[below] = _stained(r, w, h, colour, 14 + 10 * i)[below]
+
+
+def _water(r, im: np.ndarray, y: int, dim: float):
+    "Water from row y on, with the mean colour of what it mirrors."
+    h, w = im.shape[:2]
+    mirrored = im[max(0, 2 * y - h) : y][::-1][: h - y].mean((0, 1))
+    water = _stained(r, w, h - y, np.array((74, 120, 150)) * dim, 6) * 0.6 + mirrored * 0.4
+    im[y:] = cv2.blur(water, (25, 1))
+
+
+def landscape(r, w: int, h: int, row: dict) -> np.ndarray:  # float32 RGB [h, w, 3]
     "Mountains, hills, the sea."
     light = row["light"] if row["light"] != "indoor" else "day"
-    horizon = h * r.uniform(0.35, 0.65)
+    horizon, dim = h * r.uniform(0.35, 0.65), _DIM[light]
     im = sky_picture(r, w, h, horizon, light, "clear")
-    dim = dict(day=1.0, overcast=0.85, dusk=0.55, night=0.16)[light]
-    n = int(r.integers(2, 5))
-    x = np.arange(w)
-    for i in range(n):
-        ridge = (
-            horizon
-            - h * (0.3 - 0.08 * i) * r.uniform(0.2, 1) * noise(r, 1, w, w / r.uniform(2, 7))[0]
-            - h * 0.03 * noise(r, 1, w, 9)[0]
-            + i * h * 0.03
-        )
-        colour = (
-            np.array((120, 136, 160)) * (1 - i / n)
-            + np.array([(70, 100, 52), (130, 110, 70), (90, 96, 60)][r.integers(3)]) * i / n
-        ) * dim
-        mask = np.arange(h)[:, None] > ridge[None]
-        tex = _stained(r, w, h, colour, 14 + 10 * i)
-        im[mask] = tex[mask]
+    _ridges(r, im, horizon, dim)
     if r.random() < 0.5:
-        y = int(horizon + h * 0.06)
-        water = (
-            _stained(r, w, h - y, np.array((74, 120, 150)) * dim, 6) * 0.6
-            + im[max(0, 2 * y - h) : y][::-1][: h - y].mean((0, 1)) * 0.4
-        )
-        im[y:] = cv2.blur(water, (25, 1))
+        _water(r, im, int(horizon + h * 0.06), dim)
     else:
-        [
+        for x, y in sorted(zip(r.random(14) * w, r.uniform(0.6, 1.1, 14)), key=lambda t: t[1]):
             paste(im, tree(int(r.integers(14))), x, h * y, h * 0.34 * (y - 0.3), dim)
-            for x, y in sorted(zip(r.random(14) * w, r.uniform(0.6, 1.1, 14)), key=lambda t: t[1])
-        ]
     return im
 
+# %% ../../../nbs/parts/minigld/clutter.ipynb #b240541d
+_FUR = np.array([(70, 54, 42), (190, 150, 100), (60, 60, 62), (206, 198, 186)])
+_SOIL = [(96, 130, 62), (170, 160, 140), (120, 100, 80)]
 
-def animal(r, w: int, h: int, row: dict) -> np.ndarray:
-    "A four-legged friend or a flower bed."
-    im = _stained(r, w, h, [(96, 130, 62), (170, 160, 140), (120, 100, 80)][r.integers(3)], 18)
-    im += r.normal(0, 9, (h, w, 1)).astype(np.float32)
-    if r.random() < 0.45:
-        hue = BRIGHT[r.integers(len(BRIGHT))]
-        for x, y in sorted(r.random((60, 2)).tolist(), key=lambda p: p[1]):
-            k = 4 + 12 * y
-            c = hue * r.uniform(0.7, 1.2)
-            for a in np.arange(0, 6.2, 1.05):
-                cv2.ellipse(
-                    im,
-                    (int(x * w + np.cos(a) * k), int(y * h + np.sin(a) * k * 0.7)),
-                    (int(k * 0.7), int(k * 0.4)),
-                    np.degrees(a),
-                    0,
-                    360,
-                    rgba(c)[:3],
-                    -1,
-                    cv2.LINE_AA,
-                )
-            cv2.circle(im, (int(x * w), int(y * h)), int(k * 0.45), (236, 200, 70), -1, cv2.LINE_AA)
-        return im
-    c, s = (
-        np.array([(70, 54, 42), (190, 150, 100), (60, 60, 62), (206, 198, 186)][r.integers(4)])
-        * r.uniform(0.7, 1.0),
-        h * r.uniform(0.22, 0.36),
-    )
+
+def _flowers(r, im: np.ndarray):
+    "Sixty flowers of one hue, each with six petals."
+    h, w = im.shape[:2]
+    hue = BRIGHT[r.integers(len(BRIGHT))]
+    for x, y in sorted(r.random((60, 2)).tolist(), key=lambda p: p[1]):
+        k, colour = 4 + 12 * y, rgba(hue * r.uniform(0.7, 1.2))[:3]
+        for a in np.arange(0, 6.2, 1.05):
+            at = (int(x * w + np.cos(a) * k), int(y * h + np.sin(a) * k * 0.7))
+            _disc(im, at, (int(k * 0.7), int(k * 0.4)), np.degrees(a), colour)
+        cv2.circle(im, (int(x * w), int(y * h)), int(k * 0.45), (236, 200, 70), -1, cv2.LINE_AA)
+
+
+def _stroke(im: np.ndarray, x0, y0, x1, y1, colour, width: float):
+    cv2.line(im, (int(x0), int(y0)), (int(x1), int(y1)), rgba(colour)[:3], int(width), cv2.LINE_AA)
+
+
+def _pet_head(im: np.ndarray, hx: int, hy: int, s: float, c):
+    "Head, ears and an eye of an animal whose body is 2 s long."
+    _disc(im, (hx, hy), (int(s * 0.36), int(s * 0.27)), 12, rgba(c * 1.1)[:3])
+    for k in (-0.2, 0.12):
+        low = hy - s * 0.16
+        ear = [(hx + k * s - 6, low), (hx + k * s + 8, low), (hx + k * s, hy - s * 0.46)]
+        cv2.fillPoly(im, [np.int32(ear)], rgba(c * 0.75)[:3], cv2.LINE_AA)
+    eye = (hx + int(s * 0.12), hy - int(s * 0.05))
+    cv2.circle(im, eye, max(1, int(s * 0.05)), (16, 14, 14), -1, cv2.LINE_AA)
+
+
+def _pet(r, im: np.ndarray):
+    "Legs, body, neck, head and tail."
+    h, w = im.shape[:2]
+    c, s = _FUR[r.integers(4)] * r.uniform(0.7, 1.0), h * r.uniform(0.22, 0.36)
     x, y = w * r.uniform(0.4, 0.6), h * 0.55
     for k in (-0.8, -0.5, 0.5, 0.8):
-        cv2.line(
-            im,
-            (int(x + k * s), int(y)),
-            (int(x + k * s + r.normal(0, 5)), int(y + s * 0.95)),
-            rgba(c * 0.8)[:3],
-            max(2, int(s * 0.14)),
-            cv2.LINE_AA,
-        )
-    cv2.ellipse(im, (int(x), int(y)), (int(s), int(s * 0.46)), 0, 0, 360, rgba(c)[:3], -1, cv2.LINE_AA)
+        foot = x + k * s + r.normal(0, 5)
+        _stroke(im, x + k * s, y, foot, y + s * 0.95, c * 0.8, max(2, int(s * 0.14)))
+    _disc(im, (int(x), int(y)), (int(s), int(s * 0.46)), 0, rgba(c)[:3])
     hx, hy = int(x + s * 1.02), int(y - s * 0.5)
-    cv2.line(im, (int(x + s * 0.7), int(y - s * 0.1)), (hx, hy), rgba(c)[:3], int(s * 0.36), cv2.LINE_AA)
-    cv2.ellipse(im, (hx, hy), (int(s * 0.36), int(s * 0.27)), 12, 0, 360, rgba(c * 1.1)[:3], -1, cv2.LINE_AA)
-    for k in (-0.2, 0.12):
-        cv2.fillPoly(
-            im,
-            [
-                np.int32(
-                    [
-                        (hx + k * s - 6, hy - s * 0.16),
-                        (hx + k * s + 8, hy - s * 0.16),
-                        (hx + k * s, hy - s * 0.46),
-                    ]
-                )
-            ],
-            rgba(c * 0.75)[:3],
-            cv2.LINE_AA,
-        )
-    cv2.circle(
-        im, (hx + int(s * 0.12), hy - int(s * 0.05)), max(1, int(s * 0.05)), (16, 14, 14), -1, cv2.LINE_AA
-    )
-    cv2.line(
-        im,
-        (int(x - s * 0.9), int(y - s * 0.1)),
-        (int(x - s * 1.4), int(y - s * r.uniform(0.1, 0.7))),
-        rgba(c)[:3],
-        max(2, int(s * 0.1)),
-        cv2.LINE_AA,
-    )
+    _stroke(im, x + s * 0.7, y - s * 0.1, hx, hy, c, s * 0.36)
+    _pet_head(im, hx, hy, s, c)
+    tip = y - s * r.uniform(0.1, 0.7)
+    _stroke(im, x - s * 0.9, y - s * 0.1, x - s * 1.4, tip, c, max(2, int(s * 0.1)))
+
+
+def animal(r, w: int, h: int, row: dict) -> np.ndarray:  # float32 RGB [h, w, 3]
+    "A four-legged friend or a flower bed."
+    im = _stained(r, w, h, _SOIL[r.integers(3)], 18)
+    im += r.normal(0, 9, (h, w, 1)).astype(np.float32)
+    if r.random() < 0.45:
+        _flowers(r, im)
+        return im
+    _pet(r, im)
     return im * (0.72 + 0.4 * noise(r, h, w, 4)[..., None]) * (0.8 + 0.4 * noise(r, h, w, 50)[..., None])
 
 # %% ../../../nbs/parts/minigld/clutter.ipynb #ae2f7335

@@ -9,149 +9,135 @@ __all__ = ['hall_of', 'detail_of']
 import numpy as np
 
 from .facade import facade
-from .geometry import Face, box, cylinder, dome, vec
+from .geometry import Body, Face, box, cylinder, dome, vec
 from .inside import ART, artwork, ceiling, flooring, hall_wall
 from .paint import Surface, masonry
 from .plan import rng_of
 from .styles import Landmark
 
 # %% ../../../nbs/parts/minigld/rooms.ipynb #386d700c
-def hall_of(L: Landmark) -> tuple:  # walls, furniture, (width, depth, height)
-    "The inside of a landmark."
-    r = rng_of(L.seed, "hall", L.name.removeprefix("look/"))
-    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12)
-    pal, ppm = L.pal_hall, 17.0 * L.fine
-    R = L.recipes
-    R["in.end"], R["in.side"] = (
-        (lambda q: hall_wall(q, w, h, 26.0 * L.fine, pal, "end")),
-        (lambda q: hall_wall(q, d, h, ppm, pal, "side")),
-    )
-    R["in.side2"] = lambda q: hall_wall(q, d, h, ppm, pal, "side")
-    R["in.floor"], R["in.top"] = (
-        (lambda q: flooring(q, w, d, 13.0 * L.fine, pal)),
-        (lambda q: ceiling(q, w * 1.3, d, 11.0 * L.fine, pal)),
-    )
-    R["in.arch"] = lambda q: masonry(q, 100, 200, 16, "ashlar", pal["wall"])
-    vault = r.random() < 0.65
-    rise = w * r.uniform(0.25, 0.5) if vault else 0
+def _plan_hall(L: Landmark, w: float, d: float, h: float):
+    "Plan the surfaces of a hall w × d metres large and h high."
+    pal, fine, R = L.pal_hall, L.fine, L.recipes
+    R["in.end"] = lambda r: hall_wall(r, w, h, 26.0 * fine, pal, "end")
+    R["in.side"] = lambda r: hall_wall(r, d, h, 17.0 * fine, pal, "side")
+    R["in.side2"] = lambda r: hall_wall(r, d, h, 17.0 * fine, pal, "side")
+    R["in.floor"] = lambda r: flooring(r, w, d, 13.0 * fine, pal)
+    R["in.top"] = lambda r: ceiling(r, w * 1.3, d, 11.0 * fine, pal)
+    R["in.arch"] = lambda r: masonry(r, 100, 200, 16, "ashlar", pal["wall"])
+    for i in range(8):
+        R[f"in.top{i}"] = lambda r, i=i: _strip(L, i)
+
+
+def _strip(L: Landmark, i: int) -> Surface:
+    "One of eight strips of the painted vault, turned along the hall."
+    if "vault" not in L.painted:
+        L.painted["vault"] = L.recipes["in.top"](rng_of(L.seed, "paint", L.name, "vault"))
+    s, n = L.painted["vault"], L.painted["vault"].w // 8
+    part, cut = Surface(n, s.h), np.s_[:, i * n : (i + 1) * n]
+    part.rgb = np.ascontiguousarray(s.rgb[cut].transpose(1, 0, 2))
+    part.height = np.ascontiguousarray(s.height[cut].T)
+    return part
+
+
+def _vault(w: float, d: float, h: float, rise: float) -> tuple:  # the end of the vault, its eight strips
+    "Faces of a vault that rises above walls h metres high."
+    t = np.linspace(0, np.pi, 9)
+    x, z = -w / 2 * np.cos(t), h + rise * np.sin(t)
+    outline = [((a / w + 0.5), (h + rise - b) / rise) for a, b in zip(x, z)]
+    end = Face("in.arch", vec(-w / 2, d, h + rise), vec(w, 0, 0), vec(0, 0, -rise), outline)
+    strips = []
+    for i in range(8):
+        across = vec(x[i] - x[i + 1], 0, z[i] - z[i + 1])
+        strips.append(Face(f"in.top{i}", vec(x[i + 1], 0, z[i + 1]), vec(0, d, 0), across))
+    return end, strips
+
+
+def _shell(w: float, d: float, h: float, rise: float) -> list:
+    "The faces of a hall; with rise 0 its ceiling is flat."
     walls = [
         Face("in.end", vec(-w / 2, d, h), vec(w, 0, 0), vec(0, 0, -h)),
         Face("in.side", vec(-w / 2, 0, h), vec(0, d, 0), vec(0, 0, -h)),
         Face("in.side2", vec(w / 2, d, h), vec(0, -d, 0), vec(0, 0, -h)),
         Face("in.floor", vec(-w / 2, d, 0), vec(w, 0, 0), vec(0, -d, 0)),
     ]
-    if vault:
-        t = np.linspace(0, np.pi, 9)
-        x, z = -w / 2 * np.cos(t), h + rise * np.sin(t)
-        walls.insert(
-            0,
-            Face(
-                "in.arch",
-                vec(-w / 2, d, h + rise),
-                vec(w, 0, 0),
-                vec(0, 0, -rise),
-                [((a / w + 0.5), (h + rise - b) / rise) for a, b in zip(x, z)],
-            ),
-        )
-        walls += [
-            Face(
-                f"in.top{i}",
-                vec(x[i + 1], 0, z[i + 1]),
-                vec(0, d, 0),
-                vec(x[i] - x[i + 1], 0, z[i] - z[i + 1]),
-            )
-            for i in range(8)
-        ]
-        for i in range(8):
-            R[f"in.top{i}"] = lambda q, i=i: _strip(L, i)
-    else:
-        walls.append(Face("in.top", vec(-w / 2, 0, h), vec(w, 0, 0), vec(0, d, 0)))
-    return walls, _furniture(L, r, w, d, h, pal), (w, d, h + rise)
+    if not rise:
+        return [*walls, Face("in.top", vec(-w / 2, 0, h), vec(w, 0, 0), vec(0, d, 0))]
+    end, strips = _vault(w, d, h, rise)
+    return [end, *walls, *strips]
+
+# %% ../../../nbs/parts/minigld/rooms.ipynb #7e54d06d
+def _column(x: float, y: float, h: float) -> list:
+    "A column with base and capital, for a hall h metres high."
+    key, room = "in.column", (x - 0.6, x + 0.6, y - 0.6, y + 0.6)
+    shaft = cylinder(x, y, 0.42, 0.5, h * 0.86, key)
+    return [shaft, box(*room, 0, 0.5, key, top=key), box(*room, h * 0.86, h * 0.92, key)]
 
 
-def _strip(L: Landmark, i: int):
-    "One of eight strips of the painted vault, turned along the hall."
-    if "vault" not in L.painted:
-        L.painted["vault"] = L.recipes["in.top"](rng_of(L.seed, "paint", L.name, "vault"))
-    s, n = L.painted["vault"], L.painted["vault"].w // 8
-    part = Surface(n, s.h)
-    cut = np.s_[:, i * n : (i + 1) * n]
-    part.rgb, part.height = (
-        np.ascontiguousarray(s.rgb[cut].transpose(1, 0, 2)),
-        np.ascontiguousarray(s.height[cut].T),
-    )
-    return part
+def _bench(s: int, w: float, y: float) -> Body:
+    "A bench, left (s = −1) or right (1) of the aisle."
+    x0, x1 = sorted((s * w * 0.06, s * w * 0.28))
+    return box(x0, x1, y, y + 0.4, 0, 0.9, "in.wood", top="in.wood")
 
 
-def _furniture(L: Landmark, r, w: float, d: float, h: float, pal: dict) -> list:
+def _furniture(L: Landmark, r, w: float, d: float, h: float) -> list:
     "Columns, benches, an altar, hanging lamps."
-    L.recipes["in.column"] = lambda q: masonry(
-        q, 200, 140, 20, str(q.choice(["panel", "ashlar", "striped"])), pal["trim"], pal["second"]
-    )
-    L.recipes["in.wood"] = lambda q: masonry(q, 40, 120, 20, "panel", (112, 74, 46))
-    L.recipes["in.cloth"] = lambda q: facade(
-        q, 3, 1.5, 40.0, dict(pal, kind="plaster", wall=pal["accent"]), "tower"
-    )
-    B = []
+    pal, R = L.pal_hall, L.recipes
+
+    def column_stone(q):
+        kind = str(q.choice(["panel", "ashlar", "striped"]))
+        return masonry(q, 200, 140, 20, kind, pal["trim"], pal["second"])
+
+    cloth = dict(pal, kind="plaster", wall=pal["accent"])
+    R["in.column"] = column_stone
+    R["in.wood"] = lambda q: masonry(q, 40, 120, 20, "panel", (112, 74, 46))
+    R["in.cloth"] = lambda q: facade(q, 3, 1.5, 40.0, cloth, "tower")
+    bodies = []
     if r.random() < 0.6:
         for y in np.arange(3, d - 1.5, r.uniform(3.6, 5.0)):
-            for s in (-1, 1):
-                B += [
-                    cylinder(s * w * 0.36, y, 0.42, 0.5, h * 0.86, "in.column"),
-                    box(
-                        s * w * 0.36 - 0.6,
-                        s * w * 0.36 + 0.6,
-                        y - 0.6,
-                        y + 0.6,
-                        0,
-                        0.5,
-                        "in.column",
-                        top="in.column",
-                    ),
-                    box(
-                        s * w * 0.36 - 0.6,
-                        s * w * 0.36 + 0.6,
-                        y - 0.6,
-                        y + 0.6,
-                        h * 0.86,
-                        h * 0.92,
-                        "in.column",
-                    ),
-                ]
+            bodies += [b for s in (-1, 1) for b in _column(s * w * 0.36, y, h)]
     if r.random() < 0.55:
-        for y in np.arange(d * 0.35, d * 0.78, 1.5):
-            for s in (-1, 1):
-                B.append(
-                    box(*sorted((s * w * 0.06, s * w * 0.28)), y, y + 0.4, 0, 0.9, "in.wood", top="in.wood")
-                )
-    B.append(box(-1.7, 1.7, d - 3, d - 1.8, 0, 1.15, "in.cloth", top="in.wood"))
+        bodies += [_bench(s, w, y) for y in np.arange(d * 0.35, d * 0.78, 1.5) for s in (-1, 1)]
+    bodies.append(box(-1.7, 1.7, d - 3, d - 1.8, 0, 1.15, "in.cloth", top="in.wood"))
     for y in (d * 0.5, d * 0.75):
-        B.append(dome(0, y, r.uniform(0.5, 0.9), h * 0.62, L.stone("in.lamp", "tile", (230, 200, 120)), 0.8))
-    return B
+        radius, brass = r.uniform(0.5, 0.9), L.stone("in.lamp", "tile", (230, 200, 120))
+        bodies.append(dome(0, y, radius, h * 0.62, brass, 0.8))
+    return bodies
+
+# %% ../../../nbs/parts/minigld/rooms.ipynb #f698b322
+def hall_of(
+    L: Landmark,  # whose hall; its surfaces are planned
+) -> tuple:  # walls (faces), furniture (bodies), (width, depth, height) in metres
+    "The inside of a landmark."
+    r = rng_of(L.seed, "hall", L.name.removeprefix("look/"))
+    w, d, h = r.uniform(9, 15), r.uniform(18, 30), r.uniform(8, 12)
+    _plan_hall(L, w, d, h)
+    vaulted = r.random() < 0.65
+    rise = w * r.uniform(0.25, 0.5) if vaulted else 0
+    return _shell(w, d, h, rise), _furniture(L, r, w, d, h), (w, d, h + rise)
 
 # %% ../../../nbs/parts/minigld/rooms.ipynb #1b93ee92
-def detail_of(L: Landmark) -> tuple:  # walls, furniture, (width, depth, height) of the artwork
+def detail_of(
+    L: Landmark,  # whose work of art; its surfaces are planned
+) -> tuple:  # walls (faces), the work (one body), its (width, z, height) in metres
     "A work of art on its wall."
     r = rng_of(L.seed, "detail", L.name.removeprefix("look/"))
-    kind = str(r.choice(ART))
-    pal = L.pal_hall
-    px = int(360 * L.fine)
-    L.recipes["art"] = lambda q: artwork(q, kind, pal, px)
+    kind, pal, fine, R = str(r.choice(ART)), L.pal_hall, L.fine, L.recipes
+    R["art"] = lambda q: artwork(q, kind, pal, int(360 * fine))
     h = r.uniform(1.8, 3.4)
-    pyramid = L.surface("art")
-    w = h * pyramid[0][0].shape[1] / pyramid[0][0].shape[0]
-    z = r.uniform(0.2, 0.9)
-    L.recipes["art.wall"] = lambda q: masonry(
-        q, 136, 408, 17, str(q.choice(["plaster", "ashlar", "brick", "panel"])), pal["wall"] * 0.9
-    )
-    L.recipes["art.floor"] = lambda q: flooring(q, 24, 8, 12.0 * L.fine, pal)
-    L.recipes["art.edge"] = lambda q: masonry(q, 60, 60, 30, "plaster", pal["trim"] * 0.8)
+    rows, columns = L.surface("art")[0][0].shape[:2]
+    w, z = h * columns / rows, r.uniform(0.2, 0.9)
+
+    def wall(q):
+        stone = str(q.choice(["plaster", "ashlar", "brick", "panel"]))
+        return masonry(q, 136, 408, 17, stone, pal["wall"] * 0.9)
+
+    R["art.wall"] = wall
+    R["art.floor"] = lambda q: flooring(q, 24, 8, 12.0 * fine, pal)
+    R["art.edge"] = lambda q: masonry(q, 60, 60, 30, "plaster", pal["trim"] * 0.8)
     walls = [
         Face("art.wall", vec(-12, 0, 8), vec(24, 0, 0), vec(0, 0, -8)),
         Face("art.floor", vec(-12, 0, 0), vec(24, 0, 0), vec(0, -8, 0)),
     ]
-    return (
-        walls,
-        [box(-w / 2, w / 2, -0.22, 0, z, z + h, "art", "art.edge", "art.edge", "art.edge")],
-        (w, z, h),
-    )
+    work = box(-w / 2, w / 2, -0.22, 0, z, z + h, "art", "art.edge", "art.edge", "art.edge")
+    return walls, [work], (w, z, h)

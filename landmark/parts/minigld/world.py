@@ -25,8 +25,14 @@ from .styles import style_of
 VERSION = 1  # of the drawer; a new number is a new world
 
 # %% ../../../nbs/parts/minigld/world.ipynb #a34002c4
-def tasks_of(rows: list, out_dir: Path, seed: int, side: int, batch: int = 40) -> list:
-    "Photographs grouped by building; (out_dir, seed, side, building, rows) each."
+def tasks_of(
+    rows: list,  # of the plan
+    out_dir: Path,  # the world's folder
+    seed: int,  # of the world
+    side: int,  # longest side of a photograph, pixels
+    batch: int = 40,  # most photographs of a task
+) -> list:  # (out_dir, seed, side, building, rows) each
+    "Photographs grouped by building."
     groups = {}
     for i, row in enumerate(rows):
         groups.setdefault(row["building"] or f"none/{i // (8 * batch)}", []).append(row)
@@ -34,8 +40,10 @@ def tasks_of(rows: list, out_dir: Path, seed: int, side: int, batch: int = 40) -
     order = rng_of(0, "order", len(split)).permutation(len(split))
     return [(str(out_dir), seed, side, *split[i]) for i in order]
 
-
-def render_task(task: tuple) -> list:  # (image_id, coverage, hidden, x0, y0, x1, y1) per photograph
+# %% ../../../nbs/parts/minigld/world.ipynb #55d83715
+def render_task(
+    task: tuple,  # of `tasks_of`
+) -> list:  # (image_id, width, height_px, coverage, hidden, x0, y0, x1, y1) per photograph
     "Render one building's photographs and write them as JPEG."
     out_dir, seed, side, building, rows = task
     found = []
@@ -48,26 +56,32 @@ def render_task(task: tuple) -> list:  # (image_id, coverage, hidden, x0, y0, x1
     return found
 
 # %% ../../../nbs/parts/minigld/world.ipynb #d0017743
-def relation(query: dict, image: dict) -> str:  # easy, hard, junk or '' for a negative
+def _is_clear(image: dict) -> bool:
+    "Whether light, weather and hand were kind."
+    light, weather = image["light"] in ("day", "overcast", "indoor"), image["weather"] == "clear"
+    return light and weather and image["blur"] < 1.2
+
+
+def relation(
+    query: dict,  # row of the truth
+    image: dict,  # row of the truth
+) -> str:  # easy, hard, junk or '' for a negative
     "How an image relates to a query of a benchmark."
     if query["true_landmark"] != image["true_landmark"]:
         return ""
     if query["aspect"] != image["aspect"] or image["coverage"] < 0.03 or image["hidden"] > 0.65:
         return "junk"
-    turn = abs(query["azimuth"] - image["azimuth"])
+    turn = abs(query["azimuth"] - image["azimuth"])  # degrees
     zoom = abs(math.log(query["zoom"] / query["distance"] * image["distance"] / image["zoom"]))
     if turn > 85:
         return "junk"
-    clear = (
-        image["light"] in ("day", "overcast", "indoor")
-        and image["weather"] == "clear"
-        and image["blur"] < 1.2
-    )
-    return "easy" if clear and turn < 25 and zoom < math.log(1.7) and image["hidden"] < 0.3 else "hard"
+    near = turn < 25 and zoom < math.log(1.7)
+    return "easy" if _is_clear(image) and near and image["hidden"] < 0.3 else "hard"
 
 # %% ../../../nbs/parts/minigld/world.ipynb #378fdad2
 def ground_truth(
-    rows: list, bench: str
+    rows: list,  # the truth: plan and what was seen
+    bench: str,  # rnorth or rsouth
 ) -> dict:  # imlist, qimlist, gnd: one dict(bbx, easy, hard, junk) per query
     "A benchmark's ground truth in the layout of ROxford and RParis."
     queries = [r for r in rows if r["split"] == f"{bench}_query"]
@@ -75,18 +89,17 @@ def ground_truth(
     gnd = []
     for q in queries:
         what = [relation(q, im) for im in images]
-        gnd.append(
-            dict(
-                bbx=[float(q[k]) for k in ("x0", "y0", "x1", "y1")],
-                **{kind: [i for i, w in enumerate(what) if w == kind] for kind in ("easy", "hard", "junk")},
-            )
-        )
+        lists = {kind: [i for i, w in enumerate(what) if w == kind] for kind in ("easy", "hard", "junk")}
+        gnd.append(dict(bbx=[float(q[k]) for k in ("x0", "y0", "x1", "y1")], **lists))
     return dict(imlist=[r["image_id"] for r in images], qimlist=[r["image_id"] for r in queries], gnd=gnd)
 
 # %% ../../../nbs/parts/minigld/world.ipynb #0786175e
-def solutions(rows: list, seed: int) -> tuple:  # retrieval, recognition
+def solutions(
+    rows: list,  # the truth
+    seed: int,  # of the world
+) -> tuple:  # retrieval (id, images, Usage), recognition (id, landmarks, Usage)
     "The two solution tables of the test set."
-    shown = {}
+    shown = {}  # landmark → index images that show it
     for r in rows:
         if r["split"] == "index" and r["true_landmark"] >= 0:
             shown.setdefault(r["true_landmark"], []).append(r["image_id"])
@@ -109,19 +122,26 @@ def _write(table: pd.DataFrame, path: Path):
     table.to_csv(path, index=False, lineterminator="\n")
 
 
-def category_table(seed: int, buildings: dict) -> pd.DataFrame:
+def category_table(
+    seed: int,  # of the world
+    buildings: dict,  # landmark_id → building
+) -> pd.DataFrame:  # landmark_id, category
     "Landmark ids and their invented names."
-    return pd.DataFrame(
-        sorted((k, landmark_name(seed, b, style_of(seed, b))) for k, b in buildings.items()),
-        columns=["landmark_id", "category"],
-    )
+    named = sorted((k, landmark_name(seed, b, style_of(seed, b))) for k, b in buildings.items())
+    return pd.DataFrame(named, columns=["landmark_id", "category"])
 
-
-def write_tables(out_dir: Path, rows: list, seed: int, v1: dict, v2: dict):
+# %% ../../../nbs/parts/minigld/world.ipynb #76777d54
+def write_tables(
+    out_dir: Path,  # the world's folder
+    rows: list,  # the truth
+    seed: int,  # of the world
+    v1: dict,  # landmark_id → building, of both label spaces
+    v2: dict,
+):
     "Every CSV and pickle of the layout; the photographs lie there already."
     table = pd.DataFrame(rows)
     table["id"], table["url"] = table.image_id, "https://minigld.invalid/" + table.image_id
-    of = {split: t for split, t in table.groupby("split")}
+    of = dict(list(table.groupby("split")))
     for split, path in [("v1_train", "v1/train.csv"), ("v2_train", "v2/train.csv")]:
         _write(of[split].sort_values("id")[["id", "url", "landmark_id"]], out_dir / path)
     _write(category_table(seed, v1), out_dir / "v1/train_label_to_category.csv")
@@ -133,13 +153,15 @@ def write_tables(out_dir: Path, rows: list, seed: int, v1: dict, v2: dict):
     _write(retrieval.sort_values("id"), out_dir / "v2/retrieval_solution.csv")
     _write(recognition.sort_values("id"), out_dir / "v2/recognition_solution.csv")
     for bench in BENCHMARKS:
-        (out_dir / f"revisited/{bench}/gnd_{bench}.pkl").write_bytes(
-            pickle.dumps(ground_truth(rows, bench), protocol=4)
-        )
+        path = out_dir / f"revisited/{bench}/gnd_{bench}.pkl"
+        path.write_bytes(pickle.dumps(ground_truth(rows, bench), protocol=4))
     _write(table.drop(columns=["id", "url"]), out_dir / "truth.csv")
 
 # %% ../../../nbs/parts/minigld/world.ipynb #37370d21
-def shuffle_labels(rows: list, seed: int) -> list:
+def shuffle_labels(
+    rows: list,  # the truth
+    seed: int,  # of the world
+) -> list:  # the same, other labels
     "The same photographs, the labels of each train set dealt out anew."
     out = [dict(r) for r in rows]
     for split in ("v1_train", "v2_train"):
@@ -159,16 +181,12 @@ def draw_world(
     "Draw a world in the Google Landmarks layout; the same bytes on any number of processes."
     out_dir = Path(out_dir)
     rows, v1, v2 = plan_world(seed, knobs)
+    made_from = dict(knobs=dataclasses.asdict(knobs), seed=seed, version=VERSION, made_by="MiniGLD")
     with atomic_path(out_dir) as tmp:
         tmp.mkdir(parents=True)
         done = parallel_map(render_task, tasks_of(rows, tmp, seed, knobs.side), n_workers, "drawing")
         seen = {s["image_id"]: s for part in done for s in part}
         rows = [{**r, **seen[r["image_id"]]} for r in rows]
         write_tables(tmp, shuffle_labels(rows, seed) if shuffled else rows, seed, v1, v2)
-        (tmp / "world.json").write_text(
-            json.dumps(
-                dict(knobs=dataclasses.asdict(knobs), seed=seed, version=VERSION, made_by="MiniGLD"), indent=1
-            )
-            + "\n"
-        )
+        (tmp / "world.json").write_text(json.dumps(made_from, indent=1) + "\n")
     return out_dir
