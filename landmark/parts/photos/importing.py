@@ -28,13 +28,13 @@ def shown_name(
     "A path as people read it."
     return os.fspath(path).replace(os.sep, "/").encode("utf-8", "replace").decode("utf-8")
 
-
+# %% ../../../nbs/parts/photos/importing.ipynb #7bc3bc90
 def _entries(folder: Path):
-    "Folders and files in a folder, sorted by name."
+    "Folders and files in a folder, sorted by name; `DirEntry.is_dir` would fail on a link to itself."
     found = sorted(os.scandir(folder), key=lambda e: e.name)
-    return [e for e in found if os.path.isdir(e.path)], [
-        e for e in found if not os.path.isdir(e.path)
-    ]  # `DirEntry.is_dir` fails on a link to itself
+    dirs = [e for e in found if os.path.isdir(e.path)]
+    others = [e for e in found if not os.path.isdir(e.path)]
+    return dirs, others
 
 
 def _why_not(e) -> str:  # reason, or nothing
@@ -51,6 +51,47 @@ def _why_not(e) -> str:  # reason, or nothing
     return "the file is empty" if e.stat().st_size == 0 else ""
 
 # %% ../../../nbs/parts/photos/importing.ipynb #d87fea17
+class _Walk:
+    "What a walk through a folder has found so far."
+
+    def __init__(self, top: Path):
+        self.top, self.seen = top, {os.path.realpath(top): "."}
+        self.files, self.skipped = [], []
+
+    def name(self, path) -> str:
+        "A path as seen from the top."
+        return shown_name(os.path.relpath(path, self.top))
+
+    def visit(self, folder: Path) -> list:  # folders inside, to visit next
+        "List the files of one folder."
+        try:
+            dirs, others = _entries(folder)
+        except OSError as e:
+            self.skipped.append((self.name(folder), f"a folder that cannot be read ({e.strerror})"))
+            return []
+        label = "" if folder == self.top else self.name(folder)
+        for e in others:
+            if why := _why_not(e):
+                self.skipped.append((self.name(e.path), why))
+            else:
+                s = e.stat()
+                self.files.append((self.name(e.path), e.path, label, s.st_size, s.st_mtime_ns))
+        return [Path(e.path) for e in dirs if self.is_new(e)]
+
+    def is_new(self, e) -> bool:
+        "Whether a folder has to be visited; if not, say why."
+        real = os.path.realpath(e.path)
+        if e.name.startswith("."):
+            self.skipped.append((self.name(e.path), "a hidden folder"))
+            return False
+        if real in self.seen:
+            why = f"a link to a folder that is read already ({self.seen[real]})"
+            self.skipped.append((self.name(e.path), why))
+            return False
+        self.seen[real] = self.name(e.path)
+        return True
+
+
 def scan_folder(
     folder: Path,  # any folder
 ) -> tuple:  # photos (file, path, label, bytes, mtime); skipped (file, reason)
@@ -60,42 +101,11 @@ def scan_folder(
         raise ParameterError(f"there is no folder {shown_name(folder)}")
     if not folder.is_dir():
         raise ParameterError(f"{shown_name(folder)} is a file; give the folder that holds the photos")
-    files, skipped, seen, todo = [], [], {os.path.realpath(folder): "."}, [folder]
+    walk, todo = _Walk(folder), [folder]
     while todo:
-        d = todo.pop()
-
-        def name(e):
-            return shown_name(os.path.relpath(e.path, folder))
-
-        try:
-            dirs, others = _entries(d)
-        except OSError as e:
-            skipped.append(
-                (shown_name(os.path.relpath(d, folder)), f"a folder that cannot be read ({e.strerror})")
-            )
-            continue
-        label = "" if d == folder else shown_name(os.path.relpath(d, folder))
-        for e in others:
-            why = _why_not(e)
-            if why:
-                skipped.append((name(e), why))
-            else:
-                s = e.stat()
-                files.append((name(e), e.path, label, s.st_size, s.st_mtime_ns))
-        deeper = []
-        for e in dirs:
-            real = os.path.realpath(e.path)
-            if e.name.startswith("."):
-                skipped.append((name(e), "a hidden folder"))
-            elif real in seen:
-                skipped.append((name(e), f"a link to a folder that is read already ({seen[real]})"))
-            else:
-                seen[real] = name(e)
-                deeper.append(Path(e.path))
-        todo += reversed(deeper)
-    return pd.DataFrame(
-        files, columns=["file", "path", "label", "bytes", "mtime"], dtype=object
-    ), pd.DataFrame(skipped, columns=["file", "reason"])
+        todo += reversed(walk.visit(todo.pop()))
+    files = pd.DataFrame(walk.files, columns=["file", "path", "label", "bytes", "mtime"], dtype=object)
+    return files, pd.DataFrame(walk.skipped, columns=["file", "reason"])
 
 # %% ../../../nbs/parts/photos/importing.ipynb #4ddfbb39
 def choose(
@@ -107,7 +117,7 @@ def choose(
     take = np.zeros(len(labels), bool)
     if not n_most or len(labels) <= n_most:
         return ~take
-    rows = [np.flatnonzero(labels == l) for l in np.unique(labels)]
+    rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     room, left = n_most, len(rows)
     for r in sorted(rows, key=len):  # small labels first: what they leave goes to the larger ones
         n = min(len(r), room // left)
@@ -117,41 +127,42 @@ def choose(
     return take
 
 # %% ../../../nbs/parts/photos/importing.ipynb #66a68429
+def _depth(im) -> str:  # words, none for ordinary colours
+    "What is unusual about the colours of a file."
+    if im.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        return "16 bits to 8"
+    if im.mode in ("L", "1", "LA"):
+        return "greyscale"
+    return "CMYK to RGB" if im.mode == "CMYK" else ""
+
+
 def _unusual(path, max_side: int) -> list:  # words, none for a plain upright JPEG
     "What has to change about a file."
+    said = []
     with Image.open(path) as im:
-        w, h = im.size
-        orientation = im.getexif().get(0x0112, 1)
-        kind = im.format
-        said = [f"first of {im.n_frames} frames"] if getattr(im, "n_frames", 1) > 1 and kind != "MPO" else []
-        if orientation in range(2, 9):
+        if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":
+            said.append(f"first of {im.n_frames} frames")
+        if im.getexif().get(0x0112, 1) in range(2, 9):  # the EXIF tag of the orientation
             said.append("turned upright")
-        if im.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-            said.append("16 bits to 8")
-        elif im.mode in ("L", "1", "LA"):
-            said.append("greyscale")
-        elif im.mode == "CMYK":
-            said.append("CMYK to RGB")
+        if depth := _depth(im):
+            said.append(depth)
         if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
             said.append("laid on white")
-        if kind not in ("JPEG", "MPO"):
-            said.append(f"{kind} to JPEG")
-        if max(w, h) > max_side:
-            said.append(f"reduced from {w}×{h}")
-        return said or (["first picture of several"] if kind == "MPO" else [])
+        if im.format not in ("JPEG", "MPO"):
+            said.append(f"{im.format} to JPEG")
+        if max(im.size) > max_side:
+            said.append(f"reduced from {im.width}×{im.height}")
+        return said or (["first picture of several"] if im.format == "MPO" else [])
 
-
+# %% ../../../nbs/parts/photos/importing.ipynb #306e503b
 def look(
     image: np.ndarray,  # RGB uint8 [h, w, 3]
 ) -> np.ndarray:  # float32 [1024], length 1; zeros for a blank picture
     "The photo at 32×32 in grey, mean taken away: the product of two looks is their correlation."
     import cv2
 
-    x = (
-        cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
-        .astype(np.float32)
-        .reshape(-1)
-    )
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    x = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32).reshape(-1)
     x -= x.mean()
     norm = np.linalg.norm(x)
     return x / norm if norm > 32 else np.zeros(1024, np.float32)
@@ -189,16 +200,48 @@ def import_photo(
 # %% ../../../nbs/parts/photos/importing.ipynb #61f0da61
 def _layout(out_dir: Path, photos: pd.DataFrame):
     "The tables of the Google Landmarks layout."
+    home = out_dir / "v2"
     labelled = photos[photos.split == "train"]
-    write_csv(
-        pd.DataFrame(dict(id=labelled.image_id, url=labelled.file, landmark_id=labelled.landmark_id)),
-        out_dir / "v2" / "train.csv",
-    )
-    write_csv(pd.DataFrame(dict(id=photos.image_id[photos.split == "index"])), out_dir / "v2" / "index.csv")
+    train = dict(id=labelled.image_id, url=labelled.file, landmark_id=labelled.landmark_id)
+    write_csv(pd.DataFrame(train), home / "train.csv")
+    write_csv(pd.DataFrame(dict(id=photos.image_id[photos.split == "index"])), home / "index.csv")
     names = labelled[["landmark_id", "label"]].drop_duplicates().sort_values("landmark_id")
-    write_csv(names.rename(columns=dict(label="category")), out_dir / "v2" / "train_label_to_category.csv")
+    write_csv(names.rename(columns=dict(label="category")), home / "train_label_to_category.csv")
 
 
+def _counted(skipped: pd.DataFrame) -> str:
+    "Reasons with their counts, most frequent first."
+    return "; ".join(f"{n:,} × {why}" for why, n in skipped.reason.value_counts().head(8).items())
+
+
+def _taken(folder: Path, files: pd.DataFrame, max_photos: int) -> tuple:
+    "Files to read, with their ids and splits; files beyond `max_photos`, with that reason."
+    take = choose(files.label, max_photos)
+    if not take.all():
+        log(
+            f"{len(files):,} photos are more than max_photos = {max_photos:,}: "
+            f"equal shares of {files.label.nunique():,} labels are read, the others are listed; "
+            "max_photos = 0 reads all"
+        )
+    beyond = pd.DataFrame(dict(file=files.file[~take], reason=f"beyond max_photos = {max_photos}"))
+    files = files[take].reset_index(drop=True)
+    names = [os.fsencode(os.path.relpath(p, folder)) for p in files.path]
+    files["image_id"] = [hashlib.blake2b(name, digest_size=8).hexdigest() for name in names]
+    files["split"] = np.where(files.label == "", "index", "train")
+    return files, beyond
+
+
+def _photo_table(files: pd.DataFrame, facts: list) -> tuple:  # photos; looks float32 [n, 1024]
+    "One row per photo that was read: its names, its label, and what was found out about it."
+    facts = pd.DataFrame(facts)
+    looks = np.stack(facts.pop("look").tolist())
+    names = files[["image_id", "file", "label", "split", "bytes"]].reset_index(drop=True)
+    photos = pd.concat([names, facts], axis=1)
+    ids = {label: i for i, label in enumerate(sorted(set(photos.label) - {""}))}
+    photos.insert(3, "landmark_id", [ids.get(label, -1) for label in photos.label])
+    return photos, looks
+
+# %% ../../../nbs/parts/photos/importing.ipynb #a41ef23f
 def import_folder(
     folder: Path,  # any folder of photos
     out_dir: Path,  # where the world is written
@@ -209,59 +252,44 @@ def import_folder(
 ) -> tuple:  # photos; skipped (file, reason); looks float32 [n, 1024]
     "Import a folder of photos into the Google Landmarks layout."
     files, skipped = scan_folder(folder)
-    out_dir = Path(out_dir)
-    take = choose(files.label, max_photos)
-    if not take.all():
-        log(
-            f"{len(files):,} photos are more than max_photos = {max_photos:,}: equal shares of {files.label.nunique():,} labels are read, the others are listed; max_photos = 0 reads all"
-        )
-    beyond = pd.DataFrame(dict(file=files.file[~take], reason=f"beyond max_photos = {max_photos}"))
-    files = files[take].reset_index(drop=True)
-    files["image_id"] = [
-        hashlib.blake2b(os.fsencode(os.path.relpath(p, folder)), digest_size=8).hexdigest()
-        for p in files.path
-    ]
-    files["split"] = np.where(files.label == "", "index", "train")
-    jobs = [
-        (p, str(image_path(out_dir / "v2" / s, i)))
-        for p, s, i in zip(files.path, files.split, files.image_id)
-    ]
-    facts = parallel_map(
-        partial(import_photo, max_side=max_side, min_side=min_side),
-        jobs,
-        n_workers if len(jobs) > 24 else 1,
-        "photos",
-    )
+    files, beyond = _taken(folder, files, max_photos)
+    home = Path(out_dir) / "v2"
+    targets = [str(image_path(home / split, i)) for split, i in zip(files.split, files.image_id)]
+    jobs = list(zip(files.path, targets))
+    work = partial(import_photo, max_side=max_side, min_side=min_side)
+    facts = parallel_map(work, jobs, n_workers if len(jobs) > 24 else 1, "photos")
     good = np.array([isinstance(f, dict) for f in facts], bool)
     failed = pd.DataFrame(dict(file=files.file[~good], reason=[f for f in facts if isinstance(f, str)]))
     skipped = pd.concat([failed, skipped, beyond]).sort_values(["file"]).reset_index(drop=True)
     if not good.any():
-        raise ParameterError(
-            f"{shown_name(folder)} holds no photo that can be read: " + (_counted(skipped) or "it is empty")
-        )
-    photos = pd.DataFrame([f for f in facts if isinstance(f, dict)])
-    looks = np.stack(photos.pop("look").tolist())
-    photos = pd.concat(
-        [files.loc[good, ["image_id", "file", "label", "split", "bytes"]].reset_index(drop=True), photos],
-        axis=1,
-    )
-    ids = {l: i for i, l in enumerate(sorted(set(photos.label) - {""}))}
-    photos.insert(3, "landmark_id", [ids.get(l, -1) for l in photos.label])
-    _layout(out_dir, photos)
+        why = _counted(skipped) or "it is empty"
+        raise ParameterError(f"{shown_name(folder)} holds no photo that can be read: {why}")
+    photos, looks = _photo_table(files[good], [f for f in facts if isinstance(f, dict)])
+    _layout(Path(out_dir), photos)
     return photos, skipped, looks
 
-
-def _counted(skipped: pd.DataFrame) -> str:
-    "Reasons with their counts, most frequent first."
-    return "; ".join(f"{n:,} × {why}" for why, n in skipped.reason.value_counts().head(8).items())
-
 # %% ../../../nbs/parts/photos/importing.ipynb #b134b4dc
-def _pairs_of(keys) -> list:  # (row, earlier row with the same key)
+def _pairs_of(keys) -> list:  # (row, first row with the same key)
+    "Rows that repeat a key."
     first, out = {}, []
     for i, k in enumerate(keys):
         if k in first:
             out.append((i, first[k]))
         first.setdefault(k, i)
+    return out
+
+
+def _nearly_the_same(photos, looks, rows, alike: float, k: int) -> list:  # (row, first, kind, correlation)
+    "Pairs among `rows` whose looks correlate and whose shapes agree."
+    if len(rows) < 2:
+        return []
+    shape = np.log((photos.width / photos.height).to_numpy(float))
+    sims, near = search(looks[rows], looks[rows], min(k, len(rows)), device="cpu")
+    out = []
+    for a, c in zip(*np.nonzero(sims >= alike)):
+        i, j = int(rows[a]), int(rows[near[a, c]])
+        if i > j and abs(shape[i] - shape[j]) < 0.03:
+            out.append((i, j, "nearly the same picture", float(sims[a, c])))
     return out
 
 
@@ -276,26 +304,21 @@ def find_copies(
     known = {r[:2] for r in rows}
     rows += [(i, j, "the same pixels", 1.0) for i, j in _pairs_of(photos.pixels) if (i, j) not in known]
     single = np.setdiff1d(np.flatnonzero(looks.any(1)), [r[0] for r in rows])
-    shape = np.log((photos.width / photos.height).to_numpy(float))
-    if len(single) > 1:
-        sims, near = search(looks[single], looks[single], min(k, len(single)), device="cpu")
-        for a, c in zip(*np.nonzero(sims >= alike)):
-            i, j = int(single[a]), int(single[near[a, c]])
-            if i > j and abs(shape[i] - shape[j]) < 0.03:
-                rows.append((i, j, "nearly the same picture", float(sims[a, c])))
+    rows += _nearly_the_same(photos, looks, single, alike, k)
     out = pd.DataFrame(rows, columns=["row", "first", "kind", "correlation"])
+    row, first = out["row"].astype(int), out["first"].astype(int)
     ids, labels = photos.image_id.to_numpy(), photos.label.to_numpy()
     return pd.DataFrame(
         dict(
-            image_id=ids[out.row.astype(int)],
-            copy_of=ids[out["first"].astype(int)],
+            image_id=ids[row],
+            copy_of=ids[first],
             kind=out.kind,
             correlation=out.correlation.round(4),
-            same_label=labels[out.row.astype(int)] == labels[out["first"].astype(int)],
+            same_label=labels[row] == labels[first],
         )
     )
 
-
+# %% ../../../nbs/parts/photos/importing.ipynb #b903782b
 def copy_groups(
     photos: pd.DataFrame,  # as `import_folder` returns them
     copies: pd.DataFrame,  # as `find_copies` returns them
