@@ -257,7 +257,7 @@ def page_strictness(
     "How much stays when a photo needs fewer verified pairs."
     n_photos, n_labels = (c.photos.state != "no label").sum(), c.facts["labels"]
     counts = t.itertuples(index=False)
-    rows = [(n, f"{photos} of {n_photos}", f"{labels} of {n_labels}") for n, photos, labels in counts]
+    rows = [(str(n), f"{photos} of {n_photos}", f"{labels} of {n_labels}") for n, photos, labels in counts]
     return section("strictness", n_labels=n_labels, rows=rows)
 
 
@@ -333,10 +333,10 @@ def page_skipped(
         "skipped",
         n_skipped=len(s),
         counts=list(alike.value_counts().items()),
-        skipped=s.head(n).itertuples(index=False),
+        skipped=s.head(n).values.tolist(),
         n_more=len(s) - n,
         n_changed=len(changed),
-        changed=changed.head(n).itertuples(index=False),
+        changed=changed.head(n).values.tolist(),
     )
 
 # %% ../../../nbs/parts/photos/pages.ipynb #191cbe55
