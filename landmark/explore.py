@@ -276,7 +276,7 @@ def _linked_tables(source: Path, folder: Path) -> str:  # HTML
     section = importlib.import_module("landmark.parts.photos.gallery").section
     return section("tables", folder=folder.name, names=names)
 
-
+# %% ../nbs/09_explore.ipynb #638951d2
 def _render(notebook: Path, page: Path, title: str, after: str):
     "Draw the page, with its style, under a title, with more HTML at its end."
     render = importlib.import_module("landmark.report").render
@@ -350,7 +350,7 @@ def explore(
     title = shown_name(folder.resolve().name.replace("_", " "))
     return write_report(home / "09_explore.ipynb", home / "report", title, stage_dir("explore", cfg))
 
-
+# %% ../nbs/09_explore.ipynb #e17e6b77
 def main():
     """`landmark_explore FOLDER [PHOTO] [-p NAME VALUE]` explores a folder and prints where the report is;
     with -p or -f alone it is the stage's command."""

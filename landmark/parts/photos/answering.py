@@ -78,7 +78,7 @@ def _compared(photo: str, c, model: Path | None, n_neighbours: int) -> tuple:
         _, back = verify_pairs(c.store, back, store_b=mine, desc="", n_threads=cfg.n_workers)
     return ids, sims[0], np.minimum(there, back)
 
-
+# %% ../../../nbs/parts/photos/answering.ipynb #b61e40b3
 def answer(
     photo,  # an image file
     c,  # an opened collection

@@ -137,7 +137,7 @@ def _room(n: int, n_joined: int) -> tuple:  # width, height of the joined ones, 
         return 480, 120 + 26 * n_joined, 70
     return 980, 620, 70 if n <= 40 else 48
 
-
+# %% ../../../nbs/parts/photos/gallery.ipynb #a86e913a
 def photo_graph(
     uris: list,  # thumbnails [n]
     edges: list,  # (i, j, inliers) of verified pairs

@@ -292,7 +292,7 @@ def _nearly_the_same(photos, looks, rows, alike: float, k: int) -> list:  # (row
             out.append((i, j, "nearly the same picture", float(sims[a, c])))
     return out
 
-
+# %% ../../../nbs/parts/photos/importing.ipynb #c3521fd3
 def find_copies(
     photos: pd.DataFrame,  # as `import_folder` returns them
     looks: np.ndarray,  # float32 [n, 1024]

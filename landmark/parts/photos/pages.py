@@ -198,7 +198,7 @@ def _neighbour(c, p, r) -> Card:
     frame = "right" if r.same_label or not p.label or not o.label else "inserted"
     return Card(c.uri(r.partner), frame, (name, said(r.n_inliers, "inlier")), tip)
 
-
+# %% ../../../nbs/parts/photos/pages.ipynb #12bb5111
 def page_neighbours(
     c,  # an opened collection
     k: int = 6,  # neighbours looked at
@@ -356,7 +356,7 @@ def _deciding_match(c, a, image, best) -> dict:
     files = f"{Path(a.photo).name} — {best.file}"
     return dict(uri=data_uri(drawn, 1200), files=files, words=f"{said(best.n_inliers, 'inlier')} both ways")
 
-
+# %% ../../../nbs/parts/photos/pages.ipynb #16391195
 def page_answer(
     c,  # an opened collection
     a,  # an `Answer`; None if no photo was asked about
