@@ -39,9 +39,10 @@ from .parts.local.cleaning import clean_table
 from .parts.local.features import extract_many, open_local
 from .parts.photos.answering import Answer, answer
 from .parts.photos.collection import choose_pairs, clean_labels, groups_of, verify_both_ways
+from .parts.photos.copies import copy_groups, find_copies
 from .parts.photos.describing import describe_by_network, describe_by_words
 from .parts.photos.drawn import drawn_folder, drawn_photos
-from .parts.photos.importing import copy_groups, find_copies, import_folder, scan_folder, shown_name
+from .parts.photos.importing import import_folder, scan_folder, shown_name
 from .parts.photos.opening import Collection, photo_paths, read_csv
 from .parts.photos.pictures import move_pictures
 from .parts.photos.tables import collection_facts, label_table, nearest_photos, pair_table

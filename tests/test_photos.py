@@ -17,7 +17,8 @@ from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import landmark_names, read_images, train_set
 from landmark.parts.images.reading import ImageError, read_image
 from landmark.parts.photos.answering import ask_itself
-from landmark.parts.photos.importing import choose, find_copies, import_folder, scan_folder
+from landmark.parts.photos.copies import find_copies
+from landmark.parts.photos.importing import choose, import_folder, scan_folder
 from landmark.parts.photos.opening import Collection, photo_paths, strictness
 
 ROOT = Path(__file__).resolve().parent.parent

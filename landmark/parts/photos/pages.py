@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['page_summary', 'page_contact', 'chance_histogram', 'page_graphs', 'page_matches', 'best_per_label', 'best_across',
-           'page_best', 'page_across', 'page_neighbours', 'page_dropped', 'page_strictness', 'page_lenient',
-           'page_trust', 'page_copies', 'page_skipped', 'page_answer']
+           'page_best', 'page_across', 'page_neighbours', 'page_answer']
 
 # %% ../../../nbs/parts/photos/pages.ipynb #518c62ce
 from pathlib import Path
@@ -221,123 +220,6 @@ def page_neighbours(
         )
     n_more = len(c.photos) - c.cfg.n_shown
     return section("neighbours", trust=_trust(c), rows=rows, n_more=n_more)
-
-# %% ../../../nbs/parts/photos/pages.ipynb #7e64fba9
-def _short(reason: str, n_verified: int, needed: int) -> str:
-    "Why a photo was dropped, in the room that a caption has."
-    if "verified pairs" in reason:
-        return f"agrees with {n_verified}, needs {needed}"
-    return "enough agree, but none of them stays" if "that passed" in reason else reason
-
-
-def page_dropped(
-    c,  # an opened collection
-    n_labels: int = 60,  # labels shown
-    n_photos: int = 14,  # photos shown of each
-) -> Markup:  # HTML
-    "What cleaning took away, and why: labels in which somebody agrees first, then the others."
-    some, none = [], []
-    for label, p in list(c.dropped.groupby("label", sort=True))[:n_labels]:
-        n = (c.photos.label == label).sum()
-        silent = len(p) == n and not p.n_verified.any() and p.reason.str.contains("verified pairs").all()
-        cards = []
-        for q in p.head(n_photos).itertuples():
-            words = () if silent else (_short(q.reason, q.n_verified, q.needed),)
-            frame = frame_of("dropped", q.n_verified)
-            cards.append(Card(c.uri(q.image_id), frame, words, f"{q.file}: {q.reason}"))
-        note = "the whole label" if len(p) == n else f"{len(p)} of {n} photos"
-        (none if silent else some).append(Strip(pretty(label), note, cards))
-    return section("dropped", some=some, none=none)
-
-# %% ../../../nbs/parts/photos/pages.ipynb #3a01ac7b
-def page_strictness(
-    c,  # an opened collection
-    t: pd.DataFrame,  # min_verified, photos, labels: as `strictness` returns them
-) -> Markup:  # HTML
-    "How much stays when a photo needs fewer verified pairs."
-    n_photos, n_labels = (c.photos.state != "no label").sum(), c.facts["labels"]
-    counts = t.itertuples(index=False)
-    rows = [(str(n), f"{photos} of {n_photos}", f"{labels} of {n_labels}") for n, photos, labels in counts]
-    return section("strictness", n_labels=n_labels, rows=rows)
-
-
-def page_lenient(
-    c,  # an opened collection
-    n_labels: int = 30,  # labels shown
-) -> Markup:  # HTML
-    "What cleaning would keep, if one verified pair were enough."
-    if not len(c.dropped) or c.cfg.min_verified < 2:
-        return Markup()
-    now, then = (c.photos.state == "kept").to_numpy(), c.kept_with(1)
-    more = c.photos[then & ~now]
-    strips = []
-    for label, p in list(more.groupby("label"))[:n_labels]:
-        rows = p.itertuples()
-        cards = [Card(c.uri(q.image_id), "few", (f"agrees with {q.n_verified}",), q.file) for q in rows]
-        own = c.photos.label == label
-        strips.append(Strip(pretty(label), f"{(then & own).sum()} of {own.sum()} photos", cards))
-    return section(
-        "lenient",
-        min_verified=c.cfg.min_verified,
-        n_more=len(more),
-        n_labels=more.label.nunique(),
-        now=now.sum(),
-        then=then.sum(),
-        n_wrong=c.facts["different_label_verified"],
-        strips=strips,
-    )
-
-# %% ../../../nbs/parts/photos/pages.ipynb #94fd6e5e
-def page_trust(
-    t: pd.DataFrame,  # label, answer, right: one row per photo, as `ask_itself` returns them
-) -> Markup:  # HTML
-    "How many photos get their name from the others, label by label."
-    named = t.answer != ""
-    rows = []
-    for label, p in t.assign(named=named).groupby("label"):
-        right, wrong = int(p.right.sum()), int((p.named & ~p.right).sum())
-        if right + wrong:
-            rows.append((pretty(label), len(p), right, wrong, int((~p.named).sum())))
-    rows.sort(key=lambda r: (-r[2], -r[1]))
-    right = int(t.right.sum())
-    wrong, unknown = int(named.sum()) - right, int((~named).sum())
-    return section("trust", n=len(t), right=right, wrong=wrong, unknown=unknown, rows=rows)
-
-# %% ../../../nbs/parts/photos/pages.ipynb #02e5ae5f
-def page_copies(
-    c,  # an opened collection
-    n: int = 40,  # pairs shown
-) -> Markup:  # HTML
-    "Photos that are there twice."
-    strips = []
-    for r in c.copies.head(n).itertuples():
-        ends = r.copy_of, r.image_id
-        labels, where, frame = {c.photos.label[i] for i in ends}, "", "junk"
-        if len(labels) == 2 and "" in labels:
-            where = "once with a label, once without; "
-        elif len(labels) == 2:
-            where, frame = "under two labels: at least one is wrong; ", "wrong"
-        cards = [Card(c.uri(i), frame, (c.photos.file[i],), size="large") for i in ends]
-        strips.append(Strip(r.kind, f"{where}correlation {r.correlation:.3f}", cards))
-    return section("copies", strips=strips, n_more=len(c.copies) - n)
-
-
-def page_skipped(
-    c,  # an opened collection
-    n: int = 200,  # files listed
-) -> Markup:  # HTML
-    "Files that did not come along: counted, then listed."
-    s, changed = c.skipped, c.photos.loc[c.photos.changed != "", ["file", "changed"]]
-    alike = s.reason.str.replace(r"\d[\d×,]*", "…", regex=True)  # sizes differ, the reason is one
-    return section(
-        "skipped",
-        n_skipped=len(s),
-        counts=list(alike.value_counts().items()),
-        skipped=s.head(n).values.tolist(),
-        n_more=len(s) - n,
-        n_changed=len(changed),
-        changed=changed.head(n).values.tolist(),
-    )
 
 # %% ../../../nbs/parts/photos/pages.ipynb #191cbe55
 def _witness(c, r, size: str) -> Card:
