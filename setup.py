@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["landmark", "landmark.*"]),
-    package_data={"landmark": ["py.typed", "templates/*"]},
+    package_data={"landmark": ["py.typed", "templates/*", "templates/*/*"]},
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["landmark=landmark._modidx:d"]},

@@ -25,12 +25,12 @@ def input_sizes(
 ) -> tuple:  # width and height of each network input [n, 2]; settings of `extract`
     "A network sees photos at the size that it was trained for last."
     sizes = card.get("sizes", "256")
-    name = card.get("recipe", {}).get("scale_up") or (sizes if isinstance(sizes, str) else sizes[-1])
-    out = group_sizes(wh, name)
+    last = sizes if isinstance(sizes, str) else sizes[-1]
+    out = group_sizes(wh, card.get("recipe", {}).get("scale_up") or last)
     side = int(out.max())
     return out, dict(multiple=32 if side >= 256 else 16, min_side=min(128, side // 2))
 
-
+# %% ../../../nbs/parts/photos/describing.ipynb #1f6013c0
 def describe_by_network(
     model: Path,  # folder of a model
     paths: list,  # image files [n]
@@ -59,14 +59,8 @@ def describe_by_words(
             log(f"explore: {len(desc):,} local features are few for {n_words} words; other photos help out")
             paths = others()
             with tempfile.TemporaryDirectory() as d:
-                desc = np.concatenate(
-                    [
-                        desc,
-                        sample_descriptors(
-                            open_local(extract_many(paths, paths, Path(d) / "local", n_workers=1))
-                        ),
-                    ]
-                )
+                more = open_local(extract_many(paths, paths, Path(d) / "local", n_workers=1))
+                desc = np.concatenate([desc, sample_descriptors(more)])
         words = learn_words(desc, n_words, seed)
         with open(words_path, "wb") as f:
             np.save(f, words)
