@@ -7,7 +7,6 @@ __all__ = ['IMAGENET', 'BACKBONES', 'Backbone', 'load_weights', 'hub_file', 'bac
            'make_model', 'train_mode', 'freeze_batch_norm']
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #69057cc3
-import importlib
 from pathlib import Path
 
 import torch
@@ -152,7 +151,9 @@ def backbone(
 
 @backbone("fishnet150")
 def _fishnet150():
-    return importlib.import_module("landmark.parts.nets.fishnet").fishnet150()
+    from landmark.parts.nets.fishnet import fishnet150
+
+    return fishnet150()
 
 
 def _own_backbone(name, pretrained, weights, sha256, stages, changes):
@@ -190,7 +191,7 @@ def _timm(name, **how):
 
 
 def _image_size(name) -> dict:
-    "Transformers are told that sizes vary, and need not be multiples of their patch (14, while S2 is in 32s)."
+    "Transformers are told that sizes vary, and need not be multiples of the patch (14, while S2 is in 32s)."
     import timm
 
     entry = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else ""

@@ -107,7 +107,7 @@ class Fish(nn.Module):
         self.channels = [c[7], c[8], c[9], c[10] // 2]
 
     def forward(self, x):
-        "Maps of the head at strides 4, 8, 16 and 32; the last one after the layer in front of the classifier."
+        "Maps of the head at strides 4, 8, 16 and 32; the last one as the classifier would get it."
         maps = [x]
         for i, s in enumerate(self.fish):
             if i < 3:
