@@ -41,7 +41,7 @@ from .parts.data.worlds import find_world
 from .parts.metrics import map_at_k
 from .parts.nets.checkpoints import load_model
 from .parts.search.knn import search as nearest
-from .parts.training.engine import DivergenceError
+from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import describe_images
 
 # %% ../nbs/search.ipynb #91a8144a

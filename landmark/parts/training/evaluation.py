@@ -16,7 +16,7 @@ from ..data.layout import benchmarks, read_images, read_revisited
 from ..descriptors.extraction import extract, side_sizes
 from ..images.batching import scan_sizes
 from ..metrics import revisited
-from .engine import DivergenceError
+from .errors import DivergenceError
 
 # %% ../../../nbs/parts/training/evaluation.ipynb #7a26b8ea
 def _refuse(bad, n, max_bad):
