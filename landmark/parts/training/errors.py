@@ -57,8 +57,8 @@ def check_losses(
         if not value.isfinite():
             images = ", ".join(str(names[int(i)]) for i in at)
             raise DivergenceError(
-                f"The loss of batch {k} in epoch {epoch} is {value.item()}: training stops. Its images: {images}"
-                " (the batch before may be the cause, if its gradient was too large for a number)."
+                f"The loss of batch {k} in epoch {epoch} is {value.item()}: training stops. Its images:"
+                f" {images} (the batch before may be the cause, if its gradient was too large for a number)."
                 " Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16."
             )
     return values

@@ -78,8 +78,8 @@ def check_weights(self: Keeping):
     if lost:
         raise DivergenceError(
             f"After step {self.step} a weight is no number any more, though every loss was: the batch before"
-            " may be the cause, if its gradient was too large for a number. Training stops, and the checkpoint"
-            " stays as it was. Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16."
+            " may be the cause, if its gradient was too large for a number. Training stops, and the"
+            " checkpoint stays as it was. Lower `lr`, set `clip`, or train in bf16 or fp32 instead of fp16."
         )
 
 

@@ -89,8 +89,8 @@ def mine_tuples(
     classes, of = (t.to(dev) for t in labels[pool].unique(return_inverse=True))
     if len(classes) <= n_negatives:
         raise ValueError(
-            f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different classes;"
-            " take a larger pool or fewer negatives."
+            f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different"
+            " classes; take a larger pool or fewer negatives."
         )
     if dev.type != "cpu":
         block = max(1, min(block, 2**26 // len(pool)))
