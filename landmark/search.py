@@ -312,7 +312,7 @@ def search(
     env = {**threads, **os.environ}
     return subprocess.run([sys.executable, *cmd], cwd=project_root(), env=env, stdout=sys.stderr).returncode
 
-
+# %% ../nbs/search.ipynb #214c4bb1
 def main():
     """`landmark_search run PROFILE NAME [SEED …] [-j N]` runs the trials of params/PROFILE/search/NAME.yaml
     that are not finished; `show` prints their table."""

@@ -283,7 +283,7 @@ def start_training(
         torch.manual_seed(cfg.seed)
         return Training(start_model(cfg, name), make_head(loss, cfg.dim, counts, *of_stage, **own))
 
-
+# %% ../nbs/03_train.ipynb #dd01a340
 def train_model(
     job: tuple,  # config, name of the model, the run's directory, whether to work in one thread
 ) -> dict:  # name, final loss and accuracy, photos, classes
@@ -386,7 +386,7 @@ def run(
         st.metrics.update({r.model: dict(loss=r.loss, accuracy=r.accuracy) for r in table.itertuples()})
     return st.dir
 
-
+# %% ../nbs/03_train.ipynb #72aace86
 def _follow(cfg, names):
     "One of several processes that is not the first: it trains, and the first keeps the artifact."
     if _agree(cfg, None):
@@ -448,7 +448,7 @@ def launch(
         raise kind(f"train: one of {n} processes failed: {_said_first(said)}")
     return stage_dir("train", cfg)
 
-
+# %% ../nbs/03_train.ipynb #d414231a
 def _loud(command):
     "Run a command; its progress is seen at once and kept. Returns exit status and what it said."
     said = []

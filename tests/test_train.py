@@ -546,7 +546,7 @@ def test_out_of_memory_names_batch_and_size(tmp_path, monkeypatch):
     monkeypatch.setattr(RetrievalModel, "forward", greedy)
     with pytest.raises(
         TrainingError,
-        match="Out of memory with 6 images a batch at size 64. Lower `batch_size`.*or set `precision` to bf16",
+        match="Out of memory with 6 images a batch at size 64. Lower `batch_size`.*set `precision` to bf16",
     ):
         train_stripes(tmp_path, scale_up="64")
 

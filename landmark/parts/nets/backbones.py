@@ -201,7 +201,7 @@ def _image_size(name) -> dict:
         return dict(strict_img_size=False)
     return {}
 
-
+# %% ../../../nbs/parts/nets/backbones.ipynb #6472e424
 def _timm_backbone(name, pretrained, weights, sha256, stages, changes):
     "A network of timm, with weights of the hub, of a file, or at random."
     import timm
@@ -222,7 +222,7 @@ def _timm_backbone(name, pretrained, weights, sha256, stages, changes):
     cfg = timm.data.resolve_data_config({}, model=net)
     return Backbone(net, channels, cfg["mean"], cfg["std"])
 
-
+# %% ../../../nbs/parts/nets/backbones.ipynb #4e1e32e6
 def make_backbone(
     name: str,  # timm name, or one of BACKBONES
     pretrained: bool = False,  # take weights of the hub

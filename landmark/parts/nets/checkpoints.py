@@ -25,7 +25,7 @@ def save_checkpoint(path: Path, state: dict):
     with atomic_path(path) as tmp:
         torch.save(dict(state, version=CHECKPOINT_VERSION), tmp)
 
-
+# %% ../../../nbs/parts/nets/checkpoints.ipynb #ca172fad
 def load_checkpoint(
     path: Path,  # a file written by `save_checkpoint`
     net: nn.Module,  # the network it should fit

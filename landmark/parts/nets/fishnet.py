@@ -83,7 +83,7 @@ def _join(i, c, planes, n, joined, n_refine):
         nn.Upsample(scale_factor=2) if rises else nn.MaxPool2d(2),
     ]
 
-
+# %% ../../../nbs/parts/nets/fishnet.ipynb #c04a6797
 class Fish(nn.Module):
     "The ten stages behind the stem."
 

@@ -94,7 +94,7 @@ def _check_classes(labels, n):
     if not 0 <= first <= last < n:
         raise ValueError(f"Labels run from {first} to {last}; the head has the classes 0 to {n - 1}.")
 
-
+# %% ../../../nbs/parts/nets/losses.ipynb #9005d7ca
 class MarginHead(nn.Module):
     "Cosine classifier with a margin on the target."
 
@@ -327,7 +327,7 @@ class Loss:
         "Names of the parameters that are its own."
         return tuple(own_parameters([self.make], given=SHARED))
 
-
+# %% ../../../nbs/parts/nets/losses.ipynb #61ce0246
 def loss(
     name: str,  # its name in parameter files
     batches: str = "photos",  # one of BATCHES: what its batches consist of

@@ -160,7 +160,7 @@ class GeM(nn.Module):
         "Vectors [b, c] of maps [b, c, h, w]."
         return gem(x, self.p)
 
-
+# %% ../../../nbs/parts/nets/pooling.ipynb #145ed3b1
 class Pool(nn.Module):
     "A pooling without parameters."
 

@@ -135,7 +135,7 @@ def plan_batches(
     sampler = GroupedBatchSampler(photos.groups, size, recipe.seed, recipe.drop_uneven, least)
     return [b[photos.readable[b]] for b in sampler.batches(epoch)]
 
-
+# %% ../../../nbs/parts/training/recipe.ipynb #4501d0bf
 @torch.inference_mode()
 def describe(
     model: nn.Module,  # images to descriptors
@@ -162,7 +162,7 @@ def describe(
         m.training = True
     return out
 
-
+# %% ../../../nbs/parts/training/recipe.ipynb #a87ae13c
 def plan_tuples(
     model: nn.Module,  # the network as it is
     photos,  # Photos
@@ -253,7 +253,7 @@ def _ends(sizes, batch_size):
         total += s
     return ends
 
-
+# %% ../../../nbs/parts/training/recipe.ipynb #fc3b494b
 def share_of(
     batch: np.ndarray,  # positions of a batch
     rank: int,  # number of this process
