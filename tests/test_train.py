@@ -787,7 +787,7 @@ def test_several_models_one_after_another_on_two_processes(world):
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_weights_that_are_no_numbers_reach_no_checkpoint(tmp_path, evaluated):
     "A gradient overflows while its loss is finite; a second run goes on from the last good step."
-    from landmark.parts.training.engine import DivergenceError
+    from landmark.parts.training.errors import DivergenceError
 
     class Overflows(Trainer):
         def train_step(self, *args):
