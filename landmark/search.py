@@ -41,7 +41,7 @@ from .parts.data.worlds import find_world
 from .parts.metrics import map_at_k
 from .parts.nets.checkpoints import load_model
 from .parts.search.knn import search as nearest
-from .parts.training.engine import DivergenceError
+from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import describe_images
 
 # %% ../nbs/search.ipynb #91a8144a
@@ -53,20 +53,20 @@ def draw(
     if isinstance(spec, list) and spec:
         return spec[rng.integers(len(spec))]
     kind, ends = next(iter(spec.items())) if isinstance(spec, dict) and len(spec) == 1 else ("", ())
-    if (
-        kind not in ("log", "uniform")
-        or len(ends) != 2
-        or not ends[0] < ends[1]
-        or (kind == "log" and ends[0] <= 0)
-    ):
+    if kind not in ("log", "uniform") or not _is_range(ends, positive=kind == "log"):
         raise ParameterError(
-            f"{spec!r} cannot be drawn from; allowed are a list of values, {{log: [a, b]}} and {{uniform: [a, b]}} with a < b"
+            f"{spec!r} cannot be drawn from; allowed are a list of values, {{log: [a, b]}} and"
+            " {uniform: [a, b]} with a < b"
         )
     a, b = ends
     if kind == "uniform" and isinstance(a, int) and isinstance(b, int):
         return int(rng.integers(a, b + 1))
     x = math.exp(rng.uniform(math.log(a), math.log(b))) if kind == "log" else rng.uniform(a, b)
     return float(f"{x:.3g}")
+
+
+def _is_range(ends, positive):
+    return len(ends) == 2 and ends[0] < ends[1] and not (positive and ends[0] <= 0)
 
 
 def expand(
@@ -100,9 +100,8 @@ def read_search(
     home = project_root() / "params" / profile / "search"
     path = home / f"{name}.yaml"
     if not path.exists():
-        raise ParameterError(
-            f"there is no search {name!r} in {home}; there are {', '.join(sorted(p.stem for p in home.glob('*.yaml'))) or 'none'}"
-        )
+        there = ", ".join(sorted(p.stem for p in home.glob("*.yaml"))) or "none"
+        raise ParameterError(f"there is no search {name!r} in {home}; there are {there}")
     search = read_yaml(path)
     unknown = set(search) - set(KNOWN)
     if unknown or "base" not in search:
@@ -117,19 +116,18 @@ def trials(
     name: str,  # name of the search
 ) -> dict:  # name of each trial → its changes
     "The trials of a search, checked."
-    search = read_search(profile, name)
-    files = graph.read_profile(profile)
-    if ("train", search["base"]) not in files:
+    search, files = read_search(profile, name), graph.read_profile(profile)
+    base, always = search["base"], search.get("change", {})
+    if ("train", base) not in files:
         raise ParameterError(
-            f"params/{profile}/search/{name}.yaml builds on {search['base']}, but there is no params/{profile}/train/{search['base']}.yaml"
+            f"params/{profile}/search/{name}.yaml builds on {base}, but there is no"
+            f" params/{profile}/train/{base}.yaml"
         )
     found = {}
     try:
         for change in expand(search):
-            train.model_names(
-                make_config(train.Config, files["train", search["base"]] | search.get("change", {}) | change)
-            )
-            found[f"{name}-{hash8([search['base'], search.get('change', {}), change])}"] = change
+            train.model_names(make_config(train.Config, files["train", base] | always | change))
+            found[f"{name}-{hash8([base, always, change])}"] = change
     except ParameterError as e:
         raise ParameterError(f"params/{profile}/search/{name}.yaml: {e}") from None
     return found
@@ -143,6 +141,7 @@ class Trial(graph.Step):
 
     @property
     def score_path(self) -> Path:
+        "Where its score is written."
         return self.home / "search" / f"{self.name}.json"
 
 
@@ -155,13 +154,12 @@ def plan(
     search, found = read_search(profile, name), trials(profile, name)
     base = graph.read_profile(profile)["train", search["base"]]
     more = {("train", t): base | search.get("change", {}) | change for t, change in found.items()}
-    steps, how = (
-        graph.plan(profile, seeds, [f"train/{t}" for t in found], more),
-        [search.get("n_index", 0), code_hash("landmark.search")],
-    )
+    steps = graph.plan(profile, seeds, [f"train/{t}" for t in found], more)
+    n_index = search.get("n_index", 0)
+    how = [n_index, code_hash("landmark.search")]
 
     def as_trial(s):
-        return Trial(s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), how[0])
+        return Trial(s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), n_index)
 
     return [as_trial(s) if s.name in found and s.stage == "train" else s for s in steps]
 
@@ -176,10 +174,9 @@ def command(
     def q(p):
         return shlex.quote(str(p))
 
-    run = graph.on_gpus(
-        step.cfg,
-        f'{q(sys.executable)} -c "from landmark.search import main; main()" trial {q(step.params_path)} {q(step.score_path)} {step.n_index}',
-    )
+    this = f'{q(sys.executable)} -c "from landmark.search import main; main()"'
+    trial = f"{this} trial {q(step.params_path)} {q(step.score_path)} {step.n_index}"
+    run = graph.on_gpus(step.cfg, trial)
     return f"mkdir -p {q(step.stamp.parent)} && {run} && touch {q(step.stamp)}"
 
 # %% ../nbs/search.ipynb #a5b24a91
@@ -192,12 +189,9 @@ def public_map(
     n_loaders: int = 0,  # worker processes that load images
     max_bad: float = 0.01,  # largest share of unreadable images among queries, and in the index
 ) -> float:  # mAP@100
-    "mAP@100 of plain search over the Public queries."
-    truth, tests, index = (
-        read_retrieval_solution(world),
-        read_images(world, "test"),
-        read_images(world, "index"),
-    )
+    "mAP@100 of the baseline over the Public queries."
+    tests, index = read_images(world, "test"), read_images(world, "index")
+    truth = read_retrieval_solution(world)
     truth = truth[(truth.usage == "Public") & (truth.images.str.len() > 0)]
     if not len(truth):
         raise ParameterError(f"search: {world} has no Public query with an answer")
@@ -231,95 +225,71 @@ def run_trial(
     try:
         out = train.run(dataclasses.replace(cfg, n_workers=1))
         seconds = read_json(out / "manifest.json")["seconds"]
-        models, side = pd.read_csv(out / "models.csv"), train.longest_side(train.listed(cfg.sizes)[-1])
-
-        def load(name):
-            return load_model(out / name, pick_device(cfg.device))
-
-        rows = [
-            dict(
-                r._asdict(),
-                score=round(
-                    public_map(
-                        load(r.model),
-                        find_world(cfg.world, cfg.seed),
-                        side,
-                        n_index,
-                        cfg.batch_size,
-                        cfg.n_loaders,
-                        cfg.max_bad,
-                    ),
-                    5,
-                ),
-            )
-            for r in models.itertuples(index=False)
-        ]
+        rows = _judged(cfg, out, n_index)
     except DivergenceError as e:  # that is an answer, too
         log(f"search: {cfg.name} has no score. {e}")
         seconds = round(time.time() - start, 2)
-        rows = [
-            dict(model=m, score=None, loss=None, accuracy=None, diverged=str(e))
-            for m in train.model_names(cfg)
-        ]
-    result = dict(
-        trial=cfg.name,
-        seed=cfg.seed,
-        run=str(train.stage_dir("train", cfg)),
-        n_index=n_index,
-        seconds=seconds,
-        models=rows,
-    )
+        nothing = dict(score=None, loss=None, accuracy=None, diverged=str(e))
+        rows = [dict(model=m, **nothing) for m in train.model_names(cfg)]
+    result = dict(trial=cfg.name, seed=cfg.seed, run=str(train.stage_dir("train", cfg)))
+    result |= dict(n_index=n_index, seconds=seconds, models=rows)
     write_json(score_path, result)
     return result
+
+
+def _judged(cfg, out, n_index):
+    "A row for each model of a finished run, with its score."
+    world, side = find_world(cfg.world, cfg.seed), train.longest_side(train.listed(cfg.sizes)[-1])
+    rows = []
+    for r in pd.read_csv(out / "models.csv").itertuples(index=False):
+        model = load_model(out / r.model, pick_device(cfg.device))
+        score = public_map(model, world, side, n_index, cfg.batch_size, cfg.n_loaders, cfg.max_bad)
+        rows.append(dict(r._asdict(), score=round(score, 5)))
+    return rows
 
 # %% ../nbs/search.ipynb #9da47948
 def table(
     profile: str,  # folder under `params`
     name: str,  # name of the search
     seeds=(1,),  # seeds
-) -> pd.DataFrame:  # trial, its changes, model, score (mAP@100 Public), loss, accuracy, seconds, seeds; diverged: why some have no score
+) -> (
+    pd.DataFrame
+):  # trial, its changes, model, score (mAP@100 Public), loss, accuracy, seconds, seeds, diverged
     "Where a search stands; also written to search/<name>.csv beside the runs."
-    found, rows = trials(profile, name), []
+    found = trials(profile, name)
     steps = [s for s in plan(profile, name, seeds) if isinstance(s, Trial)]
-    for s in steps:
-        if not s.stamp.exists():
-            continue
-        result = read_json(s.score_path)
-        rows += [
-            dict(
-                trial=s.name,
-                **{
-                    k: ", then ".join(map(str, v)) if isinstance(v, list) else v
-                    for k, v in found[s.name].items()
-                },
-                model=m["model"],
-                score=m["score"],
-                loss=m["loss"],
-                accuracy=m["accuracy"],
-                seconds=result["seconds"],
-                seeds=1,
-                diverged=m.get("diverged", "").partition(". ")[0],
-            )
-            for m in result["models"]
-        ]
+    rows = [row for s in steps if s.stamp.exists() for row in _rows(s, found[s.name])]
     names = ["trial", *dict.fromkeys(k for c in found.values() for k in c), "model"]
-    df = pd.DataFrame(
-        rows, columns=[*names, "score", "loss", "accuracy", "seconds", "seeds", "diverged"]
-    ).astype(dict.fromkeys(("score", "loss", "accuracy"), float))
-
-    def mean(v):
-        return v.mean(skipna=False)
-
-    df = (
-        df.groupby(names, dropna=False, sort=False)
-        .agg(dict(score=mean, loss=mean, accuracy=mean, seconds="sum", seeds="sum", diverged="max"))
-        .reset_index()
-        .sort_values("score", ascending=False, kind="stable")
-    )
+    df = _mean_over_seeds(rows, names)
     if not df.diverged.any():
         df = df.drop(columns="diverged")
     write_csv(df, steps[0].home / "search" / f"{name}.csv")
     return df
+
+
+def _rows(step, change):
+    "What a finished trial says, a row for each of its models."
+    result = read_json(step.score_path)
+    shown = {k: ", then ".join(map(str, v)) if isinstance(v, list) else v for k, v in change.items()}
+    rows = []
+    for m in result["models"]:
+        found = {k: m[k] for k in ("model", "score", "loss", "accuracy")}
+        why = m.get("diverged", "").partition(". ")[0]
+        rows.append(dict(trial=step.name, **shown, **found, seconds=result["seconds"], seeds=1, diverged=why))
+    return rows
+
+
+def _mean_over_seeds(rows, names):
+    "Rows of one trial and model become one, best first; a mean with a missing part is missing."
+
+    def mean(v):
+        return v.mean(skipna=False)
+
+    how = dict(score=mean, loss=mean, accuracy=mean, seconds="sum", seeds="sum", diverged="max")
+    df = pd.DataFrame(rows, columns=[*names, *how])
+    df = df.astype(dict.fromkeys(("score", "loss", "accuracy"), float))
+    df = df.groupby(names, dropna=False, sort=False).agg(how).reset_index()
+    return df.sort_values("score", ascending=False, kind="stable")
 
 # %% ../nbs/search.ipynb #b71e1438
 def search(
@@ -331,35 +301,21 @@ def search(
     "Run the trials that are not finished, through Snakemake."
     plan(profile, name, seeds)  # complains before anything starts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = jobs or torch.cuda.device_count() or cores
-    cmd = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        str(jobs),
-        "--nolock",
-        "--rerun-incomplete",
-        "--rerun-triggers",
-        "mtime",
-        "--keep-going",
-        "--config",
-        f"profile={profile}",
-        f"search={name}",
-        f"seeds={','.join(map(str, seeds))}",
-    ]
-    threads = (
-        {}
-        if torch.cuda.device_count()
-        else dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(max(1, cores // jobs)))
+    n_gpus = torch.cuda.device_count()
+    jobs = jobs or n_gpus or cores
+    cmd = (
+        f"-m snakemake --cores {jobs} --nolock --rerun-incomplete --rerun-triggers mtime --keep-going".split()
     )
-    return subprocess.run(
-        cmd, cwd=project_root(), env={**threads, **os.environ}, stdout=sys.stderr
-    ).returncode
+    cmd += ["--config", f"profile={profile}", f"search={name}", f"seeds={','.join(map(str, seeds))}"]
+    each = str(max(1, cores // jobs))
+    threads = {} if n_gpus else dict(OMP_NUM_THREADS=each, NUMBA_NUM_THREADS=each)
+    env = {**threads, **os.environ}
+    return subprocess.run([sys.executable, *cmd], cwd=project_root(), env=env, stdout=sys.stderr).returncode
 
-
+# %% ../nbs/search.ipynb #214c4bb1
 def main():
-    "`landmark_search run PROFILE NAME [SEED …] [-j N]` runs the trials of params/PROFILE/search/NAME.yaml that are not finished; `show` prints their table."
+    """`landmark_search run PROFILE NAME [SEED …] [-j N]` runs the trials of params/PROFILE/search/NAME.yaml
+    that are not finished; `show` prints their table."""
     import argparse
 
     if sys.argv[1:2] == ["trial"]:
@@ -375,11 +331,10 @@ def main():
     try:
         failed = search(a.profile, a.name, a.seeds, a.jobs) if a.what == "run" else 0
         df, n = table(a.profile, a.name, a.seeds), len(trials(a.profile, a.name)) * len(a.seeds)
-        print(df.to_string(index=False))
-        print(f"{n - df.groupby('trial').seeds.max().sum()} of {n} trainings are not finished")
-        if failed:
-            sys.exit(
-                f"some trials failed (Snakemake ended with {failed}): see {project_root()}/.snakemake/log"
-            )
     except ParameterError as e:
         sys.exit(str(e))
+    print(df.to_string(index=False))
+    print(f"{n - df.groupby('trial').seeds.max().sum()} of {n} trainings are not finished")
+    if failed:
+        log_dir = f"{project_root()}/.snakemake/log"
+        sys.exit(f"some trials failed (Snakemake ended with {failed}): see {log_dir}")

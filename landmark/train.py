@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_name', 'load_photos', 'longest_side',
-           'start_model', 'train_model', 'card_of', 'run', 'launch', 'main']
+           'start_model', 'start_training', 'train_model', 'card_of', 'run', 'launch', 'main']
 
 # %% ../nbs/03_train.ipynb #2df261a3
 import json
@@ -25,6 +25,7 @@ from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_di
 from landmark.parts.core import (
     ParameterError,
     log,
+    own_parameters,
     parallel_map,
     pick_device,
     read_json,
@@ -39,78 +40,95 @@ from .parts.images.decoding import EncodedPhotos, why_not
 from .parts.images.loading import Photos, read_all
 from .parts.nets.backbones import make_model
 from .parts.nets.checkpoints import load_model, save_model
-from .parts.nets.losses import LOSSES, check_head, make_head
-from .parts.training.engine import DivergenceError, Recipe, Trainer, Training
+from .parts.nets.losses import LOSSES, SHARED, check_head, make_head
+from .parts.training.engine import Trainer, Training
+from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import benchmark_maps, check_benchmarks
+from .parts.training.recipe import Recipe
 from .parts.training.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
 TRAIN_SETS = ("v1", "v2", "v1+v2", "v2-clean", "v1+v2-clean")
 
 
-@stage_config
+def _own():
+    "Parameters that the registered losses bring."
+    return own_parameters([one.make for one in LOSSES.values()], given=SHARED)
+
+
+@stage_config(options=_own)
 class Config:
     "How to train, and on what."
 
     profile: str = "mini"  # names the folder of runs
     name: str = "default"  # names this run
     seed: int = 1  # seed of world and training
+
+    # data
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    loss: str | list[str] = "arcface"  # one of LOSSES, or several: one model each
     train_set: str | list[str] = "v1"  # one of TRAIN_SETS, or several: one model each
     parent: str = ""  # artifact of 03_train with the v1 models, for v1+…
     clean: str = ""  # artifact of 02_clean, for …-clean
-    backbone: str = "test_resnet"  # timm name, or fishnet150
+    sizes: str | list[str] = "96"  # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
+    augment: str = "soft"  # none, soft, middle
+    in_memory: bool = True  # decode photos once and keep them reduced
+    max_bad: float = 0.01  # largest share of unreadable photos, here and in each set of a benchmark
+
+    # network
+    backbone: str = "test_resnet"  # timm name, or one of BACKBONES
     pretrained: bool = False  # start from weights of the hub
     weights: str = ""  # start from a local file of weights
     sha256: str = ""  # expected hash of the file, local or of the hub
     pooling: str = "gem"  # a pooling, or letters per stage such as SMG,MG,G,G
     dim: int = 128  # length of the descriptor
-    sizes: str | list[str] = "96"  # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
-    augment: str = "soft"  # none, soft, middle
-    margin: float | None = (
-        None  # margin of the loss; none: 0.3 for margins, by class frequency for sub-centres, 0.7 contrastive
-    )
+    frozen_bn: bool = False  # batch norm frozen from the start
+
+    # loss
+    loss: str | list[str] = "arcface"  # one of LOSSES, or several: one model each
+    margin: float | None = None  # none: the loss's own (0.3 ArcFace, 0.7 contrastive, sub-centres by class)
+    s: float = 30.0  # scale of the logits
+    label_smoothing: float = 0.0  # share of the target spread over all classes
     n_centers: int = 0  # weights per class of ArcFace and CosFace; 0: 3 for sub-centres, else 1
     class_margins: list[float] = field(
         default_factory=list
-    )  # margins by class frequency: of the largest class, of the smallest; empty: `margin`
-    s: float = 30.0  # scale of the logits
-    label_smoothing: float = 0.0  # share of the target spread over all classes
+    )  # of the largest class, the smallest; or `margin`
+    n_negatives: int = 5  # negatives of a tuple (contrastive)
+    pool_share: float = 0.25  # share of the photos among which negatives are mined
+    options: dict = field(default_factory=dict)  # parameters of registered losses
+
+    # schedule
     epochs: int = 14  # passes over the training set
     batch_size: int = 32  # photos in a batch, over all devices
+    accumulate: int = 1  # batches whose gradients are added before a step
+    drop_uneven: bool = False  # leave out batches that are not full
     optimizer: str = "adamw"  # sgd or adamw
     lr: float = 3e-3  # learning rate at the start of the cosine
     lr_end: float = 1e-5  # and at its end
     warmup: float = 0.05  # share of the steps in which the rate rises
     weight_decay: float = 0.05  # of the optimizer
     clip: float = 5.0  # largest length of the gradient; 0: any
-    accumulate: int = 1  # batches whose gradients are added before a step
-    drop_uneven: bool = False  # leave out batches that are not full
     scale_up: str = ""  # size group of the last epochs with frozen batch norm; empty: none
     scale_up_epochs: int = 1  # how many
-    stop_after: int = 0  # stop after this many epochs although the cosine is planned for more; 0: no
-    frozen_bn: bool = False  # batch norm frozen from the start
-    n_negatives: int = 5  # negatives of a tuple (contrastive)
-    pool_share: float = 0.25  # share of the photos among which negatives are mined
-    in_memory: bool = True  # decode photos once and keep them reduced
-    decode: str = "cpu"  # where JPEGs from disk are decoded: cpu, or gpu (nvJPEG)
-    precision: str = "fp32"  # fp32, bf16 or fp16
-    compile: bool = False  # compile the network
+    stop_after: int = 0  # stop after so many epochs, though the cosine is planned for more; 0: no
+    evaluate: bool = False  # mAP on the revisited benchmarks after each epoch, in metrics.csv
+
+    # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     devices: int = 1  # GPUs (or processes on the CPU) that train one model together
+    precision: str = "fp32"  # fp32, bf16 or fp16
+    compile: bool = False  # compile the network
     n_workers: int = 0  # models trained side by side on the CPU; 0: one per core
     n_loaders: int = 0  # worker processes that load photos
+    decode: str = "cpu"  # where JPEGs from disk are decoded: cpu, or gpu (nvJPEG)
     checkpoint_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between rows of metrics.csv
-    max_bad: float = (
-        0.01  # largest share of unreadable photos, of the training set and of each set of a benchmark
-    )
-    evaluate: bool = False  # mAP on the revisited benchmarks after each epoch, in metrics.csv
     tensorboard: bool = False  # write TensorBoard logs, too
 
 # %% ../nbs/03_train.ipynb #a339ccee
-def listed(x) -> list:
+def listed(
+    x,  # a name, or several
+) -> list:
+    "One name is a list of one."
     return [x] if isinstance(x, str) else list(x)
 
 
@@ -118,40 +136,52 @@ def model_names(
     cfg: Config,  # a config
 ) -> list:  # names, loss_trainset
     "The models of a run, checked before anything is read."
-    for field_, values, allowed in (
-        ("loss", listed(cfg.loss), LOSSES),
-        ("train_set", listed(cfg.train_set), TRAIN_SETS),
-    ):
-        if not values:
-            raise ParameterError(f"train: `{field_}` is empty; allowed are {', '.join(allowed)}")
-        for v in values:
-            if v not in allowed:
-                raise ParameterError(f"train: `{field_}` is {v!r}; allowed are {', '.join(allowed)}")
-    for l in listed(cfg.loss):
+    losses, train_sets = listed(cfg.loss), listed(cfg.train_set)
+    _check_names("loss", losses, LOSSES)
+    _check_names("train_set", train_sets, TRAIN_SETS)
+    for loss in losses:
         try:
-            check_head(l, cfg.margin, cfg.n_centers, cfg.class_margins)
+            check_head(loss, cfg.margin, cfg.n_centers, cfg.class_margins)
         except ValueError as e:
             raise ParameterError(f"train: {e}") from None
-    return [f"{l}_{t}" for t in listed(cfg.train_set) for l in listed(cfg.loss)]
+    _check_options(cfg, losses)
+    return [f"{loss}_{train_set}" for train_set in train_sets for loss in losses]
+
+
+def _check_names(name, values, allowed):
+    if not values:
+        raise ParameterError(f"train: `{name}` is empty; allowed are {', '.join(allowed)}")
+    for v in values:
+        if v not in allowed:
+            raise ParameterError(f"train: `{name}` is {v!r}; allowed are {', '.join(allowed)}")
+
+
+def _check_options(cfg, losses):
+    "A parameter that a loss brings needs this loss, or another that has it."
+    for name in cfg.options:
+        if not any(name in LOSSES[loss].own for loss in losses):
+            who = ", ".join(k for k, one in LOSSES.items() if name in one.own) or "no loss"
+            raise ParameterError(f"train: `{name}` is set, but none of {', '.join(losses)} has it; {who} has")
 
 
 def recipe_of(
     cfg: Config,  # a config
 ) -> Recipe:  # what the engine is told
     "The part of the config that is the recipe."
-    if not listed(cfg.sizes):
+    sizes = listed(cfg.sizes)
+    if not sizes:
         raise ParameterError(
             "train: `sizes` is empty; give a size group, or several that rise over the epochs"
         )
     same = {f: getattr(cfg, f) for f in Recipe.__dataclass_fields__ if hasattr(cfg, f)}
-    return Recipe(**same, rising=tuple(listed(cfg.sizes)) if len(listed(cfg.sizes)) > 1 else ())
+    return Recipe(**same, rising=tuple(sizes) if len(sizes) > 1 else ())
 
 # %% ../nbs/03_train.ipynb #7406150d
 def split_name(
     name: str,  # name of a model
 ) -> tuple:  # loss, training set
     "Loss and training set of a model's name."
-    loss = next(l for l in sorted(LOSSES, key=len, reverse=True) if name.startswith(f"{l}_"))
+    loss = next(k for k in sorted(LOSSES, key=len, reverse=True) if name.startswith(f"{k}_"))
     return loss, name[len(loss) + 1 :]
 
 # %% ../nbs/03_train.ipynb #b71ecb5b
@@ -174,14 +204,9 @@ def load_photos(
             f"train: the training set {set_name} shows {len(landmarks)} landmark; at least 2 are needed"
         )
     all_sizes = listed(cfg.sizes) + ([cfg.scale_up] if cfg.scale_up else [])
-    photos = _kind(cfg)(
-        df.path,
-        max(all_sizes, key=longest_side),
-        cfg.augment,
-        cfg.seed,
-        images=_decoded(df.path, cfg, all_sizes),
-        cache_dir=stage_dir("train", cfg).parent / "sizes",
-    )
+    largest, cache_dir = max(all_sizes, key=longest_side), stage_dir("train", cfg).parent / "sizes"
+    kind, images = _kind(cfg), _decoded(df.path, cfg, all_sizes)
+    photos = kind(df.path, largest, cfg.augment, cfg.seed, images=images, cache_dir=cache_dir)
     photos.use_sizes(listed(cfg.sizes)[0])
     return photos, torch.as_tensor(classes), landmarks
 
@@ -194,11 +219,8 @@ def _kind(cfg):
         return Photos
     if cfg.in_memory:
         raise ParameterError("train: `decode: gpu` reads photos from disk; set `in_memory: false`")
-    reason = (
-        why_not(pick_device(cfg.device))
-        if pick_device(cfg.device).type == "cuda"
-        else "training runs on the CPU"
-    )
+    device = pick_device(cfg.device)
+    reason = why_not(device) if device.type == "cuda" else "training runs on the CPU"
     if reason:
         log(f"train: `decode: gpu` was asked for, but {reason}; photos are decoded on the CPU")
     return Photos if reason else EncodedPhotos
@@ -227,141 +249,115 @@ def start_model(
 ):  # a RetrievalModel
     "The network a model starts from: its v1 parent, or fresh."
     loss, set_name = split_name(name)
-    if set_name.startswith("v1+"):
-        if not cfg.parent:
-            raise ParameterError(
-                f"train: {name} starts from {loss}_v1: give the artifact of 03_train that holds it as `parent`, for instance @train/v1"
-            )
-        folder = artifact(cfg, cfg.parent) / f"{loss}_v1"
-        if not folder.exists():
-            raise ParameterError(
-                f"train: {name} starts from {loss}_v1, but {folder.parent} has only {', '.join(sorted(p.parent.name for p in folder.parent.glob('*/card.json')))}"
-            )
-        model = load_model(folder)
-        card = read_json(folder / "card.json")
-        if (card["backbone"], card["pooling"], card["dim"]) != (cfg.backbone, cfg.pooling, cfg.dim):
-            raise ParameterError(
-                f"train: {folder} is {card['backbone']} with {card['pooling']} and {card['dim']} numbers, the parameters ask for {cfg.backbone}, {cfg.pooling}, {cfg.dim}"
-            )
-        return model
-    return make_model(cfg.backbone, cfg.pooling, cfg.dim, cfg.pretrained, cfg.weights, cfg.sha256)
+    if not set_name.startswith("v1+"):
+        return make_model(cfg.backbone, cfg.pooling, cfg.dim, cfg.pretrained, cfg.weights, cfg.sha256)
+    if not cfg.parent:
+        raise ParameterError(
+            f"train: {name} starts from {loss}_v1: give the artifact of 03_train that holds it as `parent`,"
+            " for instance @train/v1"
+        )
+    folder = artifact(cfg, cfg.parent) / f"{loss}_v1"
+    if not folder.exists():
+        there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/card.json")))
+        raise ParameterError(f"train: {name} starts from {loss}_v1, but {folder.parent} has only {there}")
+    model = load_model(folder)
+    card = read_json(folder / "card.json")
+    if (card["backbone"], card["pooling"], card["dim"]) != (cfg.backbone, cfg.pooling, cfg.dim):
+        raise ParameterError(
+            f"train: {folder} is {card['backbone']} with {card['pooling']} and {card['dim']} numbers,"
+            f" the parameters ask for {cfg.backbone}, {cfg.pooling}, {cfg.dim}"
+        )
+    return model
 
 # %% ../nbs/03_train.ipynb #c9561374
+def start_training(
+    cfg: Config,  # a config
+    name: str,  # the model, loss_trainset
+    classes: torch.Tensor,  # class of each photo [n]
+) -> Training:  # model and head, before the first step
+    "What a model and its head start from."
+    loss, counts = split_name(name)[0], torch.bincount(classes)
+    of_stage = cfg.margin, cfg.s, cfg.label_smoothing, cfg.n_centers, cfg.class_margins
+    own = {k: v for k, v in cfg.options.items() if k in LOSSES[loss].own}
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)
+        return Training(start_model(cfg, name), make_head(loss, cfg.dim, counts, *of_stage, **own))
+
+# %% ../nbs/03_train.ipynb #dd01a340
 def train_model(
     job: tuple,  # config, name of the model, the run's directory, whether to work in one thread
 ) -> dict:  # name, final loss and accuracy, photos, classes
     "Train one model of a run, or find it finished."
     cfg, name, out, one_thread = job
-    out = Path(out)
-    if (out / name / "card.json").exists():
-        return read_json(out / name / "card.json")["result"]
+    if (Path(out) / name / "card.json").exists():
+        return read_json(Path(out) / name / "card.json")["result"]
     threads = torch.get_num_threads()
     try:
         if one_thread:
             torch.set_num_threads(1)
-        loss, set_name = split_name(name)
-        photos, classes, landmarks = load_photos(cfg, set_name.removeprefix("v1+"))
-        with torch.random.fork_rng():
-            torch.manual_seed(cfg.seed)
-            net = Training(
-                start_model(cfg, name),
-                make_head(
-                    loss,
-                    cfg.dim,
-                    torch.bincount(classes),
-                    cfg.margin,
-                    cfg.s,
-                    cfg.label_smoothing,
-                    cfg.n_centers,
-                    cfg.class_margins,
-                ),
-            )
-        recipe = recipe_of(cfg)
-        watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
-
-        def look(model, epoch):
-            return benchmark_maps(
-                model,
-                make_world(cfg.world, cfg.seed),
-                longest_side(listed(cfg.sizes)[-1]),
-                cfg.batch_size,
-                cfg.n_loaders,
-                cfg.max_bad,
-            )
-
-        trainer = Trainer(
-            net,
-            photos,
-            classes,
-            recipe,
-            out / ".state" / name,
-            pick_device(cfg.device),
-            on_epoch=look if cfg.evaluate else None,
-            on_log=watch,
-            desc=name,
-        )
-        table = trainer.run()
-        result = dict(
-            model=name,
-            loss=float(table.loss.dropna().iloc[-1]),
-            accuracy=float(table.accuracy.dropna().iloc[-1]),
-            images=len(photos),
-            classes=len(landmarks),
-            unreadable=len(trainer.bad),
-        )
-        if trainer.acc.is_main_process:
-            _finish(cfg, name, out, trainer, table, result)
-        return result
+        return _train(cfg, name, Path(out))
     finally:
         torch.set_num_threads(threads)
 
 
+def _train(cfg, name, out):
+    "Load, train, write."
+    photos, classes, landmarks = load_photos(cfg, split_name(name)[1].removeprefix("v1+"))
+    net, recipe = start_training(cfg, name, classes), recipe_of(cfg)
+    watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
+
+    def look(model, epoch):
+        world, side = make_world(cfg.world, cfg.seed), longest_side(listed(cfg.sizes)[-1])
+        return benchmark_maps(model, world, side, cfg.batch_size, cfg.n_loaders, cfg.max_bad)
+
+    told = dict(on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
+    device = pick_device(cfg.device)
+    trainer = Trainer(net, photos, classes, recipe, out / ".state" / name, device, **told)
+    table = trainer.run()
+    last = {k: float(table[k].dropna().iloc[-1]) for k in ("loss", "accuracy")}
+    counts = dict(images=len(photos), classes=len(landmarks), unreadable=len(trainer.bad))
+    result = dict(model=name, **last, **counts)
+    if trainer.acc.is_main_process:
+        _finish(cfg, name, out, trainer, table, result)
+    return result
+
+
 def _finish(cfg, name, out, trainer, table, result):
-    "Write a model: table, list of unreadable photos, weights, the best ones if epochs were evaluated, and last the card."
+    "Write a model: table, unreadable photos, weights, the best ones if epochs were evaluated, last the card."
     (out / name).mkdir(parents=True, exist_ok=True)
     write_csv(table, out / name / "metrics.csv")
-    write_csv(
-        pd.DataFrame([(trainer.photos.paths[i], why) for i, why in trainer.bad], columns=["path", "reason"]),
-        out / name / "unreadable.csv",
-    )
+    bad = [(trainer.photos.paths[i], why) for i, why in trainer.bad]
+    write_csv(pd.DataFrame(bad, columns=["path", "reason"]), out / name / "unreadable.csv")
     card, maps = card_of(cfg, name, trainer.recipe), [c for c in table if c.endswith(" M")]
     last = {c: float(table[c].dropna().iloc[-1]) for c in maps}
     weights = {k: v.detach().cpu().clone() for k, v in trainer.net.model.state_dict().items()}
     if best := trainer.best_state():
         trainer.net.model.load_state_dict(best["model"])
-        save_model(
-            out / name / "best",
-            trainer.net.model,
-            dict(card, epoch=best["epoch"], metrics=best["metrics"], result=result),
-        )
+        of_best = dict(card, epoch=best["epoch"], metrics=best["metrics"], result=result)
+        save_model(out / name / "best", trainer.net.model, of_best)
         trainer.net.model.load_state_dict(weights)
     save_model(out / name, trainer.net.model, dict(card, metrics=last, result=result))
 
-
+# %% ../nbs/03_train.ipynb #df781cb9
 def card_of(
     cfg: Config,  # a config
     name: str,  # the model, loss_trainset
     recipe: Recipe,  # what the engine was told
 ) -> dict:  # what a model remembers of its making
     "Parts, parameters and hashes of the data."
-    loss, set_name = split_name(name)
-    used = dict(
-        world=make_world(cfg.world, cfg.seed),
-        parent=set_name.startswith("v1+") and artifact(cfg, cfg.parent),
-        clean=set_name.endswith("-clean") and artifact(cfg, cfg.clean),
-    )
-    params = {k: v for k, v in asdict(cfg).items() if k not in UNHASHED | set(used) | {"loss", "train_set"}}
+    loss, train_set = split_name(name)
+    used = dict(world=make_world(cfg.world, cfg.seed))
+    if train_set.startswith("v1+"):
+        used["parent"] = artifact(cfg, cfg.parent)
+    if train_set.endswith("-clean"):
+        used["clean"] = artifact(cfg, cfg.clean)
+    elsewhere = UNHASHED | {"world", "parent", "clean", "loss", "train_set"}
     return dict(
-        name=name,
-        loss=loss,
-        train_set=set_name,
-        backbone=cfg.backbone,
-        pooling=cfg.pooling,
-        dim=cfg.dim,
-        sizes=cfg.sizes,
-        params=params,
+        dict(name=name, loss=loss, train_set=train_set),
+        **{k: getattr(cfg, k) for k in ("backbone", "pooling", "dim", "sizes")},
+        params={k: v for k, v in asdict(cfg).items() if k not in elsewhere},
         recipe=asdict(recipe),
-        data={k: digest_of(p) for k, p in used.items() if p},
+        data={k: digest_of(p) for k, p in used.items()},
     )
 
 # %% ../nbs/03_train.ipynb #9142ed20
@@ -369,51 +365,58 @@ def run(
     cfg: Config,  # a config
 ) -> Path:  # the artifact's directory
     "Train every model of the run."
-    names, rank, together = (
-        model_names(cfg),
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )
+    names, together = model_names(cfg), int(os.environ.get("WORLD_SIZE", 1))
     pick_device(cfg.device)
     recipe_of(cfg)
-    if rank:  # a follower: the first process keeps the artifact
-        if _agree(cfg, None):
-            [train_model((cfg, name, stage_dir("train", cfg), False)) for name in names]
-        return stage_dir("train", cfg)
+    if int(os.environ.get("RANK", 0)):
+        return _follow(cfg, names)
     world = make_world(cfg.world, cfg.seed)
-    upstream = [
-        artifact(cfg, ref)
-        for ref, used in ((cfg.parent, "v1+"), (cfg.clean, "-clean"))
-        if ref and any(used in n for n in names)
-    ]
-    if cfg.weights and Path(cfg.weights).is_file():
-        upstream.append(Path(cfg.weights))  # other weights, another model
-    for name in names:  # complain before anything is trained
-        if "_v1+" in name and not cfg.parent:
-            start_model(cfg, name)
-        if name.endswith("-clean") and not cfg.clean:
-            artifact(cfg, cfg.clean)
+    inputs = [world, *_upstream(cfg, names)]
     if cfg.devices > 1 and together == 1:
         return launch(cfg)
-    with open_stage("train", cfg, inputs=[world, *upstream], code=__name__) as st:
+    with open_stage("train", cfg, inputs=inputs, code=__name__) as st:
         if together > 1:
             _agree(cfg, not st.done)
         if st.done:
             return st.dir
         if cfg.evaluate:
             check_benchmarks(world, cfg.max_bad)
-        side_by_side = (
-            together == 1 and len(names) > 1 and pick_device(cfg.device).type == "cpu" and cfg.n_workers != 1
-        )
-        jobs = [
-            (cfg, name, str(st.dir), side_by_side) for name in sorted(names, key=lambda n: "v1" in n)
-        ]  # long ones first
-        with watching(st.dir, names):
-            results = parallel_map(train_model, jobs, cfg.n_workers if side_by_side else 1, "models")
-        table = pd.DataFrame(results).set_index("model").loc[names].reset_index()
+        table = _train_all(cfg, names, st.dir, together)
         write_csv(table, st.dir / "models.csv")
         st.metrics.update({r.model: dict(loss=r.loss, accuracy=r.accuracy) for r in table.itertuples()})
     return st.dir
+
+# %% ../nbs/03_train.ipynb #72aace86
+def _follow(cfg, names):
+    "One of several processes that is not the first: it trains, and the first keeps the artifact."
+    if _agree(cfg, None):
+        for name in names:
+            train_model((cfg, name, stage_dir("train", cfg), False))
+    return stage_dir("train", cfg)
+
+
+def _upstream(cfg, names):
+    "What the run is made from besides its world; complains before anything is trained."
+    references = ((cfg.parent, "v1+"), (cfg.clean, "-clean"))
+    found = [artifact(cfg, ref) for ref, used in references if ref and any(used in n for n in names)]
+    if cfg.weights and Path(cfg.weights).is_file():
+        found.append(Path(cfg.weights))  # other weights, another model
+    for name in names:
+        if "_v1+" in name and not cfg.parent:
+            start_model(cfg, name)
+        if name.endswith("-clean") and not cfg.clean:
+            artifact(cfg, cfg.clean)
+    return found
+
+
+def _train_all(cfg, names, out, together):
+    "One row per model: side by side on the CPU, those with the larger sets first, or one after another."
+    alone = together == 1 and len(names) > 1
+    side_by_side = alone and pick_device(cfg.device).type == "cpu" and cfg.n_workers != 1
+    jobs = [(cfg, name, str(out), side_by_side) for name in sorted(names, key=lambda n: "v1" in n)]
+    with watching(out, names):
+        results = parallel_map(train_model, jobs, cfg.n_workers if side_by_side else 1, "models")
+    return pd.DataFrame(results).set_index("model").loc[names].reset_index()
 
 # %% ../nbs/03_train.ipynb #a1c0def2
 def _agree(cfg, todo):
@@ -421,9 +424,7 @@ def _agree(cfg, todo):
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(
-        cpu=pick_device(cfg.device).type == "cpu", timeout=timedelta(days=7)
-    )  # the first may wait for another run, or look at an epoch for long
+    PartialState(cpu=pick_device(cfg.device).type == "cpu", timeout=timedelta(days=7))
     return broadcast_object_list([todo])[0]
 
 
@@ -431,38 +432,23 @@ def launch(
     cfg: Config,  # a config with devices > 1
 ) -> Path:  # the artifact's directory
     "Start `devices` processes of this stage through torchrun and wait for them."
-    if pick_device(cfg.device).type == "cuda" and torch.cuda.device_count() < cfg.devices:
-        raise ParameterError(
-            f"train: `devices` is {cfg.devices}, but this machine shows {torch.cuda.device_count()} CUDA GPUs"
-        )
-    if cfg.batch_size % cfg.devices:
-        raise ParameterError(
-            f"train: `batch_size` {cfg.batch_size} cannot be divided among {cfg.devices} devices"
-        )
+    n, n_gpus = cfg.devices, torch.cuda.device_count()
+    if pick_device(cfg.device).type == "cuda" and n_gpus < n:
+        raise ParameterError(f"train: `devices` is {n}, but this machine shows {n_gpus} CUDA GPUs")
+    if cfg.batch_size % n:
+        raise ParameterError(f"train: `batch_size` {cfg.batch_size} cannot be divided among {n} devices")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--no-python"]
     with tempfile.TemporaryDirectory() as d:
-        Path(d, "params.json").write_text(json.dumps(asdict(cfg)))
+        params = Path(d, "params.json")
+        params.write_text(json.dumps(asdict(cfg)))
         with watching(stage_dir("train", cfg), model_names(cfg)):
-            code, said = _loud(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={cfg.devices}",
-                    "--no-python",
-                    sys.executable,
-                    "-c",
-                    _JOIN,
-                    f"{d}/params.json",
-                ]
-            )
+            code, said = _loud([sys.executable, *torchrun, sys.executable, "-c", _JOIN, str(params)])
     if code:
-        raise (DivergenceError if "engine.DivergenceError: " in said else RuntimeError)(
-            f"train: one of {cfg.devices} processes failed: {_said_first(said)}"
-        )
+        kind = DivergenceError if "DivergenceError: " in said else RuntimeError
+        raise kind(f"train: one of {n} processes failed: {_said_first(said)}")
     return stage_dir("train", cfg)
 
-
+# %% ../nbs/03_train.ipynb #d414231a
 def _loud(command):
     "Run a command; its progress is seen at once and kept. Returns exit status and what it said."
     said = []
@@ -492,4 +478,5 @@ def _said_first(text):
 
 
 def main():
+    "`landmark_train`: this stage from the command line."
     stage_main(Config, run)

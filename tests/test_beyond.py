@@ -1,4 +1,4 @@
-"""What goes beyond the original, against plain versions that share no line with it: dense matrices, loops, autograd."""
+"""What goes beyond the original, against plain versions that share no line with it."""
 
 import numpy as np
 import pytest
@@ -131,7 +131,7 @@ def test_superglobal_as_a_method():
 
 @pytest.mark.parametrize("centers", [1, 2, 3, 5])
 def test_sub_centre_arcface_by_its_definition(centers):
-    "Loss and both gradients, in float64: the nearest of a class's centres, its own margin as an angle, a softmax."
+    "Loss and both gradients, in float64: the nearest centre of a class, its margin as an angle, a softmax."
     gen = torch.Generator().manual_seed(centers)
     counts = torch.randint(1, 500, (7,), generator=gen)
     head = MarginHead(

@@ -1,4 +1,4 @@
-"The parameter files of the profile gld against the original's recipe, as the papers and the public code state it."
+"The parameter files of the profile gld against the original's recipe, as papers and public code state it."
 
 import dataclasses
 
@@ -9,7 +9,8 @@ from landmark.parts.core import project_root
 from landmark.parts.images.batching import BINS3, BINS5, SIZES
 
 FISHNET, RESNET, SERESNEXT = "fishnet150", "resnet101.tv_in1k", "legacy_seresnext101_32x4d"
-# model: backbone, pooling, loss, margin, cleaned with (verify, freq), epochs planned + scale-up, epochs run, augmentation, sizes, scale-up, parent's margin
+# model: backbone, pooling, loss, margin, cleaned with (verify, freq), epochs planned + scale-up, epochs run,
+#        augmentation, sizes, scale-up, parent's margin
 MODELS = dict(
     v19c=(FISHNET, "G,G,G,G", "cosface", 0.3, (30, 2), (4, 1), 5, "soft", "S2", "M2", 0.3),
     v20c=(SERESNEXT, "gem", "arcface", 0.3, (30, 3), (7, 0), 6, "middle", "SS2", "", 0.3),

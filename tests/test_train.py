@@ -102,7 +102,8 @@ def test_killed_and_continued_ends_with_the_same_weights(world, loss, monkeypatc
 
 def start(world, name, **more):
     "Training in a process of its own."
-    code = f"from landmark import train; train.run(train.Config(**{dict(world=str(world), name=name, **{**SMALL, **more})!r}))"
+    given = dict(SMALL, world=str(world), name=name) | more
+    code = f"from landmark import train; train.run(train.Config(**{given!r}))"
     root = str(Path(train.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -159,7 +160,8 @@ def test_two_processes_follow_the_curve_of_one(world, loss):
 
 
 def test_two_processes_with_all_that_is_uneven(world):
-    "Layers that no photo passes, accumulated batches of other lengths, a last epoch at another size, photos that only one process finds unreadable."
+    """Layers that no photo passes, accumulated batches of other lengths, a last epoch at another size,
+    photos that only one process finds unreadable."""
     for i in range(4):
         (
             p := image_path(world / "v1" / "train", pd.read_csv(world / "v1" / "train.csv", dtype=str).id[i])
@@ -374,7 +376,7 @@ def test_labels_with_one_image_and_one_label(world):
 
 
 def test_evaluation_after_each_epoch(tmp_path, monkeypatch):
-    "The benchmarks of the tiny world join the table, and the best model is kept; a run may stop before its cosine ends."
+    "The benchmarks join the table, and the best model is kept; a run may stop before its cosine ends."
     from landmark.parts.data.worlds import make_world
 
     tiny = make_world("tiny", 1)
@@ -414,7 +416,7 @@ def test_benchmarks_without_images_give_no_figures(tmp_path, monkeypatch, capfd)
         m.setattr(Trainer, "train_step", lambda *_: pytest.fail("it began to train"))
         with pytest.raises(
             ParameterError,
-            match=r"(\d+) of \1 images to be described cannot be read, more than `max_bad` = 0.01: .*/rnorth/jpg/",
+            match=r"(\d+) of \1 images to be described cannot be read, more than .* 0.01: .*/rnorth/jpg/",
         ):
             train.run(train.Config(**args))
     shutil.rmtree(tiny / "revisited")
@@ -510,7 +512,7 @@ def test_killed_after_any_step(tmp_path, kw):
 
 
 def test_the_scaler_of_fp16_is_continued(tmp_path, monkeypatch):
-    "On a CPU Accelerate brings no gradient scaler, so it is given one that changes its scale every other step."
+    "On a CPU Accelerate brings no gradient scaler, so it is given one that changes every other step."
     from landmark.parts.training import engine
 
     usual = engine._accelerator
@@ -544,7 +546,7 @@ def test_out_of_memory_names_batch_and_size(tmp_path, monkeypatch):
     monkeypatch.setattr(RetrievalModel, "forward", greedy)
     with pytest.raises(
         TrainingError,
-        match="Out of memory with 6 images a batch at size 64. Lower `batch_size`.*smaller `sizes`, or set `precision` to bf16",
+        match="Out of memory with 6 images a batch at size 64. Lower `batch_size`.*set `precision` to bf16",
     ):
         train_stripes(tmp_path, scale_up="64")
 
@@ -662,7 +664,8 @@ def test_decode_on_the_gpu_falls_back_and_says_so(world, capfd):
 
 
 def test_photos_as_bytes_train_like_photos(world, monkeypatch):
-    "The path of the GPU decoder, run on the CPU: nearly the same photos give nearly the same loss, and a photo cut off is left out."
+    """The path of the GPU decoder, run on the CPU: nearly the same photos give nearly the same loss,
+    and a photo cut off is left out."""
     path = image_path(world / "v1" / "train", pd.read_csv(world / "v1" / "train.csv", dtype=str).id[0])
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     args = {
@@ -784,7 +787,7 @@ def test_several_models_one_after_another_on_two_processes(world):
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_weights_that_are_no_numbers_reach_no_checkpoint(tmp_path, evaluated):
     "A gradient overflows while its loss is finite; a second run goes on from the last good step."
-    from landmark.parts.training.engine import DivergenceError
+    from landmark.parts.training.errors import DivergenceError
 
     class Overflows(Trainer):
         def train_step(self, *args):
@@ -857,7 +860,8 @@ def test_a_larger_share_of_unreadable_photos_goes_on_with_the_same_training(worl
 
 @pytest.mark.parametrize("loss", ["arcface", "triplet", "contrastive"])
 def test_a_step_asks_no_device_for_a_number(tmp_path, monkeypatch, loss):
-    "On the device `meta` there are no numbers: whoever asks for one fails. So runs a step of one of two processes, but for the steps of the optimizer."
+    """On the device `meta` there are no numbers: whoever asks for one fails. So runs a step of one of two
+    processes, but for the steps of the optimizer."""
     from landmark.parts.images.loading import Photos
     from landmark.parts.nets.backbones import make_model
     from landmark.parts.nets.losses import make_head
@@ -950,7 +954,8 @@ def test_tuples_are_mined_in_the_precision_of_the_training(tmp_path):
 
 
 def test_the_triplet_loss_meets_positives_on_one_process_and_on_two(world, monkeypatch):
-    "Every photo of a step has a partner, also in each process's share; killed and continued it ends with the same weights."
+    """Every photo of a step has a partner, also in each process's share; killed and continued it ends with
+    the same weights."""
     from landmark.parts.training.recipe import plan_landmarks, share_of
 
     args = {**SMALL, "loss": "triplet", "batch_size": 16, "epochs": 3, "checkpoint_every": 1}

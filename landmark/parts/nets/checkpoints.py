@@ -25,11 +25,11 @@ def save_checkpoint(path: Path, state: dict):
     with atomic_path(path) as tmp:
         torch.save(dict(state, version=CHECKPOINT_VERSION), tmp)
 
-
+# %% ../../../nbs/parts/nets/checkpoints.ipynb #ca172fad
 def load_checkpoint(
     path: Path,  # a file written by `save_checkpoint`
     net: nn.Module,  # the network it should fit
-    recipe=None,  # the recipe (a dataclass) it should have been made with
+    recipe=None,  # the recipe (a dataclass with defaults) it should have been made with
 ) -> dict:  # its state, or an empty dict if there is none
     "Read a checkpoint and see that it fits."
     if not Path(path).exists():
@@ -37,33 +37,41 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
+        why = str(e).splitlines()[0][:100]
         raise ValueError(
-            f"{path} is no readable checkpoint (truncated?): {str(e).splitlines()[0][:100]}. Remove it to start this model again."
+            f"{path} is no readable checkpoint (truncated?): {why}. Remove it to start this model again."
         ) from None
-    if state.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(
-            f"{path} has version {state.get('version')}, this program reads version {CHECKPOINT_VERSION}."
-        )
-    own, theirs = ({k: tuple(v.shape) for k, v in s.items()} for s in (net.state_dict(), state["net"]))
-    if own != theirs:
-        other = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))
-        classes = [s.get("head.weight", s.get("head.fc.weight", (0,)))[0] for s in (theirs, own)]
-        why = (
-            f"{classes[0]} classes instead of {classes[1]}"
-            if all(k.startswith("head.") for k in other)
-            else f"another architecture: {len(other)} entries differ, such as {other[0]}"
-        )
-        raise ValueError(f"{path} belongs to {why}.")
-    if recipe is not None and (
-        diff := [
-            k
-            for k, v in asdict(recipe).items()
-            if state["recipe"].get(k) != v
-            and k not in ("n_loaders", "checkpoint_every", "max_bad", "log_every")
-        ]
-    ):
-        raise ValueError(f"{path} was made with another recipe: {', '.join(diff)} differ.")
+    version = state.get("version")
+    if version != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} has version {version}, this program reads version {CHECKPOINT_VERSION}.")
+    _check_fit(path, net, state["net"])
+    if recipe is not None:
+        _check_recipe(path, recipe, state["recipe"])
     return state
+
+
+def _check_fit(path, net, weights):
+    "Refuse weights of another architecture or of other classes."
+    own, theirs = ({k: tuple(v.shape) for k, v in s.items()} for s in (net.state_dict(), weights))
+    if own == theirs:
+        return
+    other = sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k))
+    why = f"another architecture: {len(other)} entries differ, such as {other[0]}"
+    if all(k.startswith("head.") for k in other):
+        n, n_own = (s.get("head.weight", s.get("head.fc.weight", (0,)))[0] for s in (theirs, own))
+        why = f"{n} classes instead of {n_own}"
+    raise ValueError(f"{path} belongs to {why}.")
+
+
+_CHANGE_NOTHING = ("n_loaders", "checkpoint_every", "max_bad", "log_every")
+
+
+def _check_recipe(path, recipe, theirs):
+    "Refuse another recipe, as far as weights depend on it; what a file does not say is the default."
+    theirs = asdict(type(recipe)()) | theirs
+    diff = [k for k, v in asdict(recipe).items() if theirs[k] != v and k not in _CHANGE_NOTHING]
+    if diff:
+        raise ValueError(f"{path} was made with another recipe: {', '.join(diff)} differ.")
 
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #b07e53be
 def save_model(
@@ -95,7 +103,8 @@ def load_model(
     try:
         model.load_state_dict(load_file(path / "weights.safetensors"))
     except Exception as e:
+        asked = f"{card['backbone']}, {card['pooling']}, {card['dim']}"
         raise ValueError(
-            f"{path}/weights.safetensors does not fit its card ({card['backbone']}, {card['pooling']}, {card['dim']}): {str(e).splitlines()[0]}"
+            f"{path}/weights.safetensors does not fit its card ({asked}): {str(e).splitlines()[0]}"
         ) from None
     return model.to(device).to(memory_format=torch.channels_last).eval()

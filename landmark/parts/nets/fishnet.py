@@ -23,18 +23,16 @@ class Bottleneck(nn.Module):
         super().__init__()
         c, self.k = c_out // 4, k
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c, 1, bias=False)
-        self.bn2, self.conv2 = (
-            nn.BatchNorm2d(c),
-            nn.Conv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False),
-        )
+        self.bn2 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(c), nn.Conv2d(c, c_out, 1, bias=False)
-        self.shortcut = (
-            nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False))
-            if not k and c_in != c_out
-            else None
-        )
+        self.shortcut = None
+        if not k and c_in != c_out:
+            wider = nn.Conv2d(c_in, c_out, 1, bias=False)
+            self.shortcut = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), wider)
 
     def forward(self, x):
+        "The map [b, c_out, h, w] of the map [b, c_in, h, w]."
         y = x
         for bn, conv in ((self.bn1, self.conv1), (self.bn2, self.conv2), (self.bn3, self.conv3)):
             y = conv(bn(y).relu())
@@ -59,6 +57,33 @@ PLANES = (128, 256, 512, 512, 512, 384, 256, 320, 832, 1600)  # new channels of 
 JOINED = {4: 2, 5: 1, 6: 0, 7: 6, 8: 5, 9: 4}  # the map refined beside a stage; 0 is the stem's
 
 
+def _turn(c, planes, n):
+    "The stage that turns round: half the channels, a wide map, blocks, and an attention over channels."
+    attention = nn.Sequential(
+        nn.BatchNorm2d(2 * planes),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(2 * planes, planes // 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(planes // 16, planes, 1),
+        nn.Sigmoid(),
+    )
+    wide = nn.Conv2d(c // 2, 2 * planes, 1)
+    return [_halve(c), wide, _blocks(n, 2 * planes, planes), nn.Sequential(attention)]
+
+
+def _join(i, c, planes, n, joined, n_refine):
+    "Stage 4 to 9: blocks, blocks for the joined map, and a change of size."
+    rises = i < 7
+    way_up = dict(k=c // planes, dilation=2 ** (i - 4)) if rises else {}
+    trunk = _blocks(n, c, planes, **way_up)
+    return [
+        trunk,
+        _blocks(n_refine, joined, joined),
+        nn.Upsample(scale_factor=2) if rises else nn.MaxPool2d(2),
+    ]
+
+# %% ../../../nbs/parts/nets/fishnet.ipynb #c04a6797
 class Fish(nn.Module):
     "The ten stages behind the stem."
 
@@ -70,49 +95,19 @@ class Fish(nn.Module):
         super().__init__()
         c, stages = [64], []  # channels of every map, the stem's first
         for i, (planes, n) in enumerate(zip(PLANES, n_blocks)):
-            if i == 3:
-                attention = nn.Sequential(
-                    nn.BatchNorm2d(2 * planes),
-                    nn.ReLU(),
-                    nn.AdaptiveAvgPool2d(1),
-                    nn.Conv2d(2 * planes, planes // 16, 1),
-                    nn.ReLU(),
-                    nn.Conv2d(planes // 16, planes, 1),
-                    nn.Sigmoid(),
-                )
-                stages.append(
-                    [
-                        _halve(c[-1]),
-                        nn.Conv2d(c[-1] // 2, 2 * planes, 1),
-                        _blocks(n, 2 * planes, planes),
-                        nn.Sequential(attention),
-                    ]
-                )
-            elif i < 3:
+            if i < 3:
                 stages.append([_blocks(n, c[-1], planes), nn.MaxPool2d(2)])
+            elif i == 3:
+                stages.append(_turn(c[-1], planes, n))
             else:
-                joined, rises = c[JOINED[i]], i < 7
-                trunk = (
-                    _blocks(n, c[-1], planes, k=c[-1] // planes, dilation=2 ** (i - 4))
-                    if rises
-                    else _blocks(n, c[-1], planes)
-                )
-                stages.append(
-                    [
-                        trunk,
-                        _blocks(n_refine[i - 4], joined, joined),
-                        nn.Upsample(scale_factor=2) if rises else nn.MaxPool2d(2),
-                    ]
-                )
+                stages.append(_join(i, c[-1], planes, n, c[JOINED[i]], n_refine[i - 4]))
             c.append(planes + (c[JOINED[i]] if i > 3 else 0))
         stages[9].append(_halve(c[-1]))
-        self.fish, self.channels = (
-            nn.ModuleList(nn.ModuleList(s) for s in stages),
-            [c[7], c[8], c[9], c[10] // 2],
-        )
+        self.fish = nn.ModuleList(nn.ModuleList(s) for s in stages)
+        self.channels = [c[7], c[8], c[9], c[10] // 2]
 
     def forward(self, x):
-        "Maps of the head at strides 4, 8, 16 and 32; the last one after the layer in front of the classifier."
+        "Maps of the head at strides 4, 8, 16 and 32; the last one as the classifier would get it."
         maps = [x]
         for i, s in enumerate(self.fish):
             if i < 3:
@@ -123,32 +118,34 @@ class Fish(nn.Module):
                 y = s[2](z) * a + a
             else:
                 trunk, side = s[2](s[0](maps[-1])), s[1](maps[JOINED[i]])
-                if i < 7:
-                    trunk = (
-                        trunk[..., : side.shape[2], : side.shape[3]]
-                        if trunk.shape[2] >= side.shape[2] and trunk.shape[3] >= side.shape[3]
-                        else nn.functional.interpolate(trunk, side.shape[2:])
-                    )
-                y = torch.cat([trunk, side], 1)
+                y = torch.cat([_fit(trunk, side) if i < 7 else trunk, side], 1)
             maps.append(y)
         return [*maps[7:10], self.fish[9][3](maps[10])]
+
+
+def _fit(x, like):
+    "Cut a map to the size of another, or enlarge it where it is too small."
+    h, w = like.shape[2:]
+    if x.shape[2] >= h and x.shape[3] >= w:
+        return x[..., :h, :w]
+    return nn.functional.interpolate(x, (h, w))
 
 # %% ../../../nbs/parts/nets/fishnet.ipynb #0c88e7b8
 class FishNet(nn.Module):
     "Stem and fish."
 
-    def __init__(self, n_blocks: tuple, n_refine: tuple):
+    def __init__(
+        self,
+        n_blocks: tuple,  # blocks of each of the ten stages
+        n_refine: tuple,  # blocks that refine the joined map of stages 4 to 9
+    ):
         super().__init__()
 
         def conv(a, b, stride=1):
             return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
 
-        self.conv1, self.conv2, self.conv3, self.pool1 = (
-            conv(3, 32, 2),
-            conv(32, 32),
-            conv(32, 64),
-            nn.MaxPool2d(3, 2, 1),
-        )
+        self.conv1, self.conv2, self.conv3 = conv(3, 32, 2), conv(32, 32), conv(32, 64)
+        self.pool1 = nn.MaxPool2d(3, 2, 1)
         self.fish = Fish(n_blocks, n_refine)
         self.channels = self.fish.channels
         for m in self.modules():
@@ -156,15 +153,15 @@ class FishNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
 
     def forward(self, x):
+        "Maps at strides 4, 8, 16 and 32."
         return self.fish(self.pool1(self.conv3(self.conv2(self.conv1(x)))))
 
-    def forward_features(self, x):
-        return self(x)[-1]
-
-
-def fishnet150():
+# %% ../../../nbs/parts/nets/fishnet.ipynb #6efbfe14
+def fishnet150() -> FishNet:
+    "The backbone of four of the original's models."
     return FishNet((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4))
 
 
-def fishnet99():
+def fishnet99() -> FishNet:
+    "Its smaller sister."
     return FishNet((2, 2, 6, 2, 1, 1, 1, 1, 2, 2), (1, 1, 1, 1, 1, 4))

@@ -75,11 +75,12 @@ def rmac_regions(
         return (torch.floor(half + torch.arange(n).float() * gap) - half).int().tolist()
 
     out = []
-    for l in range(1, levels + 1):
-        side = math.floor(2 * short / (l + 1))
+    for level in range(1, levels + 1):
+        side = math.floor(2 * short / (level + 1))
         if side == 0:
             continue  # a map too small for this level
-        out += [(t, s, side) for t in starts(h, side, l + extra_h) for s in starts(w, side, l + extra_w)]
+        tops, lefts = starts(h, side, level + extra_h), starts(w, side, level + extra_w)
+        out += [(top, left, side) for top in tops for left in lefts]
     return out
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #6b94fac8
@@ -89,10 +90,9 @@ def region_pool(
     levels: int = 3,  # levels of the grid
 ) -> torch.Tensor:  # one vector per region, the whole map first [b, regions, c]
     "Pool the whole map and each region."
-    h, w = x.shape[2:]
-    return torch.stack(
-        [pool(x)] + [pool(x[:, :, t : t + s, l : l + s]) for t, l, s in rmac_regions(h, w, levels)], 1
-    )
+    squares = rmac_regions(*x.shape[2:], levels)
+    parts = [x[:, :, top : top + side, left : left + side] for top, left, side in squares]
+    return torch.stack([pool(x), *map(pool, parts)], 1)
 
 
 def rmac(
@@ -133,13 +133,15 @@ class CompactBilinear(nn.Module):
             self.register_buffer(f"sign{k}", torch.randint(2, (c,), generator=gen) * 2.0 - 1)
 
     def forward(self, x):
+        "Unit vectors [b, d] of maps [b, c, h, w]."
         x = x.float().flatten(2).transpose(1, 2)  # [b, hw, c]
         with torch.autocast(x.device.type, enabled=False):
-            f1, f2 = (
-                torch.fft.rfft(x.new_zeros(*x.shape[:2], self.d).index_add(2, b, x * s))
-                for b, s in ((self.bucket1, self.sign1), (self.bucket2, self.sign2))
-            )
+            f1, f2 = self._sketch(x, self.bucket1, self.sign1), self._sketch(x, self.bucket2, self.sign2)
             return l2n(power_law(torch.fft.irfft((f1 * f2).sum(1), n=self.d), 1e-12))
+
+    def _sketch(self, x, bucket, sign):
+        "Fourier transform of a count sketch: every channel is added to its bucket, with its sign."
+        return torch.fft.rfft(x.new_zeros(*x.shape[:2], self.d).index_add(2, bucket, x * sign))
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #567b09c2
 class GeM(nn.Module):
@@ -155,17 +157,22 @@ class GeM(nn.Module):
         self.p = nn.Parameter(torch.full((n_powers,), float(p)), requires_grad=learned)
 
     def forward(self, x):
+        "Vectors [b, c] of maps [b, c, h, w]."
         return gem(x, self.p)
 
-
+# %% ../../../nbs/parts/nets/pooling.ipynb #145ed3b1
 class Pool(nn.Module):
     "A pooling without parameters."
 
-    def __init__(self, fn):
+    def __init__(
+        self,
+        fn,  # a function of the feature map
+    ):
         super().__init__()
         self.fn = fn
 
     def forward(self, x):
+        "Vectors [b, c] of maps [b, c, h, w]."
         return self.fn(x)
 
 
@@ -182,6 +189,7 @@ class StagePool(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(make[k]() for k in s) for s in letters)
 
     def forward(self, maps):
+        "All vectors of all stages, one after another [b, sum of c]."
         return torch.cat([pool(x).float() for pools, x in zip(self.stages, maps) for pool in pools], 1)
 
 # %% ../../../nbs/parts/nets/pooling.ipynb #e157337c
@@ -197,7 +205,8 @@ def stage_letters(
     letters = [s.strip().upper() for s in pooling.split(",")]
     if not all(s and set(s) <= set("SMG") for s in letters):
         raise ValueError(
-            f"`pooling` is {pooling!r}; a stage is a string of S (mean), M (maximum) and G (GeM), stages are separated by commas."
+            f"`pooling` is {pooling!r}; a stage is a string of S (mean), M (maximum) and G (GeM),"
+            " stages are separated by commas."
         )
     return letters
 
@@ -211,7 +220,8 @@ def make_pooling(
     if letters:
         if len(letters) != len(channels):
             raise ValueError(
-                f"`pooling` is {pooling!r} for {len(letters)} stages, but the network has {len(channels)} stages with {channels} channels."
+                f"`pooling` is {pooling!r} for {len(letters)} stages, but the network has"
+                f" {len(channels)} stages with {channels} channels."
             )
         return StagePool(letters), sum(len(s) * c for s, c in zip(letters, channels))
     make = {
@@ -227,6 +237,7 @@ def make_pooling(
     }
     if pooling not in make:
         raise ValueError(
-            f"`pooling` is {pooling!r}; allowed are {', '.join(POOLINGS)}, or letters per stage such as SMG,MG,G,G."
+            f"`pooling` is {pooling!r}; allowed are {', '.join(POOLINGS)},"
+            " or letters per stage such as SMG,MG,G,G."
         )
     return make[pooling](), 4096 if pooling == "cbp" else c

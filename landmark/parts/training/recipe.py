@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'cosine_rate', 'mine_tuples', 'draw_pairs', 'plan_batches',
 # %% ../../../nbs/parts/training/recipe.ipynb #a8d184d2
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -50,9 +50,11 @@ class Recipe:
     log_every: int = 20  # steps between rows of the table
     max_bad: float = 0.01  # largest share of unreadable photos; one is always allowed
     seed: int = 1  # seed of everything
+    options: dict = field(default_factory=dict)  # own parameters of the loss
 
     def __post_init__(self):
-        for k, least in dict(epochs=1, batch_size=2, accumulate=1, log_every=1, checkpoint_every=1).items():
+        at_least = dict(epochs=1, batch_size=2, accumulate=1, log_every=1, checkpoint_every=1)
+        for k, least in at_least.items():
             if getattr(self, k) < least:
                 raise ValueError(f"`{k}` is {getattr(self, k)}; it must be at least {least}.")
         if self.precision not in ("fp32", "bf16", "fp16"):
@@ -87,19 +89,18 @@ def mine_tuples(
     classes, of = (t.to(dev) for t in labels[pool].unique(return_inverse=True))
     if len(classes) <= n_negatives:
         raise ValueError(
-            f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different classes; take a larger pool or fewer negatives."
+            f"The pool shows {len(classes)} classes, too few for {n_negatives} negatives of different"
+            " classes; take a larger pool or fewer negatives."
         )
     if dev.type != "cpu":
         block = max(1, min(block, 2**26 // len(pool)))
     place = torch.arange(len(pool) - 1, -1, -1, device=dev)  # the first is the largest
     for q, p, x in zip(*(v.split(block) for v in (queries, positives, x_queries))):
         bits = ((x @ x_pool.T).float() + 0.0).view(torch.int32)  # [b, p]; + 0 makes −0 the same as 0
-        key = (
-            bits ^ (bits >> 31 & 0x7FFFFFFF)
-        ).long() << 32 | place  # in the order of the similarities, negative ones too
-        best = torch.full((len(q), len(classes)), least, device=dev).scatter_reduce_(
-            1, of.expand_as(key), key, "amax"
-        )
+        ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # in the order of the similarities, negative ones too
+        key = ordered.long() << 32 | place
+        best = torch.full((len(q), len(classes)), least, device=dev)
+        best.scatter_reduce_(1, of.expand_as(key), key, "amax")
         best[classes == labels[q].to(dev)[:, None]] = least  # not the query's own
         hardest = len(pool) - 1 - (best.topk(n_negatives).values & 0xFFFFFFFF)
         rows.append(torch.cat([q[:, None], p[:, None], pool[hardest.cpu()]], 1))
@@ -130,18 +131,11 @@ def plan_batches(
     epoch: int,  # number of the epoch
 ) -> list:  # positions of each batch
     "The batches of an epoch of photos."
-    return [
-        b[photos.readable[b]]
-        for b in GroupedBatchSampler(
-            photos.groups,
-            recipe.batch_size,
-            recipe.seed,
-            recipe.drop_uneven,
-            min(recipe.min_batch, recipe.batch_size),
-        ).batches(epoch)
-    ]
+    size, least = recipe.batch_size, min(recipe.min_batch, recipe.batch_size)
+    sampler = GroupedBatchSampler(photos.groups, size, recipe.seed, recipe.drop_uneven, least)
+    return [b[photos.readable[b]] for b in sampler.batches(epoch)]
 
-
+# %% ../../../nbs/parts/training/recipe.ipynb #4501d0bf
 @torch.inference_mode()
 def describe(
     model: nn.Module,  # images to descriptors
@@ -151,22 +145,14 @@ def describe(
     device,  # where the model is
 ) -> torch.Tensor:  # unit descriptors on that device, zeros where a photo could not be read [n, d]
     "Descriptors of photos at training size, unchanged."
-    learning, device, dtype = (
-        [m for m in model.modules() if m.training],
-        torch.device(device),
-        PRECISIONS[recipe.precision],
-    )
-    model.eval()  # without those that are frozen
-    out, row = (
-        torch.zeros(len(positions), model.d, device=device),
-        {int(p): i for i, p in enumerate(positions)},
-    )
-    for images, at, _ in make_loader(
-        photos,
-        np.array_split(positions, math.ceil(len(positions) / 64)),
-        n_loaders=recipe.n_loaders,
-        pin=device.type == "cuda",
-    ):
+    learning = [m for m in model.modules() if m.training]  # without those that are frozen
+    device, dtype = torch.device(device), PRECISIONS[recipe.precision]
+    model.eval()
+    out = torch.zeros(len(positions), model.d, device=device)
+    row = {int(p): i for i, p in enumerate(positions)}
+    batches = np.array_split(positions, math.ceil(len(positions) / 64))
+    loader = make_loader(photos, batches, n_loaders=recipe.n_loaders, pin=device.type == "cuda")
+    for images, at, _ in loader:
         if not len(at):
             continue
         with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
@@ -176,7 +162,7 @@ def describe(
         m.training = True
     return out
 
-
+# %% ../../../nbs/parts/training/recipe.ipynb #a87ae13c
 def plan_tuples(
     model: nn.Module,  # the network as it is
     photos,  # Photos
@@ -186,46 +172,35 @@ def plan_tuples(
     device,  # where the model is
 ) -> list:  # positions of each batch, tuple after tuple
     "Tuples mined with the current descriptors, as batches."
-    gen, groups, size, out = (
-        torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch),
-        photos.groups,
-        2 + recipe.n_negatives,
-        [],
-    )
+    gen = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+    groups, in_batch, out = photos.groups, max(1, recipe.batch_size // (2 + recipe.n_negatives)), []
     for g in np.unique(groups):
         here = torch.as_tensor(np.flatnonzero((groups == g) & photos.readable))
-        queries, positives = draw_pairs(labels[here], math.ceil(len(here) / size), gen)
-        pool = torch.randperm(len(here), generator=gen)[
-            : max(16 * recipe.n_negatives, int(recipe.pool_share * len(here)))
-        ]
-        if not len(queries) or len(labels[here[pool]].unique()) <= recipe.n_negatives:
+        tuples = _tuples_of(here, model, photos, labels, recipe, gen, device)
+        if tuples is None:
             continue  # too few photos of this shape
-        both = torch.unique(torch.cat([here[queries], here[pool]]))
-        x = describe(model, photos, both.numpy(), recipe, device)
-
-        def of(positions):
-            return x[torch.searchsorted(both, positions).to(x.device)]
-
-        tuples = mine_tuples(
-            here[queries],
-            here[positives],
-            here[pool],
-            of(here[queries]),
-            of(here[pool]),
-            labels,
-            recipe.n_negatives,
-        )
-        out += [
-            t.reshape(-1).numpy()
-            for t in tuples[torch.randperm(len(tuples), generator=gen)].split(
-                max(1, recipe.batch_size // size)
-            )
-        ]
+        shuffled = tuples[torch.randperm(len(tuples), generator=gen)]
+        out += [t.reshape(-1).numpy() for t in shuffled.split(in_batch)]
     if not out:
         raise ValueError(
-            f"No tuples can be mined: no aspect group has pairs of photos and more than {recipe.n_negatives} classes; lower `n_negatives`."
+            "No tuples can be mined: no aspect group has pairs of photos and more than"
+            f" {recipe.n_negatives} classes; lower `n_negatives`."
         )
     return [out[i] for i in torch.randperm(len(out), generator=gen)]
+
+
+def _tuples_of(here, model, photos, labels, recipe, gen, device):
+    "Tuples of one aspect group [q, 2+n_negatives], or None where it has too few photos."
+    queries, positives = draw_pairs(labels[here], math.ceil(len(here) / (2 + recipe.n_negatives)), gen)
+    n_pool = max(16 * recipe.n_negatives, int(recipe.pool_share * len(here)))
+    pool = torch.randperm(len(here), generator=gen)[:n_pool]
+    if not len(queries) or len(labels[here[pool]].unique()) <= recipe.n_negatives:
+        return None
+    queries, positives, pool = here[queries], here[positives], here[pool]
+    both = torch.unique(torch.cat([queries, pool]))
+    x = describe(model, photos, both.numpy(), recipe, device)
+    x_queries, x_pool = (x[torch.searchsorted(both, at).to(x.device)] for at in (queries, pool))
+    return mine_tuples(queries, positives, pool, x_queries, x_pool, labels, recipe.n_negatives)
 
 # %% ../../../nbs/parts/training/recipe.ipynb #58002e28
 def plan_landmarks(
@@ -236,35 +211,35 @@ def plan_landmarks(
     k: int = 4,  # photos of a class that stay together; fewer in small batches
 ) -> list:  # positions of each batch, class after class
     "Batches of several classes with 2 to `k` photos each."
-    rng, groups, labels, out = (
-        np.random.default_rng([recipe.seed, epoch]),
-        photos.groups,
-        np.asarray(labels),
-        [],
-    )
+    rng, groups, labels = np.random.default_rng([recipe.seed, epoch]), photos.groups, np.asarray(labels)
     k = min(k, recipe.batch_size // 2)
     least = recipe.batch_size - k + 1 if recipe.drop_uneven else min(recipe.min_batch, recipe.batch_size)
+    out = []
     for g in np.unique(groups) if k > 1 else ():
         here = rng.permutation(np.flatnonzero((groups == g) & photos.readable))
-        here = here[np.argsort(labels[here], kind="stable")]
-        _, of, n = np.unique(labels[here], return_inverse=True, return_counts=True)
-        n_parts = -(-n // k)
-        part = (np.cumsum(n_parts) - n_parts)[of] + (np.arange(len(here)) - (np.cumsum(n) - n)[of]) * n_parts[
-            of
-        ] // n[of]  # of each photo; parts of a class differ by one at most
-        here, part = here[n[of] > 1], part[n[of] > 1]
-        at = rng.permutation(n_parts.sum())[part]
-        by_part = here[np.argsort(at, kind="stable")]  # parts in random order
-        out += [
-            b
-            for b in np.split(by_part, _ends(np.unique(at, return_counts=True)[1], recipe.batch_size))
-            if len(b) >= least and len(np.unique(labels[b])) > 1
-        ]
+        by_part, sizes = _deal(here, labels, k, rng)
+        batches = np.split(by_part, _ends(sizes, recipe.batch_size))
+        out += [b for b in batches if len(b) >= least and len(np.unique(labels[b])) > 1]
     if not out:
         raise ValueError(
-            f"No batch of {recipe.batch_size} photos can be filled with two landmarks of two photos each: no aspect group has enough; lower `batch_size` (4 is the least), set `drop_uneven: false`, or take another `loss`."
+            f"No batch of {recipe.batch_size} photos can be filled with two landmarks of two photos each:"
+            " no aspect group has enough; lower `batch_size` (4 is the least), set `drop_uneven: false`,"
+            " or take another `loss`."
         )
     return [out[i] for i in rng.permutation(len(out))]
+
+
+def _deal(here, labels, k, rng):
+    "Shuffled photos dealt out as parts of at most k of a class, in random order, and the sizes of the parts."
+    here = here[np.argsort(labels[here], kind="stable")]
+    _, of, n = np.unique(labels[here], return_inverse=True, return_counts=True)
+    n_parts = -(-n // k)
+    first = np.cumsum(n_parts) - n_parts  # first part of each class
+    place = np.arange(len(here)) - (np.cumsum(n) - n)[of]  # of each photo within its class
+    part = first[of] + place * n_parts[of] // n[of]  # parts of a class differ by one at most
+    here, part = here[n[of] > 1], part[n[of] > 1]
+    at = rng.permutation(n_parts.sum())[part]
+    return here[np.argsort(at, kind="stable")], np.unique(at, return_counts=True)[1]
 
 
 def _ends(sizes, batch_size):
@@ -278,7 +253,7 @@ def _ends(sizes, batch_size):
         total += s
     return ends
 
-
+# %% ../../../nbs/parts/training/recipe.ipynb #fc3b494b
 def share_of(
     batch: np.ndarray,  # positions of a batch
     rank: int,  # number of this process

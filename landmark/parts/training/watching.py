@@ -26,11 +26,9 @@ class Watch:
     ):
         self.path, self.told, self.writer = Path(log_dir) / "live.csv", 0, None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.speed = (
-            {}
-            if not self.path.exists()
-            else pd.read_csv(self.path).set_index("step").images_per_s.dropna().to_dict()
-        )
+        self.speed = {}  # images per second, by step
+        if self.path.exists():
+            self.speed = pd.read_csv(self.path).set_index("step").images_per_s.dropna().to_dict()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -40,21 +38,12 @@ class Watch:
         new, first = rows[self.told :], not self.told
         self.told = len(rows)
         self.speed[rows[-1]["step"]] = round(images_per_s, 1)
-        lines = [
-            [
-                r["epoch"],
-                r["step"],
-                r.get("loss", ""),
-                r.get("accuracy", ""),
-                r.get("lr", ""),
-                self.speed.get(r["step"], ""),
-            ]
-            for r in new
-        ]
+        columns = ("epoch", "step", "loss", "accuracy", "lr")
+        lines = [[*(r.get(k, "") for k in columns), self.speed.get(r["step"], "")] for r in new]
         with open(self.path, "w" if first else "a", encoding="utf-8") as f:
             if first:
-                f.write("epoch,step,loss,accuracy,lr,images_per_s\n")
-            f.writelines(",".join(map(str, l)) + "\n" for l in lines)
+                f.write(",".join(columns) + ",images_per_s\n")
+            f.writelines(",".join(map(str, line)) + "\n" for line in lines)
         if self.writer:
             for r in new:
                 for k, v in r.items():
@@ -71,11 +60,8 @@ def live_figure(
     "Loss, accuracy, rate and throughput so far."
     from matplotlib.figure import Figure  # without pyplot: this is drawn in a thread
 
-    tables = {
-        n: pd.read_csv(p)
-        for n in names
-        if (p := Path(out) / ".logs" / n / "live.csv").exists() and p.stat().st_size > 50
-    }
+    paths = {n: Path(out) / ".logs" / n / "live.csv" for n in names}
+    tables = {n: pd.read_csv(p) for n, p in paths.items() if p.exists() and p.stat().st_size > 50}
     if not tables:
         return None
     fig = Figure(figsize=(11, 2.4))
