@@ -127,7 +127,7 @@ def _made_up(world: Path, out_dir: Path, seed: int) -> Path:
 
 
 def _invented(image, model, noise, seed):
-    "The centre of an image's landmark and aspect, plus noise of its own; without landmark a centre of its own."
+    "The centre of an image's landmark and aspect, without landmark one of its own, plus noise of its own."
     centre = [seed, 0, *image.image_id.encode()]
     if image.true_landmark >= 0:
         centre = [seed, int(image.true_landmark) + 1, *str(image.aspect).encode()]
