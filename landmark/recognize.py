@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEYOND', 'Config', 'inputs_of', 'check_local', 'rule_of', 'describer', 'verify_voters', 'non_landmark_pools',
-           'recognise_beyond', 'judge', 'predictions_of', 'run', 'main']
+           'recognise_beyond', 'judge', 'run', 'main']
 
 # %% ../nbs/06_recognize.ipynb #ab72a94f
 from dataclasses import field
@@ -54,20 +54,20 @@ class Config:
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
     descriptors: str = ""  # artifact of 04_extract with the splits test and v2_train
     models: list[str] = field(default_factory=list)  # models in it; the last if none is named
-    weights: list[float] = field(
-        default_factory=list
-    )  # join the models into one ensemble with these weights; none: the last of them alone
-    pca_dims: int = (
-        0  # whiten with PCA learned on training descriptors, and keep so many dimensions; 0: do not
-    )
+    weights: list[float] = field(default_factory=list)  # join the models into one; none: the last alone
+    pca_dims: int = 0  # whiten with PCA learned on training descriptors, keep so many dimensions; 0: do not
     clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
-    verified: str = ""  # artifact of 01_verify whose local features of training images are used again; empty: extract those of the voters
+    verified: str = (
+        ""  # artifact of 01_verify: its local features are used again; empty: those of voters are made
+    )
     delf: str = ""  # artifact of 01_verify that holds the trained DELF, for kind delf
     voting_k: int = 3  # training images that vote, and are verified
     vote: str = "original"  # original: 2·similarity − 1; similarity: the similarity itself
     enough: int = 70  # inliers that count as a full vote
-    most: int = 0  # predictions of one label above which it is a distractor (Google Landmarks: 30); 0 chooses it on Public
-    n_non_landmarks: int = 5  # beyond the paper: similarities to the nearest non-landmark images to subtract; 0: leave this row out
+    most: int = 0  # predictions a label may have (Google Landmarks: 30); 0 chooses it on Public
+    n_non_landmarks: int = (
+        5  # beyond the paper: nearest non-landmark images to subtract; 0: leave this row out
+    )
     kind: str = "rootsift"  # kind of local features: rootsift or delf
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side
@@ -83,23 +83,23 @@ def _made_up(world: Path, out_dir: Path, seed: int) -> Path:
     "Invented descriptors for the test."
     truth = read_truth(world)
     for split in ("test", "v2_train"):
-        x, part = [], truth[truth.split == split]
-        for r in part.itertuples():
-            rng = np.random.default_rng(
-                [seed, int(r.true_landmark) + 1] if r.true_landmark >= 0 else [seed, 0, *r.image_id.encode()]
-            )
-            x.append(
-                rng.normal(size=32) / 32**0.5
-                + 0.2 * np.random.default_rng([seed, *r.image_id.encode()]).normal(size=32)
-            )
-        write_store(
-            out_dir / "arcface_v2" / split, part.image_id.tolist(), l2n(np.array(x)), dict(made_up=seed)
-        )
+        part = truth[truth.split == split]
+        x = l2n(np.array([_invented(r, seed) for r in part.itertuples()]))
+        write_store(out_dir / "arcface_v2" / split, part.image_id.tolist(), x, dict(made_up=seed))
     return out_dir
+
+
+def _invented(image, seed):
+    "The centre of an image's landmark, without landmark one of its own, plus noise of its own."
+    centre, own = [seed, 0, *image.image_id.encode()], [seed, *image.image_id.encode()]
+    if image.true_landmark >= 0:
+        centre = [seed, int(image.true_landmark) + 1]
+    mean, spread = (np.random.default_rng(s).normal(size=32) for s in (centre, own))
+    return mean / 32**0.5 + 0.2 * spread
 
 # %% ../nbs/06_recognize.ipynb #ba433409
 def inputs_of(
-    cfg: Config,
+    cfg: Config,  # the stage's
     world: Path,  # the images' world
     extracted: Path,  # artifact of 04_extract
     clean: Path,  # artifact of 02_clean, or None
@@ -112,22 +112,45 @@ def inputs_of(
     table = table[table.image_id.isin(set(store.ids))].reset_index(drop=True)
     if not len(table):
         raise ParameterError(
-            "recognize: none of the training images has a descriptor in the store; were they extracted from another world?"
+            "recognize: none of the training images has a descriptor in the store; "
+            "were they extracted from another world?"
         )
     return test, Rows(store, rows_of(table.image_id, store.ids, "the training descriptors")), table, model
 
 # %% ../nbs/06_recognize.ipynb #fca93084
 def check_local(
-    cfg: Config,
+    cfg: Config,  # the stage's
     delf: Path,  # artifact of 01_verify with the trained DELF, or None
     verified: Path,  # artifact of 01_verify with local features, or None
 ):
     "Refuse local features that cannot be made here, or do not fit those of cleaning."
     if cfg.kind not in UNIT:
         raise ParameterError(f"recognize: kind is {cfg.kind!r}; allowed: {', '.join(UNIT)}")
+    _check_delf(cfg, delf)
+    if not verified:
+        return
+    meta, asked = open_local(verified / "local").meta, ("kind", "max_keypoints", "max_side")
+    theirs = {k: meta.get(k) for k in asked if meta.get(k) != getattr(cfg, k)}
+    if theirs:
+        ours = {k: getattr(cfg, k) for k in theirs}
+        raise ParameterError(
+            f"recognize: the local features in {verified} were made with {theirs}, "
+            f"this run asks for {ours}; use the same, or leave `verified` empty"
+        )
+    came_from = digest_of(verified), *read_json(verified / "manifest.json")["inputs"].values()
+    if delf and digest_of(delf) not in came_from:
+        raise ParameterError(
+            f"recognize: the local features in {verified} come from another DELF than the one in {delf}; "
+            "give the one that made them, or leave `verified` empty"
+        )
+
+
+def _check_delf(cfg, delf):
+    "Kind and trained DELF belong together."
     if cfg.kind == "delf" and not delf:
         raise ParameterError(
-            "recognize: kind is delf, which needs a trained one: give `delf`, the artifact of a verification of kind delf, such as @verify/delf"
+            "recognize: kind is delf, which needs a trained one: "
+            "give `delf`, the artifact of a verification of kind delf, such as @verify/delf"
         )
     if delf and cfg.kind != "delf":
         raise ParameterError(
@@ -135,44 +158,27 @@ def check_local(
         )
     if delf and not (delf / "delf" / "card.json").exists():
         raise ParameterError(
-            f"recognize: delf is {cfg.delf!r}, but {delf / 'delf'} is not there; give the artifact of a verification that trained its DELF"
-        )
-    if not verified:
-        return
-    meta = open_local(verified / "local").meta
-    differs = {
-        k: meta.get(k) for k in ("kind", "max_keypoints", "max_side") if meta.get(k) != getattr(cfg, k)
-    }
-    if differs:
-        raise ParameterError(
-            f"recognize: the local features in {verified} were made with {differs}, this run asks for { ({k: getattr(cfg, k) for k in differs}) }; use the same, or leave `verified` empty"
-        )
-    if delf and digest_of(delf) not in (
-        digest_of(verified),
-        *read_json(verified / "manifest.json")["inputs"].values(),
-    ):
-        raise ParameterError(
-            f"recognize: the local features in {verified} come from another DELF than the one in {delf}; give the one that made them, or leave `verified` empty"
+            f"recognize: delf is {cfg.delf!r}, but {delf / 'delf'} is not there; "
+            "give the artifact of a verification that trained its DELF"
         )
 
 # %% ../nbs/06_recognize.ipynb #2beadfae
 def rule_of(
-    cfg: Config,
+    cfg: Config,  # the stage's
     verified: Path = None,  # artifact of 01_verify
 ):  # a `Rule`
     "The thresholds of cleaning or, without it, of the kind, with what the config changes."
     theirs = read_json(verified / "manifest.json")["config"] if verified else {}
-    said = {
-        k: theirs[k]
-        for k in ("n_trials", "reject", "max_dist", "ratio", "residual")
-        if theirs.get(k) is not None
-    } | {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
-    return rule_for(cfg.kind, **said)
+    said = {k: theirs.get(k) for k in ("n_trials", "reject", "max_dist", "ratio", "residual")}
+    for name in ("max_dist", "ratio", "residual"):
+        if (ours := getattr(cfg, name)) is not None:
+            said[name] = ours
+    return rule_for(cfg.kind, **{k: v for k, v in said.items() if v is not None})
 
 # %% ../nbs/06_recognize.ipynb #6367d1fe
 def describer(
-    cfg: Config,
-    delf: Path = None,  # artifact of 01_verify
+    cfg: Config,  # the stage's
+    delf: Path = None,  # artifact of 01_verify that holds the trained DELF; None: RootSIFT
 ):  # (image files, ids, folder to write to) → `LocalStore`
     "What makes local features: RootSIFT, or the DELF of cleaning on its trunk's network."
     how = dict(max_keypoints=cfg.max_keypoints, max_side=cfg.max_side)
@@ -196,7 +202,7 @@ def describer(
 
 # %% ../nbs/06_recognize.ipynb #9206b1e4
 def verify_voters(
-    cfg: Config,
+    cfg: Config,  # the stage's
     world: Path,  # the images' world
     test_ids,  # image ids of the queries [q]
     idxs: np.ndarray,  # their voters, positions in `table` [q, k]
@@ -213,13 +219,11 @@ def verify_voters(
         train = open_local(verified / "local")
         at = rows_of(table.image_id.iloc[voters], train.ids, f"the local features of {verified}")[at]
     else:
-        train = describe(
-            table.path.iloc[voters].tolist(), table.image_id.iloc[voters].tolist(), out_dir / "local_train"
-        )
+        who = table.iloc[voters]
+        train = describe(who.path.tolist(), who.image_id.tolist(), out_dir / "local_train")
     pairs = np.stack([np.repeat(np.arange(len(idxs)), idxs.shape[1]), at.reshape(-1)], 1)
-    return verify_pairs(
-        queries, pairs, rule_of(cfg, verified), store_b=train, n_threads=cfg.n_workers, desc="verify voters"
-    )[1].reshape(idxs.shape)
+    how = dict(store_b=train, n_threads=cfg.n_workers, desc="verify voters")
+    return verify_pairs(queries, pairs, rule_of(cfg, verified), **how)[1].reshape(idxs.shape)
 
 # %% ../nbs/06_recognize.ipynb #afbac4c6
 BEYOND = "soft vote − non-landmarks"
@@ -236,12 +240,12 @@ def non_landmark_pools(
 
 
 def recognise_beyond(
-    cfg: Config,
-    test,
-    train,  # descriptors
+    cfg: Config,  # the stage's
+    test,  # descriptors of queries
+    train,  # descriptors of training images
     labels: np.ndarray,  # landmark_id of training images
-    sims,
-    idxs,  # voters of each query [q, k]
+    sims: np.ndarray,  # similarities of each query's voters [q, k]
+    idxs: np.ndarray,  # those voters, positions in `train` [q, k]
     pools: list,  # from `non_landmark_pools`
 ) -> tuple:  # landmark_id, score
     "Soft vote of similarities less what is similar to non-landmark images."
@@ -253,101 +257,128 @@ def recognise_beyond(
         def near(x):
             return search(x, test[non], min(cfg.n_non_landmarks, len(non)), **how)[0]
 
-        adjusted, order = minus_non_landmarks(
-            sims[queries], at[queries], near(Rows(test, queries)), near(Rows(train, voters))
-        )
-        names[queries], scores[queries] = recognise(
-            adjusted, labels[voters][order], vote="similarity", voting_k=cfg.voting_k
-        )
+        theirs = near(Rows(test, queries)), near(Rows(train, voters))
+        adjusted, order = minus_non_landmarks(sims[queries], at[queries], *theirs)
+        voted = recognise(adjusted, labels[voters][order], vote="similarity", voting_k=cfg.voting_k)
+        names[queries], scores[queries] = voted
     return names, scores
 
 # %% ../nbs/06_recognize.ipynb #dc101f25
 def judge(
     solution: pd.DataFrame,  # image_id, landmarks, usage
-    labels,
-    scores,  # one prediction per row
+    labels: np.ndarray,  # predicted landmark_id, one per row
+    scores: np.ndarray,  # its score
 ) -> dict:  # usage → GAP and number of images that show a landmark
     "GAP on Public and Private."
-    out = {}
+    out, labels, scores, ids = {}, np.asarray(labels), np.asarray(scores), solution.image_id.to_numpy()
     for u in ("Public", "Private"):
         rows = np.flatnonzero(solution.usage == u)
         truth = [set(solution.landmarks.iloc[i]) for i in rows]
-        out[u] = (
-            gap(
-                np.asarray(labels)[rows], np.asarray(scores)[rows], truth, solution.image_id.to_numpy()[rows]
-            ),
-            sum(map(bool, truth)),
-        )
+        out[u] = gap(labels[rows], scores[rows], truth, ids[rows]), sum(map(bool, truth))
     return out
 
+# %% ../nbs/06_recognize.ipynb #6bcbfad0
+def _answered(solution, test):
+    "Which rows of the solution have a descriptor."
+    there = solution.image_id.isin(set(test.ids))
+    if n := int((~there).sum()):
+        log(f"recognize: {n} test images have no descriptor (they could not be read) and get no prediction")
+    return np.flatnonzero(there)
 
-def predictions_of(
-    cfg, world, extracted, clean, verified, describe, out_dir, metrics
-) -> tuple:  # solution table, method → (labels, scores), what the pictures need
-    "All steps, each with its predictions."
-    test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean)
-    if verified:
-        rows_of(
-            table.image_id, open_local(verified / "local").ids, f"the local features of {verified}"
-        )  # anybody may vote
-    solution = read_recognition_solution(world)
-    unread = ~solution.image_id.isin(set(test.ids))
-    if unread.any():
-        log(
-            f"recognize: {int(unread.sum())} test images have no descriptor (they could not be read) and get no prediction"
-        )
-    asked = np.flatnonzero(~unread)
-    x, labels = Rows(test, rows_of(solution.image_id.iloc[asked], test.ids)), table.landmark_id.to_numpy()
-    k = min(cfg.voting_k, len(train))
-    sims, idxs = search(x, train, k, cfg.device, memory_mib=cfg.memory_mib, desc="search")
-    inliers = verify_voters(
-        cfg, world, solution.image_id.iloc[asked].tolist(), idxs, table, out_dir, describe, verified
-    )
-    steps = {"soft vote": recognise(sims, labels[idxs], None, cfg.vote, cfg.enough, k)}
-    steps["+ inliers"] = recognise(sims, labels[idxs], inliers, cfg.vote, cfg.enough, k)
-    truth, public = (
-        [set(solution.landmarks.iloc[i]) for i in asked],
-        (solution.usage.iloc[asked] == "Public").to_numpy(),
-    )
-    limit, curve = choose_limit(*steps["+ inliers"], truth, public)
+
+def _ruled(cfg, labels, scores, truth, public, metrics):
+    "The distractor rule under its limit: scores, and GAP on Public for every limit."
+    limit, curve = choose_limit(labels, scores, truth, public)
     metrics["most"] = cfg.most or limit
     if not cfg.most:
-        log(f"recognize: a label may have {limit} of {len(asked)} predictions, chosen on Public")
-    scores, banned = distractor_rule(*steps["+ inliers"], metrics["most"])
+        log(f"recognize: a label may have {limit} of {len(labels)} predictions, chosen on Public")
+    scores, banned = distractor_rule(labels, scores, metrics["most"])
     metrics["banned"] = len(banned)
-    steps["+ distractor rule"] = steps["+ inliers"][0], scores
-    other = "similarity" if cfg.vote == "original" else "original"
-    steps[f"soft vote, {other}"] = recognise(sims, labels[idxs], None, other, cfg.enough, k)
-    nothing = public & np.array([not t for t in truth])
-    if cfg.n_non_landmarks and nothing.sum() > 1:
-        steps[BEYOND] = recognise_beyond(
-            cfg, x, train, labels, sims, idxs, non_landmark_pools(nothing, public)
-        )
-    full = {m: (np.full(len(solution), -1), np.full(len(solution), np.nan)) for m in steps}
-    for m, (l, s) in steps.items():
-        full[m][0][asked], full[m][1][asked] = l, s
-    voters = pd.DataFrame(
+    return scores, curve
+
+
+def _voter_table(ids, table, sims, idxs, inliers):
+    "One row per query and voter."
+    n, k = idxs.shape
+    return pd.DataFrame(
         dict(
-            query_id=np.repeat(solution.image_id.iloc[asked].to_numpy(), k),
-            place=np.tile(np.arange(k), len(asked)),
+            query_id=np.repeat(ids.to_numpy(), k),
+            place=np.tile(np.arange(k), n),
             image_id=table.image_id.to_numpy()[idxs].reshape(-1),
-            landmark_id=labels[idxs].reshape(-1),
+            landmark_id=table.landmark_id.to_numpy()[idxs].reshape(-1),
             similarity=sims.reshape(-1).round(6),
             n_inliers=inliers.reshape(-1),
         )
     )
-    return solution, full, voters, curve
+
+
+def _predictions(
+    cfg, world, extracted, clean, verified, describe, out_dir, metrics
+) -> tuple:  # solution table, method → (labels, scores), table of voters, GAP of every limit
+    "All steps, each with its predictions."
+    test, train, table, metrics["model"] = inputs_of(cfg, world, extracted, clean)
+    if verified:  # anybody may vote
+        rows_of(table.image_id, open_local(verified / "local").ids, f"the local features of {verified}")
+    solution = read_recognition_solution(world)
+    asked = _answered(solution, test)
+    ids, labels = solution.image_id.iloc[asked], table.landmark_id.to_numpy()
+    x, k = Rows(test, rows_of(ids, test.ids)), min(cfg.voting_k, len(train))
+    sims, idxs = search(x, train, k, cfg.device, memory_mib=cfg.memory_mib, desc="search")
+    inliers = verify_voters(cfg, world, ids.tolist(), idxs, table, out_dir, describe, verified)
+    truth = [set(solution.landmarks.iloc[i]) for i in asked]
+    public = (solution.usage.iloc[asked] == "Public").to_numpy()
+
+    def voted(inliers, vote):
+        return recognise(sims, labels[idxs], inliers, vote, cfg.enough, k)
+
+    steps = {"soft vote": voted(None, cfg.vote), "+ inliers": voted(inliers, cfg.vote)}
+    scores, curve = _ruled(cfg, *steps["+ inliers"], truth, public, metrics)
+    steps["+ distractor rule"] = steps["+ inliers"][0], scores
+    other = "similarity" if cfg.vote == "original" else "original"
+    steps[f"soft vote, {other}"] = voted(None, other)
+    nothing = public & np.array([not t for t in truth])
+    if cfg.n_non_landmarks and nothing.sum() > 1:
+        pools = non_landmark_pools(nothing, public)
+        steps[BEYOND] = recognise_beyond(cfg, x, train, labels, sims, idxs, pools)
+    full = {name: _in_place(asked, len(solution), *step) for name, step in steps.items()}
+    return solution, full, _voter_table(ids, table, sims, idxs, inliers), curve
+
+
+def _in_place(asked, n, labels, scores):
+    "Predictions of the rows that were asked; the others get label −1 and no score."
+    all_labels, all_scores = np.full(n, -1), np.full(n, np.nan)
+    all_labels[asked], all_scores[asked] = labels, scores
+    return all_labels, all_scores
 
 # %% ../nbs/06_recognize.ipynb #47a0db68
+def _tables(solution, steps):
+    "Metrics of every step, and its answers one row per query."
+    rows, per_query = [], []
+    for name, (labels, scores) in steps.items():
+        for usage, (value, n) in judge(solution, labels, scores).items():
+            rows.append((name, usage, "GAP", value, n, name == BEYOND))
+        columns = dict(
+            method=name,
+            usage=solution.usage,
+            query_id=solution.image_id,
+            landmark_id=labels,
+            score=scores,
+            correct=[int(label) in truth for label, truth in zip(labels, map(set, solution.landmarks))],
+            has_landmark=solution.landmarks.map(bool),
+        )
+        per_query.append(pd.DataFrame(columns))
+    metrics = pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n", "beyond"])
+    return metrics, pd.concat(per_query)
+
+
 def run(
     cfg: Config,  # what to recognise, and how
 ) -> Path:  # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
     "Predict a landmark for every test image and judge it."
     world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
-    clean, verified, delf = (
-        artifact(cfg, ref) if ref else None for ref in (cfg.clean, cfg.verified, cfg.delf)
-    )
+    named = cfg.clean, cfg.verified, cfg.delf
+    clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in named)
     check_local(cfg, delf, verified)
     rule_of(cfg, verified)
     with open_stage("recognize", cfg, inputs=[world, extracted, clean, verified, delf], code=__name__) as st:
@@ -355,34 +386,11 @@ def run(
             return st.dir
         if made_up:
             extracted, st.metrics["made_up"] = _made_up(world, st.dir / "made_up", cfg.seed), True
-        solution, steps, voters, curve = predictions_of(
-            cfg, world, extracted, clean, verified, describer(cfg, delf), st.dir, st.metrics
-        )
-        rows, per_query = [], []
-        for m, (labels, scores) in steps.items():
-            rows += [
-                (m, usage, "GAP", value, n, m == BEYOND)
-                for usage, (value, n) in judge(solution, labels, scores).items()
-            ]
-            right = [int(l) in t for l, t in zip(labels, map(set, solution.landmarks))]
-            per_query.append(
-                pd.DataFrame(
-                    dict(
-                        method=m,
-                        usage=solution.usage,
-                        query_id=solution.image_id,
-                        landmark_id=labels,
-                        score=scores,
-                        correct=right,
-                        has_landmark=solution.landmarks.map(bool),
-                    )
-                )
-            )
-        write_csv(
-            pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n", "beyond"]),
-            st.dir / "metrics.csv",
-        )
-        write_csv(pd.concat(per_query), st.dir / "per_query.csv")
+        given = world, extracted, clean, verified, describer(cfg, delf)
+        solution, steps, voters, curve = _predictions(cfg, *given, st.dir, st.metrics)
+        metrics, per_query = _tables(solution, steps)
+        write_csv(metrics, st.dir / "metrics.csv")
+        write_csv(per_query, st.dir / "per_query.csv")
         write_recognition(st.dir / "predictions.csv", solution.image_id, *steps["+ distractor rule"])
         write_csv(voters, st.dir / "voters.csv")
         write_csv(pd.DataFrame(curve.items(), columns=["most", "public_gap"]), st.dir / "limits.csv")

@@ -1,8 +1,9 @@
-"""Another set of golden numbers: the same files and keys, other sizes and seeds, written from the published definitions.
+"""Another set of golden numbers: the same files and keys, other sizes and seeds, by published definitions.
 
-`python tests/other_golden.py folder` makes it, in loops and dense matrices that share no line with the package. It says nothing
-about the original (that is what tests/golden is for); it shows that test_golden.py assumes no size. What no short definition
-gives (regions of RMAC, RANSAC's random streams) is a part of the committed set.
+`python tests/other_golden.py folder` makes it, in loops and dense matrices that share no line with the
+package. It says nothing about the original (that is what tests/golden is for); it shows that test_golden.py
+assumes no size. What no short definition gives (regions of RMAC, RANSAC's random streams) is a part of the
+committed set.
 """
 
 import bisect
@@ -523,8 +524,8 @@ def rerank(rng, q=33, n=640, t=410, d=24, k=3):
     def draw(m):
         return rng.integers(0, 15, m)
 
-    def at(l, noise=0.7):
-        return unit(centres[l] + noise * rng.normal(size=(len(l), d)))
+    def at(label, noise=0.7):
+        return unit(centres[label] + noise * rng.normal(size=(len(label), d)))
 
     lq, lx, lt = draw(q), np.where(np.arange(n) < n // 5, -1, draw(n)), draw(t)
     Q, X, T = at(lq), at(np.maximum(lx, 0)), at(lt)
@@ -557,13 +558,13 @@ def rerank(rng, q=33, n=640, t=410, d=24, k=3):
     for th in (0.6, 0.4):
         for size in (100, 50):
             lists, inserted, positive = [], [], []
-            for row, l, s in zip(base[:, :size], ql, qs):
-                same = [x for x in row if xl[x] == l]
+            for row, label, s in zip(base[:, :size], ql, qs):
+                same = [x for x in row if xl[x] == label]
                 more = sorted(
-                    (x for x in range(n) if xl[x] == l and x not in row and s + xs[x] > np.float32(th)),
+                    (x for x in range(n) if xl[x] == label and x not in row and s + xs[x] > np.float32(th)),
                     key=lambda x: -xs[x],
                 )
-                lists.append((same + more + [x for x in row if xl[x] != l])[:size])
+                lists.append((same + more + [x for x in row if xl[x] != label])[:size])
                 inserted.append(len(more))
                 positive.append(len(same))
             out |= {
@@ -617,9 +618,9 @@ def recognition(rng, q=150, t=210, d=20):
         pred_score=scores,
     )
     for most in (30, 6):
-        l, n = np.unique(labels, return_counts=True)
-        banned = l[n > most][np.argsort(-n[n > most], kind="stable")]
-        count = dict(zip(l, n))
+        names, n = np.unique(labels, return_counts=True)
+        banned = names[n > most][np.argsort(-n[n > most], kind="stable")]
+        count = dict(zip(names, n))
         text, wrong, ws = [f"{x} " for x in labels], labels.copy(), scores.copy()
         for x in banned:
             for i in range(q):
@@ -682,9 +683,8 @@ def cleaning(rng):
         for a, c in enumerate(count):
             if c >= f:
                 passed.setdefault(label[a], []).append(a)
-        return {l: passed[l] for l in sorted(passed) if len(passed[l]) > 1}, sum(
-            len(x) for x in passed.values() if len(x) < 2
-        )
+        alone = sum(len(x) for x in passed.values() if len(x) < 2)
+        return {name: passed[name] for name in sorted(passed) if len(passed[name]) > 1}, alone
 
     for v, f in ((30, 3), (20, 2), (50, 5)):
         kept, alone = rule(v, f)

@@ -1,8 +1,9 @@
-"""Every case of the golden numbers: what the original's own code, and where it is wrong its definition, gives on synthetic inputs.
+"""Every golden number: what the original's code gives or, where it is wrong, its definition, on made input.
 
-The files lie in `tests/golden/`; LANDMARK_GOLDEN=folder takes another set with the same file names and keys, whose sizes and
-seeds may be others: nothing here assumes a shape. `test_every_key_is_read`, last, fails when a file holds a number that no
-test reads. Prefixes: `orig_` as published although wrong, `fixed_` with the smallest correction, `textbook_` by the definition.
+The files lie in `tests/golden/`; LANDMARK_GOLDEN=folder takes another set with the same file names and keys,
+whose sizes and seeds may be others: nothing here assumes a shape. `test_every_key_is_read`, last, fails when
+a file holds a number that no test reads. Prefixes: `orig_` as published although wrong, `fixed_` with the
+smallest correction, `textbook_` by the definition.
 """
 
 import math
@@ -67,7 +68,7 @@ def same_neighbours(idxs, want, queries, index):
     assert ((idxs == want) | (np.abs(near(idxs) - near(want)) < 1e-6)).all()
 
 
-# ---- losses --------------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 LOSS = load("losses")
 
@@ -123,7 +124,7 @@ def test_margin_heads(key, kind, m, easy):
 
 
 def test_defect_7_label_smoothing_of_the_margin_mask():
-    "The original's ls_eps smooths the blend of margin and cosine; ours smooths the targets, which is another loss."
+    "The original's ls_eps smooths the blend of margin and cosine; ours smooths the targets: another loss."
     x, w, labels = LT("features").requires_grad_(), LT("weight").requires_grad_(), LT("labels")
     cos = losses.cosine_logits(x, w)
     logits = 30 * losses.smoothed_mask_logits(cos, labels, losses.arcface_margin(cos, 0.3), 0.1)
@@ -146,7 +147,7 @@ def test_defect_7_label_smoothing_of_the_margin_mask():
 
 
 def test_defect_7_arcface_of_a_parallel_descriptor_is_finite():
-    "sqrt(1 - cos²) goes NaN where rounding makes cos > 1; the unclamped formula shows that these rows would."
+    "sqrt(1 - cos²) goes NaN where rounding makes cos > 1; unclamped, these rows would."
     w = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(500)
     cos = F.linear(F.normalize(w), F.normalize(w)).diag()
@@ -270,7 +271,7 @@ def test_tuple_losses(fn, key, margin):
     near_loss(torch.autograd.grad(value, x)[0], f"{key}_g", 1e-6)
 
 
-# ---- pooling and frozen batch norm ---------------------------------------------------------------------------------
+# ---- pooling and frozen batch norm -------------------------------------------------------------------------
 
 POOL = load("pooling")
 
@@ -346,7 +347,7 @@ def test_defect_8_frozen_batch_norm_keeps_eps():
     assert (net(x) - without_eps).abs().max() > 1e-4, "dropping eps shows, most where the variance is tiny"
 
 
-# ---- whitening -----------------------------------------------------------------------------------------------------
+# ---- whitening ---------------------------------------------------------------------------------------------
 
 WHITE = load("whiten")
 WX = WHITE["X"].T.astype(np.float64)
@@ -399,7 +400,7 @@ def test_defect_5_pca_output_is_white():
     assert WHITE["orig_wpca_P"].shape == wrong.shape
 
 
-# ---- batches and image sizes ---------------------------------------------------------------------------------------
+# ---- batches and image sizes -------------------------------------------------------------------------------
 
 BATCH, EXTRACT = load("batching"), load("extract")
 
@@ -452,7 +453,7 @@ def test_scaled_sizes():
             assert (ours >= 32).all()
 
 
-# ---- the weighted ensemble -----------------------------------------------------------------------------------------
+# ---- the weighted ensemble ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -494,7 +495,7 @@ def test_ensemble_of_one(stores, tmp_path):
     )
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 
 METRIC = load("metrics")
 
@@ -573,7 +574,7 @@ def test_trapezoid():
     np.testing.assert_allclose(got, METRIC["ap"], **TOL)
 
 
-# ---- query expansion and database augmentation ---------------------------------------------------------------------
+# ---- query expansion and database augmentation -------------------------------------------------------------
 
 QE = load("qe_dba")
 QQ, QX, ALPHA, N_QE = QE["feats_test"], QE["feats_index"], float(QE["alpha"]), int(QE["n_qe"])
@@ -602,7 +603,7 @@ def test_textbook_dba():
 
 @pytest.mark.parametrize("which", ["qe", "dba", "both"])
 def test_defect_2_every_row_is_expanded(which):
-    "The original on the union of queries and index, itself among its ten: columns sliced, and rows as published."
+    "The original on queries and index together, itself among its ten: columns sliced, rows as published."
     union, sims, idxs = np.concatenate([QQ, QX]), QE["sims"], QE["topk_idx"]
     out = expand(union, union, sims[:, :N_QE], idxs[:, :N_QE], ALPHA, own_weight=0)
     fixed = out[: len(QQ)] if which != "dba" else QQ, out[len(QQ) :] if which != "qe" else QX
@@ -617,7 +618,7 @@ def test_defect_2_every_row_is_expanded(which):
     assert any(len(a) != len(b) for a, b in zip(fixed, published))
 
 
-# ---- EGT -----------------------------------------------------------------------------------------------------------
+# ---- EGT ---------------------------------------------------------------------------------------------------
 
 EGT = load("egt")
 
@@ -647,7 +648,7 @@ def test_neighbour_lists_of_egt():
         same_neighbours(idxs, EGT[f"{key}_ids"], EGT[queries], EGT["feats_index"])
 
 
-# ---- diffusion -----------------------------------------------------------------------------------------------------
+# ---- diffusion ---------------------------------------------------------------------------------------------
 
 DIFF = load("diffusion")
 N_DIFF = len(DIFF["feats"])
@@ -689,7 +690,7 @@ def test_diffusion_offline(device):
 
 
 def same_stops(missed, want, L, ids):
-    "SciPy asks for the residual before every step and not after the last, so it also counts rows that arrive with step 20."
+    "SciPy asks before every step and not after the last, so it also counts rows that arrive with step 20."
     slack = math.ceil(0.005 * len(ids))  # residuals on the tolerance
     assert missed - slack <= want <= diffuse(L, ids, n_iter=19)[1] + slack
 
@@ -744,7 +745,7 @@ def test_diffusion_of_the_gallery_only():
     np.testing.assert_allclose(scores, DIFF["old_scores"], atol=1e-5 * np.abs(DIFF["old_scores"]).max())
 
 
-# ---- soft voting, sort-step, insert-step ---------------------------------------------------------------------------
+# ---- soft voting, sort-step, insert-step -------------------------------------------------------------------
 
 RERANK = load("rerank")
 
@@ -820,7 +821,7 @@ def test_defect_1_the_list_is_cut_after_inserting():
 
 
 def test_the_steps_help_where_the_truth_is_known():
-    truth = [np.flatnonzero(RERANK["true_landmark_index"] == l) for l in RERANK["true_landmark_query"]]
+    truth = [np.flatnonzero(RERANK["true_landmark_index"] == name) for name in RERANK["true_landmark_query"]]
     k = RERANK["baseline_top100"].shape[1]
     assert map_at_k(RERANK["rerank_t06_k100"], truth, k) > map_at_k(RERANK["baseline_top100"], truth, k)
     assert len(set(RERANK["ids_query"])) == len(RERANK["feats_query"]) and len(
@@ -828,7 +829,7 @@ def test_the_steps_help_where_the_truth_is_known():
     ) == len(RERANK["feats_train"])
 
 
-# ---- recognition ---------------------------------------------------------------------------------------------------
+# ---- recognition -------------------------------------------------------------------------------------------
 
 RECO = load("recognition")
 
@@ -868,13 +869,13 @@ def test_defect_9_the_distractor_rule_compares_labels_as_numbers(most):
     np.testing.assert_array_equal(wrong_labels, RECO[f"ban{most}_orig_landmark"])
     np.testing.assert_allclose(wrong, RECO[f"ban{most}_orig_score"], atol=3e-6)
     assert (wrong_labels != labels).any() == any(
-        str(l) != str(b) and str(l).endswith(str(b)) for b in banned for l in labels
+        str(name) != str(b) and str(name).endswith(str(b)) for b in banned for name in labels
     )
 
 
 def by_substring(labels, scores, banned):
-    "The original's rule, label after label: a printed prediction that contains `7 ` is overwritten with label 7."
-    text, out, out_labels = [f"{l} " for l in labels], np.array(scores, np.float32), labels.copy()
+    "The original's rule: a printed prediction that contains `7 ` is overwritten with label 7."
+    text, out, out_labels = [f"{label} " for label in labels], np.array(scores, np.float32), labels.copy()
     for name in banned:
         for i, t in enumerate(text):
             if f"{name} " in t:
@@ -882,7 +883,7 @@ def by_substring(labels, scores, banned):
     return out_labels, out
 
 
-# ---- verification --------------------------------------------------------------------------------------------------
+# ---- verification ------------------------------------------------------------------------------------------
 
 RANSAC = load("ransac")
 SHIFT = math.ceil(
@@ -995,7 +996,7 @@ def test_degenerate_cases():
     np.testing.assert_array_equal(got, [*RANSAC["edge_counts"]] * 2)
 
 
-# ---- cleaning ------------------------------------------------------------------------------------------------------
+# ---- cleaning ----------------------------------------------------------------------------------------------
 
 CLEAN = load("cleaning")
 GRID = list(range(20, 51, 5)), list(range(1, 11))
@@ -1031,11 +1032,11 @@ def test_the_grid_is_the_originals():
     )
 
 
-# ---- every key ------------------------------------------------------------------------------------------------------------
+# ---- every key ---------------------------------------------------------------------------------------------
 
 
 def test_every_key_is_read(request):
-    "Nothing is stored for show. Runs last, and only beside all the others: a part of them reads a part of the keys."
+    "Nothing is stored for show. Runs last, and only beside all others: a part reads a part of the keys."
     here = [i for i in request.session.items if i.fspath == request.node.fspath]
     part = any("::" in a for a in request.config.args) or request.config.stash.get(left_out, 0)
     if part or here[-1] is not request.node or hasattr(request.config, "workerinput"):

@@ -1,4 +1,4 @@
-"""The golden tests on another set: no size is assumed, a changed number is noticed, and so is a number that nobody reads."""
+"""The golden tests on another set: no size is assumed; changed and unread numbers are noticed."""
 
 import os
 import subprocess

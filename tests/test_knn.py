@@ -1,4 +1,4 @@
-"""Exact search: every method returns the list of the definition, with equal similarities by lowest position."""
+"""Exact search: every method returns the list of the definition, equal similarities by lowest position."""
 
 from pathlib import Path
 
@@ -153,7 +153,7 @@ def test_every_kind_of_queries(method, tmp_path):
 
 def test_rows_travel_to_a_device_as_they_are_stored(tmp_path, monkeypatch):
     "Float16 from a store, a view of it and a memory map is widened on the device; nothing else changes."
-    torch, moved, original = pytest.importorskip("torch"), [], knn_torch.np.ascontiguousarray
+    torch, moved = pytest.importorskip("torch"), []
     base, queries = l2n(rng.normal(size=(3000, 48))).astype("f2"), l2n(rng.normal(size=(40, 48)))
     store = write_store(tmp_path / "s", [str(i) for i in range(3000)], base, {}, 700)
     np.save(tmp_path / "x.npy", base)
@@ -183,7 +183,7 @@ def test_rows_travel_to_a_device_as_they_are_stored(tmp_path, monkeypatch):
     st.sampled_from([0, 1]),
 )
 def test_a_device_settles_as_the_host_does(seed, k, d, half, dtype, memory):
-    "The same list and the same queries to search again, from candidates with real errors, with many equal rows and zeros of both signs."
+    "The same list, the same queries to search again: real errors, many equal rows, zeros of both signs."
     torch, r = pytest.importorskip("torch"), np.random.default_rng(seed)
     base = (
         r.integers(-1, 2, (300, d)) / 2
@@ -254,22 +254,24 @@ def test_queries_travel_once(monkeypatch):
     torch, moved = pytest.importorskip("torch"), []
     base, queries = torch.from_numpy(l2n(rng.normal(size=(3000, 64)))), l2n(rng.normal(size=(500, 64)))
     want = search(queries, base, 40, "cpu", "numpy")
+
+    def counted(move):
+        def f(x):
+            if isinstance(x, np.ndarray) and x.shape[1:] == (64,):
+                moved.append(x.shape)
+            return move(x)
+
+        return f
+
     for name in ("from_numpy", "as_tensor"):
-        monkeypatch.setattr(
-            torch,
-            name,
-            lambda x, f=getattr(torch, name): (
-                (moved.append(x.shape) if isinstance(x, np.ndarray) and x.shape[1:] == (64,) else None)
-                or f(x)
-            ),
-        )
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
     np.testing.assert_array_equal(search(queries, base, 40, "cpu", "torch", memory_mib=64)[1], want[1])
     assert moved == [(500, 64)]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_stays_under_the_stated_limit(method, tmp_path):
-    "A base of 100 MiB on disk, 8 MiB of memory: what the process holds beyond the mapped file stays near the limit."
+    "A base of 100 MiB on disk, 8 MiB of memory: beyond the mapped file the process stays near the limit."
     from landmark.parts.bench.side_by_side import PeakMemory
 
     if not Path("/proc/self/status").exists():
@@ -347,8 +349,10 @@ def test_bfloat16_candidates_are_searched_again_where_they_do_not_suffice(monkey
 
 
 def test_rounding_that_hides_the_true_neighbours():
-    """True neighbours that bfloat16 takes as much off as it can, some it makes larger, and between them in its eyes a crowd it sees as it is.
-    The list looks finished: the fifth is better than the last candidate by more than a rounded result can be wrong. Only the bound of both factors knows."""
+    """True neighbours that bfloat16 takes as much off as it can, some it makes larger, between them a crowd.
+
+    The list looks finished: the fifth is better than the last candidate by more than a rounded result can be
+    wrong. Only the bound of both factors knows."""
     d, k, down, up = 64, 5, 1 + 2**-8 * 0.98, 1 + 2**-8 * 1.02  # rounds to 1, rounds to 1 + 2**-7
 
     def row(x, rest):
@@ -393,7 +397,7 @@ def test_bounds_hold_and_near_ties_come_in_order(seed, k, d, spread):
 
 
 def test_float32_sums_that_lose_every_addend():
-    "One large product and many that vanish beside it one by one: the classical worst case, far beyond what random rows show."
+    "One large product and many that vanish beside it one by one: the classical worst case."
     d = 4096
     q = np.ones((1, d), np.float32)
     x = np.full((1, d), 2.0**-25, np.float32)
@@ -642,7 +646,8 @@ def test_faiss_on_a_gpu_too_small_goes_on_with_smaller_blocks(monkeypatch, capsy
     def on_gpu(res, xq, xb, k, metric, device):
         if len(xb) > most:
             raise RuntimeError(
-                "Error in virtual void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: cudaMalloc error out of memory"
+                "Error in virtual void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: "
+                "cudaMalloc error out of memory"
             )
         return faiss.knn(xq, xb, k, metric=metric)
 

@@ -1,4 +1,4 @@
-"""The metrics against slow versions that follow the definitions word by word, on whatever hypothesis comes up with."""
+"""The metrics against slow versions that follow the definitions word by word, on what hypothesis finds."""
 
 import math
 
@@ -24,7 +24,7 @@ quick = settings(max_examples=200, deadline=None)
 
 
 def slow_ap(ranking, relevant, k):
-    "Sum over the first k places of precision there times relevance there, a repeated image not being relevant again."
+    "Sum over the first k places of precision times relevance there; a repeated image is not relevant again."
     if not relevant:
         return None
     total = 0
@@ -116,7 +116,7 @@ def test_more_than_a_hundred():
 
 
 def slow_gap(predicted, scores, truth, keys):
-    "Sort by score, ties by key, then class; add up the precision at every right answer; divide by the images that show a landmark."
+    "Sort by score, ties by key, then class; add the precision at right answers; divide by landmark images."
     rows = sorted(
         (r for r in zip(predicted, scores, truth, keys) if not math.isnan(r[1])),
         key=lambda r: (-r[1], r[3], r[0]),
@@ -158,7 +158,7 @@ def test_gap(rows, random):
 
 
 def slow_judge(ranking, relevant, junk):
-    "Remove junk, then the trapezoids of the precision-recall curve one by one; a repeated image is a wrong answer."
+    "Remove junk, then trapezoids of the precision-recall curve one by one; a repeated image is wrong."
     kept = [x for x in ranking if x >= 0 and x not in junk]
     if not relevant:
         return None
@@ -233,7 +233,7 @@ def test_trapezoid_bounds(ranks, more):
 
 
 def test_a_wrong_metric_would_be_noticed():
-    "The slow versions are not mere echoes: counting duplicates twice, forgetting junk, dividing by k all differ from them."
+    "The slow versions are no echoes: counting duplicates twice, forgetting junk, dividing by k all differ."
     assert slow_ap([1, 1], {1, 2}, 2) == 0.5 and relevant_mask([[1, 1]], [{1, 2}]).sum() == 1
     assert slow_judge([5, 1], {1}, {5}) == 1 != slow_judge([5, 1], {1}, set())
     assert judge([5, 1], [1], [5])[0] == 1

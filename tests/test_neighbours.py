@@ -1,4 +1,4 @@
-"Neighbour lists: known before the first method runs, searched once, kept piece by piece for other runs and machines."
+"Neighbour lists: known before methods run, searched once, kept piece by piece for other runs and machines."
 
 import json
 import os
@@ -18,10 +18,9 @@ from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_truth
 from landmark.parts.data.worlds import make_world
 from landmark.parts.descriptors.store import Rows, l2n, write_store
-from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
 from landmark.parts.rerank.expansion import augment_index
 from landmark.parts.rerank.methods import METHODS, Problem, needs_of, rank
-from landmark.parts.search import kept_lists  # noqa: F401  the first registers its methods
+from landmark.parts.search import kept_lists
 from landmark.parts.search.knn import search
 
 ROOT, TOPK = Path(__file__).resolve().parent.parent, 30
@@ -104,14 +103,17 @@ def test_a_longer_list_begins_with_the_shorter_one(tmp_path):
 def test_a_killed_search_goes_on_with_the_next_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(kept_lists, "BLOCK", 5)
     code = f"""if True:
-        import os, numpy as np; from landmark.parts.search import kept_lists; from landmark.parts.search.knn import search
+        import os, numpy as np
+        from landmark.parts.search import kept_lists
+        from landmark.parts.search.knn import search
         kept_lists.BLOCK, n = 5, [0]
         def dies(*a, **k):
             n[0] += 1
             if n[0] == 4: os.kill(os.getpid(), 9)
             return search(*a, **k)
         kept_lists.search = dies
-        kept_lists.find_neighbours(np.load({str(tmp_path / "q.npy")!r}), np.load({str(tmp_path / "x.npy")!r}), 9, {str(tmp_path / "lists")!r})"""
+        q, x = np.load({str(tmp_path / "q.npy")!r}), np.load({str(tmp_path / "x.npy")!r})
+        kept_lists.find_neighbours(q, x, 9, {str(tmp_path / "lists")!r})"""
     np.save(tmp_path / "q.npy", QUERIES)
     np.save(tmp_path / "x.npy", INDEX)
     p = subprocess.run(
@@ -146,7 +148,7 @@ def test_machines_share_the_pieces_and_do_a_lost_ones_work(tmp_path, monkeypatch
             pool.map(lambda s: kept_lists.find_neighbours(QUERIES, INDEX, 9, tmp_path, (s, 4)), range(3))
         )  # the fourth never came
     assert len(made) == len(set(made)) == 12, "every piece once"
-    for sims, idxs, seconds in found:
+    for _, idxs, seconds in found:
         np.testing.assert_array_equal(idxs, search(QUERIES, INDEX, 9)[1])
         assert seconds == found[0][2] > 0
 

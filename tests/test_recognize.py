@@ -1,4 +1,4 @@
-"Recognition with the paper's local features: queries and voters described by one DELF, and nothing that does not fit it."
+"Recognition with the paper's local features: one DELF for queries and voters, nothing that does not fit it."
 
 import json
 from dataclasses import replace

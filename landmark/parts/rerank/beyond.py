@@ -11,7 +11,8 @@ import scipy.sparse as sp
 from numba import get_num_threads, njit, prange
 
 from ..descriptors.store import l2n
-from .methods import fill_up, first_self, method
+from .methods import first_self
+from .problem import fill_up, method
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #473ba0d8
 @njit(cache=True, nogil=True)
@@ -95,50 +96,53 @@ def k_reciprocal_distances(
     "k-reciprocal encoding: mixed Jaccard and plain distance."
     if idxs.shape[1] < k1 + 1:
         raise ValueError(
-            f"neighbour lists have {idxs.shape[1]} columns; k1 = {k1} needs {k1 + 1}, the image itself counted"
+            f"neighbour lists have {idxs.shape[1]} columns; "
+            f"k1 = {k1} needs {k1 + 1}, the image itself counted"
         )
     if not 1 <= k2 <= idxs.shape[1]:
         raise ValueError(f"k2 is {k2}; allowed: 1 to {idxs.shape[1]}")
-    x, idxs, half = (
-        np.ascontiguousarray(x, np.float32),
-        np.ascontiguousarray(idxs, np.int64),
-        int(np.around(k1 / 2)),
-    )
-    n, room = len(x), (k1 + 1) * (half + 2)
-    cols, vals, counts = np.zeros((n, room), np.int64), np.zeros((n, room)), np.zeros(n, np.int64)
-    _encode(x, idxs, k1, half, get_num_threads(), cols, vals, counts)
-    used = np.arange(room) < counts[:, None]
-    V = sp.csr_matrix((vals[used], cols[used], np.concatenate([[0], counts.cumsum()])), shape=(n, n))
-    mean = sp.csr_matrix(
-        (np.full(n * k2, 1 / k2), idxs[:, :k2].reshape(-1), np.arange(0, n * k2 + 1, k2)), shape=(n, n)
-    )
-    V = (mean @ V).tocsr()
+    x, idxs = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(idxs, np.int64)
+    V = _averaged(_vectors(x, idxs, k1), idxs, k2)
     out = np.empty(listed.shape)
     query, listed = np.asarray(query, np.int64), np.asarray(listed, np.int64)
     _jaccard(V.indptr, V.indices, V.data, query, listed, get_num_threads(), out)
-    for a in range(0, len(query), 64):  # the listed descriptors of all queries are 144 GB on Google Landmarks
+    for a in range(0, len(query), 64):  # the listed descriptors of all queries: 144 GB on Google Landmarks
         part = slice(a, a + 64)
-        out[part] = (1 - weight) * out[part] + weight * (
-            2 - 2 * np.einsum("qd,qkd->qk", x[query[part]], x[listed[part]])
-        )
+        plain = 2 - 2 * np.einsum("qd,qkd->qk", x[query[part]], x[listed[part]])
+        out[part] = (1 - weight) * out[part] + weight * plain
     return out
 
+
+def _vectors(x, idxs, k1):
+    "Step 3: the sparse vectors of all images, one row each."
+    n, half = len(x), int(np.around(k1 / 2))
+    room = (k1 + 1) * (half + 2)
+    cols, vals, counts = np.zeros((n, room), np.int64), np.zeros((n, room)), np.zeros(n, np.int64)
+    _encode(x, idxs, k1, half, get_num_threads(), cols, vals, counts)
+    used = np.arange(room) < counts[:, None]
+    return sp.csr_matrix((vals[used], cols[used], np.concatenate([[0], counts.cumsum()])), shape=(n, n))
+
+
+def _averaged(V, idxs, k2):
+    "Step 4: the mean of each image's k2 nearest."
+    n = len(idxs)
+    start = np.arange(0, n * k2 + 1, k2)
+    mean = sp.csr_matrix((np.full(n * k2, 1 / k2), idxs[:, :k2].reshape(-1), start), shape=(n, n))
+    return (mean @ V).tocsr()
+
 # %% ../../../nbs/parts/rerank/beyond.ipynb #2fe9aa7d
-@method(
-    "k_reciprocal",
-    "k-reciprocal encoding",
-    beyond=True,
-    needs=lambda topk, k1, **_: [("everything", "everything", k1 + 1), ("queries", "index", topk)],
-)
+def _mutual(topk, k1, **_):
+    return [("everything", "everything", k1 + 1), ("queries", "index", topk)]
+
+
+@method("k_reciprocal", "k-reciprocal encoding", beyond=True, needs=_mutual)
 def k_reciprocal(problem, topk, k1: int = 20, k2: int = 6, reciprocal_weight: float = 0.3):
     "Order the retrieved images by k-reciprocal distance."
     idxs = first_self(problem.knn("everything", "everything", k1 + 1)[1])
     k1, n = min(k1, idxs.shape[1] - 1), len(problem.queries)
-    listed = problem.knn("queries", "index", topk)[1]
-    d = k_reciprocal_distances(
-        problem.everything.array(), idxs, np.arange(n), listed + n, k1, min(k2, k1 + 1), reciprocal_weight
-    )
-    order = np.argsort(d, 1, kind="stable")
+    listed, both = problem.knn("queries", "index", topk)[1], problem.everything.array()
+    how = k1, min(k2, k1 + 1), reciprocal_weight
+    order = np.argsort(k_reciprocal_distances(both, idxs, np.arange(n), listed + n, *how), 1, kind="stable")
     return fill_up(np.take_along_axis(listed, order, 1), listed, topk, len(problem.index))
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #db8bbbd0
@@ -161,14 +165,18 @@ def superglobal_scores(
     return (refined + np.einsum("bd,bmd->bm", expanded, x)) / 2
 
 
-@method(
-    "superglobal",
-    "SuperGlobal",
-    beyond=True,
-    needs=lambda topk, m_superglobal, **_: [("queries", "index", max(topk, m_superglobal))],
-)
+def _deep(topk, m_superglobal, **_):
+    return [("queries", "index", max(topk, m_superglobal))]
+
+
+@method("superglobal", "SuperGlobal", beyond=True, needs=_deep)
 def superglobal(
-    problem, topk, m_superglobal: int = 400, k_superglobal: int = 9, beta: float = 0.15, batch: int = 64
+    problem,
+    topk,
+    m_superglobal: int = 400,  # M: retrieved images that change places
+    k_superglobal: int = 9,  # K: neighbours that refine and expand
+    beta: float = 0.15,  # weight of a neighbour
+    batch: int = 64,  # queries at a time
 ):
     "Re-rank the retrieved images by refined and expanded global descriptors."
     listed = problem.knn("queries", "index", max(topk, m_superglobal))[1]
@@ -177,8 +185,7 @@ def superglobal(
     for a in range(0, len(listed), batch):
         near = listed[a : a + batch, :m]
         x = l2n(problem.index[near.reshape(-1)]).reshape(*near.shape, -1)
-        order = np.argsort(
-            -superglobal_scores(l2n(problem.queries[a : a + batch]), x, k_superglobal, beta), 1, kind="stable"
-        )
+        q = l2n(problem.queries[a : a + batch])
+        order = np.argsort(-superglobal_scores(q, x, k_superglobal, beta), 1, kind="stable")
         ranks[a : a + batch, :m] = np.take_along_axis(near, order, 1)
     return fill_up(ranks, listed[:, :0], topk, len(problem.index))

@@ -44,46 +44,44 @@ def expand(
     own_weight: float = 1.0,  # weight of the descriptor itself
 ) -> np.ndarray:  # float32 [n, d], unit rows
     "Each descriptor plus its neighbours weighted by similarity^alpha."
-    x, sims, idxs = (
-        x if hasattr(x, "blocks") else np.asarray(x),
-        np.ascontiguousarray(sims, np.float32),
-        np.ascontiguousarray(idxs, np.int64),
-    )
+    x = x if hasattr(x, "blocks") else np.asarray(x)
+    sims, idxs = np.ascontiguousarray(sims, np.float32), np.ascontiguousarray(idxs, np.int64)
+    _check_neighbours(x, base, sims, idxs)
+    out, lengths = np.empty(x.shape, np.float32), np.empty(len(x))
+    for a in range(0, len(x), 4096):
+        part = slice(a, a + 4096)
+        own, (near, at) = np.ascontiguousarray(x[part], np.float32), _rows_at(base, idxs[part])
+        weights = float(alpha), np.float32(own_weight)
+        _weighted_sums(own, near, sims[part], at, *weights, out[part], lengths[part])
+    bad = ~np.isfinite(lengths) | (lengths == 0)
+    if bad.any():
+        n, first = int(bad.sum()), int(bad.argmax())
+        raise ValueError(
+            f"{n} expanded descriptors are not finite or all zero (row {first} first): "
+            "their own descriptors or neighbours are"
+        )
+    return out
+
+
+def _check_neighbours(x, base, sims, idxs):
+    "Refuse neighbours that do not belong to the descriptors."
     if sims.shape != idxs.shape or len(sims) != len(x):
         raise ValueError(
-            f"{len(x)} descriptors, similarities {sims.shape} and neighbours {idxs.shape} do not belong together"
+            f"{len(x)} descriptors, similarities {sims.shape} and neighbours {idxs.shape} "
+            "do not belong together"
         )
     if idxs.size and idxs.max() >= len(base):
         raise ValueError(f"a neighbour is number {idxs.max()}, the base has {len(base)} rows")
     if not np.isfinite(sims).all():
         raise ValueError("similarities must be finite")
-    out, lengths = np.empty(x.shape, np.float32), np.empty(len(x))
-    for a in range(0, len(x), 4096):
-        part = slice(a, a + 4096)
-        if isinstance(base, np.ndarray) and base.dtype == np.float32:
-            near, at = base, idxs[part]
-        else:  # on disk: the rows that are needed
-            rows, at = np.unique(np.maximum(idxs[part], 0), return_inverse=True)
-            near, at = (
-                np.ascontiguousarray(base[rows], np.float32),
-                np.where(idxs[part] < 0, -1, at.reshape(idxs[part].shape)),
-            )
-        _weighted_sums(
-            np.ascontiguousarray(x[part], np.float32),
-            near,
-            sims[part],
-            at,
-            float(alpha),
-            np.float32(own_weight),
-            out[part],
-            lengths[part],
-        )
-    bad = ~np.isfinite(lengths) | (lengths == 0)
-    if bad.any():
-        raise ValueError(
-            f"{int(bad.sum())} expanded descriptors are not finite or all zero (row {int(bad.argmax())} first): their own descriptors or neighbours are"
-        )
-    return out
+
+
+def _rows_at(base, idxs):
+    "Rows that hold the neighbours, and where in them: the base itself, or what is needed of one on disk."
+    if isinstance(base, np.ndarray) and base.dtype == np.float32:
+        return base, idxs
+    rows, at = np.unique(np.maximum(idxs, 0), return_inverse=True)
+    return np.ascontiguousarray(base[rows], np.float32), np.where(idxs < 0, -1, at.reshape(idxs.shape))
 
 # %% ../../../nbs/parts/rerank/expansion.ipynb #ff055746
 def alpha_qe(

@@ -71,7 +71,7 @@ def _times(ptr, col, val, m, p, ap):
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def _solve(ptr, col, val, m, start, x, r, p, ap, tol, n_iter):
-    "Conjugate gradients for the m × m system with right side 1 at `start`; returns whether the tolerance was reached."
+    "Conjugate gradients for the m × m system with right side 1 at `start`; whether `tol` was reached."
     for i in range(m):
         x[i] = r[i] = p[i] = 0.0
     r[start] = p[start] = 1.0
@@ -145,19 +145,16 @@ def diffuse(
     own = np.arange(len(idxs)) if own is None else np.asarray(own, np.int64)
     if idxs.size and idxs.max() >= L.shape[0]:
         raise ValueError(f"neighbour {idxs.max()} is outside the graph of {L.shape[0]} images")
-    if (~(idxs == own[:, None]).any(1)).any():
-        raise ValueError(
-            f"{int((~(idxs == own[:, None]).any(1)).sum())} images are missing from their own neighbourhoods; put each first in its row"
-        )
+    if n := int((~(idxs == own[:, None]).any(1)).sum()):
+        raise ValueError(f"{n} images are missing from their own neighbourhoods; put each first in its row")
     off = (L - sp.identity(L.shape[0])).tocsr()
     off.eliminate_zeros()
     off.sort_indices()
     if str(device) != "cpu":
         return _diffuse_dense(off, idxs, own, tol, n_iter, device)
     out = np.empty(idxs.shape, np.float32)
-    missed = _diffuse(
-        off.indptr, off.indices.astype(np.uint32), off.data, idxs, own, get_num_threads(), tol, n_iter, out
-    )
+    matrix = off.indptr, off.indices.astype(np.uint32), off.data
+    missed = _diffuse(*matrix, idxs, own, get_num_threads(), tol, n_iter, out)
     return out, int(missed)
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #9d21006a
@@ -165,47 +162,63 @@ def _diffuse_dense(off, idxs, own, tol, n_iter, device, batch=256):
     "The same in PyTorch: dense [batch, t, t] systems."
     import torch
 
-    table = sp.csr_matrix(off)
-    wide = np.diff(table.indptr).max(initial=0)
-    n, t = off.shape[0], idxs.shape[1]
-    slots = np.arange(wide)[None] < np.diff(table.indptr)[:, None]
-    cols, vals = np.full((n, wide), -1, np.int64), np.zeros((n, wide))
-    cols[slots], vals[slots] = table.indices, table.data
-    cols, vals = (torch.from_numpy(x).to(device) for x in (cols, vals))
+    cols, vals = _padded(off, device)
     out, missed = np.empty(idxs.shape, np.float32), 0
     for a in range(0, len(idxs), batch):
-        ids = torch.from_numpy(idxs[a : a + batch]).to(device)
-        b = len(ids)
-        sorted_ids, order = ids.sort(1)
-        near = torch.where(ids[:, :, None] >= 0, cols[ids.clamp(min=0)], -1)  # [b, t, wide]
-        at = torch.searchsorted(sorted_ids, near.view(b, -1)).clamp(max=t - 1)
-        hit = (sorted_ids.gather(1, at) == near.view(b, -1)) & (near.view(b, -1) >= 0)
-        M = torch.eye(t, dtype=torch.float64, device=device).repeat(b, 1, 1).view(b, -1)
-        where = torch.arange(t, device=device).repeat_interleave(wide)[None] * t + order.gather(1, at)
-        M.scatter_add_(1, where, torch.where(hit, vals[ids.clamp(min=0)].view(b, -1), 0.0))
-        M = M.view(b, t, t)
-        r = (ids == torch.from_numpy(own[a : a + batch]).to(device)[:, None]).double()
-        r = r * (r.cumsum(1) == 1)
-        x, p, rho, live = (
-            torch.zeros_like(r),
-            r.clone(),
-            torch.ones(b, 1, dtype=torch.float64, device=device),
-            torch.ones(b, 1, dtype=torch.bool, device=device),
-        )
-        for _ in range(n_iter):
-            ap = torch.bmm(M, p[:, :, None])[:, :, 0]
-            step = torch.where(live, rho / (p * ap).sum(1, keepdim=True), 0.0)
-            x, r = x + step * p, r - step * ap
-            new = (r * r).sum(1, keepdim=True)
-            live = live & (new.sqrt() > tol)
-            if not live.any():
-                break
-            p, rho = torch.where(live, r + new / rho * p, p), torch.where(live, new, rho)
-        out[a : a + batch], missed = (
-            torch.where(ids >= 0, x, 0.0).float().cpu().numpy(),
-            missed + int(live.sum()),
-        )
+        part = slice(a, a + batch)
+        ids = torch.from_numpy(idxs[part]).to(device)
+        start = (ids == torch.from_numpy(own[part]).to(device)[:, None]).double()
+        start = start * (start.cumsum(1) == 1)
+        x, live = _solve_dense(_restricted(ids, cols, vals), start, tol, n_iter)
+        out[part] = torch.where(ids >= 0, x, 0.0).float().cpu().numpy()
+        missed += int(live.sum())
     return out, missed
+
+
+def _padded(off, device):
+    "Columns and values of a sparse matrix as tensors [n, widest row], −1 and 0 where a row is shorter."
+    import torch
+
+    table = sp.csr_matrix(off)
+    counts = np.diff(table.indptr)
+    wide = counts.max(initial=0)
+    slots = np.arange(wide)[None] < counts[:, None]
+    cols, vals = np.full((len(counts), wide), -1, np.int64), np.zeros((len(counts), wide))
+    cols[slots], vals[slots] = table.indices, table.data
+    return torch.from_numpy(cols).to(device), torch.from_numpy(vals).to(device)
+
+
+def _restricted(ids, cols, vals):
+    "1 + matrix restricted to each row of images: [b, t, t] from [b, t]."
+    import torch
+
+    (b, t), wide = ids.shape, cols.shape[1]
+    sorted_ids, order = ids.sort(1)
+    near = torch.where(ids[:, :, None] >= 0, cols[ids.clamp(min=0)], -1).view(b, -1)  # [b, t · wide]
+    at = torch.searchsorted(sorted_ids, near).clamp(max=t - 1)
+    hit = (sorted_ids.gather(1, at) == near) & (near >= 0)
+    M = torch.eye(t, dtype=torch.float64, device=ids.device).repeat(b, 1, 1).view(b, -1)
+    row = torch.arange(t, device=ids.device).repeat_interleave(wide)[None]
+    inside = torch.where(hit, vals[ids.clamp(min=0)].view(b, -1), 0.0)
+    return M.scatter_add_(1, row * t + order.gather(1, at), inside).view(b, t, t)
+
+
+def _solve_dense(M, r, tol, n_iter):
+    "Conjugate gradients for M x = r by the batch; also which rows had not converged at the end."
+    import torch
+
+    x, p = torch.zeros_like(r), r.clone()
+    rho, live = torch.ones_like(r[:, :1]), torch.ones_like(r[:, :1], dtype=torch.bool)
+    for _ in range(n_iter):
+        ap = torch.bmm(M, p[:, :, None])[:, :, 0]
+        step = torch.where(live, rho / (p * ap).sum(1, keepdim=True), 0.0)
+        x, r = x + step * p, r - step * ap
+        new = (r * r).sum(1, keepdim=True)
+        live = live & (new.sqrt() > tol)
+        if not live.any():
+            break
+        p, rho = torch.where(live, r + new / rho * p, p), torch.where(live, new, rho)
+    return x, live
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #4bd23fc7
 @njit(cache=True, nogil=True, parallel=True)
@@ -244,23 +257,12 @@ def diffusion_rank(
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     v = (values / np.where(norms == 0, 1, norms)).astype(np.float32, copy=False)
     n, t = len(v) - n_query, v.shape[1]
-    gallery = sp.csr_matrix(
-        (v[n_query:].reshape(-1), np.maximum(idxs[n_query:], 0).reshape(-1), np.arange(n + 1) * t),
-        shape=(n, len(v)),
-    ).tocsc()
+    rows = v[n_query:].reshape(-1), np.maximum(idxs[n_query:], 0).reshape(-1), np.arange(n + 1) * t
+    gallery = sp.csr_matrix(rows, shape=(n, len(v))).tocsc()  # inverted: by column
+    inverted = gallery.indptr.astype(np.int64), gallery.indices.astype(np.int64), gallery.data
     sims, out = np.zeros((n_query, k), np.float32), np.full((n_query, k), -1, np.int64)
-    _sparse_scores(
-        idxs[:n_query].astype(np.int64),
-        v[:n_query],
-        gallery.indptr.astype(np.int64),
-        gallery.indices.astype(np.int64),
-        gallery.data,
-        n,
-        k,
-        get_num_threads(),
-        sims,
-        out,
-    )
+    asks = idxs[:n_query].astype(np.int64), v[:n_query]
+    _sparse_scores(*asks, *inverted, n, k, get_num_threads(), sims, out)
     return sims, out
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #6b776058
@@ -277,13 +279,10 @@ def gallery_scores(
     n, given = len(values), np.asarray(near) >= 0
     if given.any() and np.max(near) >= n:
         raise ValueError(f"neighbour {np.max(near)} is outside the gallery of {n} images")
-    offline = sp.csr_matrix(
-        (values.reshape(-1), (np.repeat(np.arange(n), idxs.shape[1]), np.maximum(idxs, 0).reshape(-1))),
-        shape=(n, n),
-    )
-    start = sp.csr_matrix(
-        (np.maximum(sims, 0)[given] ** gamma, (np.nonzero(given)[0], near[given])), shape=(len(sims), n)
-    )
+    rows, cols = np.repeat(np.arange(n), idxs.shape[1]), np.maximum(idxs, 0).reshape(-1)
+    offline = sp.csr_matrix((values.reshape(-1), (rows, cols)), shape=(n, n))
+    weights = np.maximum(sims, 0)[given] ** gamma
+    start = sp.csr_matrix((weights, (np.nonzero(given)[0], near[given])), shape=(len(sims), n))
     return (start @ offline).toarray()
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #bf49308f
@@ -315,62 +314,70 @@ def _pop(hv, hr, hx, m):
     hv[i], hr[i], hx[i] = v, r, x
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #da17e225
+@njit(cache=True, nogil=True)
+def _exploit(hv, hr, hx, m, best, t, out, i, n_out):
+    "Everything above t, or the single best, goes from the heap into the list: row i of `out`."
+    done = n_out
+    while m > 0 and n_out < out.shape[1]:
+        v, x = hv[0], hx[0]
+        if best[x] != v:
+            _pop(hv, hr, hx, m)
+            m -= 1
+            continue  # out of date, or in the list
+        above = v > t
+        if n_out > done and not above:
+            break
+        _pop(hv, hr, hx, m)
+        m -= 1
+        best[x] = -2
+        out[i, n_out] = x
+        n_out += 1
+        if not above:
+            break
+    return m, n_out
+
+
+@njit(cache=True, nogil=True)
+def _explore(hv, hr, hx, m, best, reached, touched, n_touched, sims, idxs, row, k):
+    "The first k edges of one image, a row of `sims` and `idxs`, enter table and heap."
+    for e in range(min(k, idxs.shape[1])):
+        y, s = idxs[row, e], max(sims[row, e], np.float32(0))
+        if y < 0 or best[y] == -2 or s <= best[y]:
+            continue
+        if best[y] == -1:
+            touched[n_touched] = y
+            reached[y] = n_touched
+            n_touched += 1
+        best[y] = s
+        _push(hv, hr, hx, m, s, reached[y], y)
+        m += 1
+    return m, n_touched
+
+
 @njit(cache=True, nogil=True, parallel=True)
 def _traverse(q_sims, q_idxs, sims, idxs, t, k, n_threads, out):
     "EGT of every query into a row of `out`."
-    n, n_index, length = len(q_idxs), len(idxs), out.shape[1]
+    n, length = len(q_idxs), out.shape[1]
+    room = q_idxs.shape[1] + length * k + 1
     for thread in prange(n_threads):
-        best, reached = (
-            np.full(n_index, -1, np.float32),
-            np.empty(n_index, np.int32),
-        )  # −1: not reached, −2: in the list
-        touched = np.empty(q_idxs.shape[1] + length * k + 1, np.int64)
-        hv, hr, hx = (
-            np.empty(len(touched), np.float32),
-            np.empty(len(touched), np.int32),
-            np.empty(len(touched), np.int64),
-        )
+        best, reached = np.full(len(idxs), -1, np.float32), np.empty(len(idxs), np.int32)
+        touched = np.empty(room, np.int64)
+        hv, hr, hx = np.empty(room, np.float32), np.empty(room, np.int32), np.empty(room, np.int64)
         for i in range(thread * n // n_threads, (thread + 1) * n // n_threads):
-            m, n_touched, n_out, done, first = 0, 0, 0, 0, True
-            while first or (n_out < length and m > 0):
-                # exploit: everything above t, or the single best
-                if not first:
-                    while m > 0 and n_out < length:
-                        v, x = hv[0], hx[0]
-                        if best[x] != v:
-                            _pop(hv, hr, hx, m)
-                            m -= 1
-                            continue  # out of date, or in the list
-                        if n_out > done and not v > t:
-                            break
-                        above = v > t
-                        _pop(hv, hr, hx, m)
-                        m -= 1
-                        best[x] = -2
-                        out[i, n_out] = x
-                        n_out += 1
-                        if not above:
-                            break
-                # explore: the edges of what just joined
-                for a in range(1 if first else n_out - done):
-                    width = min(k, q_idxs.shape[1] if first else idxs.shape[1])
-                    for e in range(width):
-                        y = q_idxs[i, e] if first else idxs[out[i, done + a], e]
-                        s = max(q_sims[i, e] if first else sims[out[i, done + a], e], np.float32(0))
-                        if y < 0 or best[y] == -2 or s <= best[y]:
-                            continue
-                        if best[y] == -1:
-                            touched[n_touched] = y
-                            reached[y] = n_touched
-                            n_touched += 1
-                        best[y] = s
-                        _push(hv, hr, hx, m, s, reached[y], y)
-                        m += 1
-                done, first = n_out, False
+            m, n_touched = _explore(hv, hr, hx, 0, best, reached, touched, 0, q_sims, q_idxs, i, k)
+            n_out = 0
+            while n_out < length and m > 0:
+                done = n_out
+                m, n_out = _exploit(hv, hr, hx, m, best, t, out, i, n_out)
+                for a in range(done, n_out):
+                    x = out[i, a]
+                    m, n_touched = _explore(
+                        hv, hr, hx, m, best, reached, touched, n_touched, sims, idxs, x, k
+                    )
             for a in range(n_touched):
                 best[touched[a]] = -1
 
-
+# %% ../../../nbs/parts/rerank/graph.ipynb #554d0f8e
 def egt(
     q_sims: np.ndarray,  # similarities query → index [q, kq], descending
     q_idxs: np.ndarray,  # those index images [q, kq]
@@ -391,14 +398,8 @@ def egt(
         if np.size(i) and np.max(i) >= len(idxs):
             raise ValueError(f"{name} neighbour {np.max(i)} is outside the index of {len(idxs)} images")
     out = np.full((len(q_idxs), length), -1, np.int64)
-    _traverse(
-        *(
-            np.ascontiguousarray(x, kind)
-            for x, kind in ((q_sims, np.float32), (q_idxs, np.int64), (sims, np.float32), (idxs, np.int64))
-        ),
-        np.float32(min(t, 1e30)),
-        min(k, max(idxs.shape[1], q_idxs.shape[1])),
-        get_num_threads(),
-        out,
-    )
+    q_sims, sims = (np.ascontiguousarray(x, np.float32) for x in (q_sims, sims))
+    q_idxs, idxs = (np.ascontiguousarray(x, np.int64) for x in (q_idxs, idxs))
+    k = min(k, max(idxs.shape[1], q_idxs.shape[1]))
+    _traverse(q_sims, q_idxs, sims, idxs, np.float32(min(t, 1e30)), k, get_num_threads(), out)
     return out

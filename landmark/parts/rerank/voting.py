@@ -27,7 +27,8 @@ def recognise(
     sims, labels = np.asarray(sims, np.float64)[:, :voting_k], np.asarray(labels)[:, :voting_k]
     if sims.shape != labels.shape or not sims.shape[1]:
         raise RecognitionError(
-            f"similarities {sims.shape} and labels {labels.shape}: each query needs at least one neighbour with one label"
+            f"similarities {sims.shape} and labels {labels.shape}: "
+            "each query needs at least one neighbour with one label"
         )
     if not np.isfinite(sims).all():
         raise RecognitionError("similarities must be finite")
@@ -41,13 +42,11 @@ def recognise(
         if not (np.isfinite(inliers) & (inliers >= 0)).all():
             raise RecognitionError("inliers are counts: finite, and at least 0")
         votes = votes + np.minimum(enough, inliers) / enough
-    total = ((labels[:, :, None] == labels[:, None, :]) * votes[:, None, :]).sum(
-        2
-    )  # the label of each slot, all its votes
+    same = labels[:, :, None] == labels[:, None, :]
+    total = (same * votes[:, None, :]).sum(2)  # the label of each slot, all its votes
     best = total.argmax(1)[:, None]
-    return np.take_along_axis(labels, best, 1)[:, 0], np.take_along_axis(total, best, 1)[:, 0].astype(
-        np.float32
-    )
+    score = np.take_along_axis(total, best, 1)[:, 0].astype(np.float32)
+    return np.take_along_axis(labels, best, 1)[:, 0], score
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #e2cfbdb0
 def inliers_of(
@@ -60,27 +59,29 @@ def inliers_of(
     idxs, query, train, n_inliers = (np.asarray(x, np.int64) for x in (idxs, query, train, n_inliers))
     if not len(query) == len(train) == len(n_inliers):
         raise RecognitionError(
-            f"{len(query)} queries, {len(train)} training images and {len(n_inliers)} counts; a verified pair has one of each"
+            f"{len(query)} queries, {len(train)} training images and {len(n_inliers)} counts; "
+            "a verified pair has one of each"
         )
     if min(query.min(initial=0), train.min(initial=0)) < 0 or query.max(initial=-1) >= len(idxs):
         raise RecognitionError(
-            f"a verified pair names a query or training image that is not there; there are {len(idxs)} queries"
+            "a verified pair names a query or training image that is not there; "
+            f"there are {len(idxs)} queries"
         )
     n = max(idxs.max(initial=0), train.max(initial=0)) + 1
     keys, order = query * n + train, np.argsort(query * n + train, kind="stable")
     keys, counts = keys[order], n_inliers[order]
     twice = (keys[1:] == keys[:-1]) & (counts[1:] != counts[:-1])
     if twice.any():
+        first = keys[1:][twice][0]
         raise RecognitionError(
-            f"{int(twice.sum())} pairs are verified twice with different inliers (query {keys[1:][twice][0] // n}, training image {keys[1:][twice][0] % n} first)"
+            f"{int(twice.sum())} pairs are verified twice with different inliers "
+            f"(query {first // n}, training image {first % n} first)"
         )
+    if not len(keys):
+        return np.zeros(idxs.shape, np.int64)
     wanted = np.arange(len(idxs))[:, None] * n + idxs
-    at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-    return (
-        np.where((keys[at] == wanted) & (idxs >= 0), counts[at], 0)
-        if len(keys)
-        else np.zeros(idxs.shape, np.int64)
-    )
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where((keys[at] == wanted) & (idxs >= 0), counts[at], 0)
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #b9f1cfcf
 def distractor_rule(
@@ -93,9 +94,8 @@ def distractor_rule(
     if len(labels) != len(scores):
         raise RecognitionError(f"{len(labels)} labels but {len(scores)} scores")
     if not np.isfinite(scores).all():
-        raise RecognitionError(
-            f"{int((~np.isfinite(scores)).sum())} scores are not finite; leave rows without a prediction out"
-        )
+        n = int((~np.isfinite(scores)).sum())
+        raise RecognitionError(f"{n} scores are not finite; leave rows without a prediction out")
     names, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
     banned = counts > most
     return np.where(banned[which], -counts[which], scores).astype(np.float32), names[banned]
@@ -109,12 +109,12 @@ def choose_limit(
     limits=(2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100),  # candidates
 ) -> tuple:  # the best limit (the largest of equals), GAP of every limit
     "The distractor limit that is best on the chosen rows; predictions are counted over all rows."
-    use = np.flatnonzero(use)
-    gaps = [
-        gap(np.asarray(labels)[use], distractor_rule(labels, scores, m)[0][use], [truth[i] for i in use])
-        for m in limits
-    ]
-    return int(limits[int(len(gaps) - 1 - np.argmax(np.nan_to_num(gaps)[::-1]))]), dict(zip(limits, gaps))
+    use, gaps = np.flatnonzero(use), []
+    for most in limits:
+        ruled = distractor_rule(labels, scores, most)[0]
+        gaps.append(gap(np.asarray(labels)[use], ruled[use], [truth[i] for i in use]))
+    best = len(gaps) - 1 - int(np.argmax(np.nan_to_num(gaps)[::-1]))  # the last of equals
+    return int(limits[best]), dict(zip(limits, gaps))
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #e6b87ee8
 def minus_non_landmarks(
@@ -132,10 +132,10 @@ def minus_non_landmarks(
             raise RecognitionError(f"similarities of {name} and non-landmark images must be finite")
     if len(sims) != len(query_non) or np.max(idxs, initial=-1) >= len(train_non):
         raise RecognitionError(
-            f"{len(sims)} queries and training images up to {np.max(idxs, initial=-1)}, but non-landmark similarities of {len(query_non)} and {len(train_non)}"
+            f"{len(sims)} queries and training images up to {np.max(idxs, initial=-1)}, "
+            f"but non-landmark similarities of {len(query_non)} and {len(train_non)}"
         )
     adjusted = np.asarray(sims) - weight * (np.mean(query_non, 1)[:, None] + np.mean(train_non, 1)[idxs])
     order = np.argsort(-adjusted, 1, kind="stable")
-    return np.take_along_axis(adjusted, order, 1).astype(np.float32), np.take_along_axis(
-        np.asarray(idxs), order, 1
-    )
+    sims, idxs = np.take_along_axis(adjusted, order, 1), np.take_along_axis(np.asarray(idxs), order, 1)
+    return sims.astype(np.float32), idxs

@@ -33,11 +33,8 @@ class Everything:
         m = len(self.queries)
         if isinstance(rows, slice) and rows.step in (None, 1):
             a, b, _ = rows.indices(len(self))
-            return l2n(
-                np.concatenate(
-                    [self.queries[min(a, m) : min(b, m)], self.index[max(a - m, 0) : max(b - m, 0)]]
-                )
-            )
+            first, second = slice(min(a, m), min(b, m)), slice(max(a - m, 0), max(b - m, 0))
+            return l2n(np.concatenate([self.queries[first], self.index[second]]))
         rows = np.arange(len(self))[rows]
         out, asks = np.empty((len(rows), self.shape[1]), np.float32), rows < m
         out[asks], out[~asks] = self.queries[rows[asks]], self.index[rows[~asks] - m]
@@ -121,13 +118,11 @@ def find_neighbours(
     def pieces(k):
         return [home / str(k) / f"{i:05d}.npz" for i in range(n)]
 
-    kept = [
-        w
-        for w in sorted(int(p.name) for p in home.glob("[0-9]*"))
-        if w >= k and all(p.exists() for p in pieces(w))
-    ]
+    widths = sorted(int(p.name) for p in home.glob("[0-9]*"))
+    kept = [w for w in widths if w >= k and all(p.exists() for p in pieces(w))]
     paths, own = pieces(kept[0] if kept else k), range(n)[share[0] :: share[1]]
-    order = [i for i in [*own, *(i for i in reversed(range(n)) if i not in own)] if not paths[i].exists()]
+    others = [i for i in reversed(range(n)) if i not in own]
+    order = [i for i in [*own, *others] if not paths[i].exists()]
     for i in progress(order, f"search {len(queries):,} in {len(base):,}") if len(order) > 1 else order:
         _search_piece(queries, base, k, paths[i], i, how)
     return _read(paths, len(queries), k)

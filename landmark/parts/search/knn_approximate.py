@@ -8,7 +8,7 @@ __all__ = ['build_approximate', 'search_approximately', 'neighbours_found', 'rer
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #4a730f8d
 import numpy as np
 
-from .knn import exact_dots
+from .knn_settle import exact_dots
 from .knn_torch import SearchError, Seen, blocks_of
 
 # %% ../../../nbs/parts/search/knn_approximate.ipynb #57fae43c
@@ -24,7 +24,8 @@ def build_approximate(
         knn = faiss.index_factory(base.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
         raise SearchError(
-            f"faiss does not understand {factory!r} at {base.shape[1]} dimensions; a description is, for instance, IVF4096,PQ64 (the 64 divides the dimensions) or HNSW32"
+            f"faiss does not understand {factory!r} at {base.shape[1]} dimensions; a description is, "
+            "for instance, IVF4096,PQ64 (the 64 divides the dimensions) or HNSW32"
         ) from None
     if not knn.is_trained:
         lists = getattr(knn, "nlist", 1)
@@ -64,7 +65,7 @@ def search_approximately(
 def neighbours_found(
     idxs: np.ndarray,  # neighbours of an approximate search [q, k]
     exact: np.ndarray,  # neighbours of the exact search [q, k]
-) -> float:
+) -> float:  # 0 to 1
     "Share of the exact neighbours that an approximate search found."
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(idxs, exact)]))
 

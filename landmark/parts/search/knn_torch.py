@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import ParameterError, log, pick_device
 
-# %% ../../../nbs/parts/search/knn_torch.ipynb #6eace4f0
+# %% ../../../nbs/parts/search/knn_torch.ipynb #a519d028
 class SearchError(ValueError):
     "Queries and base that cannot be searched."
 
@@ -23,7 +23,7 @@ class SearchError(ValueError):
 class TooManyQueries(SearchError):
     "A device that cannot hold so many queries at a time; it may hold fewer."
 
-
+# %% ../../../nbs/parts/search/knn_torch.ipynb #6eace4f0
 class Seen:
     "What passes over a base have shown."
 
@@ -40,10 +40,8 @@ class Seen:
             return
         for a in range(0, len(x), 65536):
             lengths = np.einsum("nd,nd->n", x[a : a + 65536], x[a : a + 65536])
-            if not np.isfinite(lengths).all():
-                raise SearchError(
-                    f"base row {first + a + int(np.argmin(np.isfinite(lengths)))} is not finite"
-                )
+            if not (fine := np.isfinite(lengths)).all():
+                raise SearchError(f"base row {first + a + int(np.argmin(fine))} is not finite")
             self.longest = max(self.longest, float(lengths.max(initial=0)) ** 0.5)
 
     def look_tensor(self, first: int, x, rounded=None):
@@ -53,18 +51,17 @@ class Seen:
         if self.whole:
             return
         lengths = torch.linalg.vector_norm(x, dim=1)
-        if not lengths.isfinite().all():
-            raise SearchError(f"base row {first + int(lengths.isfinite().int().argmin())} is not finite")
+        if not (fine := lengths.isfinite()).all():
+            raise SearchError(f"base row {first + int(fine.int().argmin())} is not finite")
         self.longest = max(self.longest, float(lengths.max()))
         if rounded is None:
             return
         for i in range(0, len(x), 8192):
-            self.moved = max(
-                self.moved,
-                float(torch.linalg.vector_norm(x[i : i + 8192] - rounded[i : i + 8192].float(), dim=1).max()),
-            )
+            gone = x[i : i + 8192] - rounded[i : i + 8192].float()
+            self.moved = max(self.moved, float(torch.linalg.vector_norm(gone, dim=1).max()))
 
     def join(self, others):
+        "Take over what passes over other parts of the base have shown."
         self.longest, self.moved = (max(getattr(s, k) for s in [self, *others]) for k in ("longest", "moved"))
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #ebd09ed6
@@ -132,19 +129,13 @@ def _block(base, a, b, device, seen, half):
 
 
 def _join(q, x, first, best, k, memory_mib):
-    "The best so far and the best of a block, as new lists; a quarter of the memory holds similarities and what chooses among them."
+    "The best so far and the best of a block, as new lists; similarities take a quarter of the memory."
     import torch
 
     m, k = min(k, len(x)), min(k, best[0].shape[1] + len(x))
-    joined, step = (
-        [b.new_empty(len(q), k) for b in best],
-        max(
-            1,
-            int(
-                memory_mib * 2**20 / 4 / (q.element_size() * len(x) + (400 if len(x) >= 128 * m else 48) * m)
-            ),
-        ),
-    )
+    joined = [b.new_empty(len(q), k) for b in best]
+    choosing = 400 if len(x) >= 128 * m else 48  # bytes of a candidate: `top_of_rows` by groups, or plain
+    step = max(1, int(memory_mib * 2**20 / 4 / (q.element_size() * len(x) + choosing * m)))
     for i in range(0, len(q), step):
         r = slice(i, i + step)
         sims, idxs = top_of_rows(q[r] @ x.T, m)
@@ -160,6 +151,10 @@ def _free(device):
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _queries(n):
+    return f"{n:,} quer{'y' if n == 1 else 'ies'}"
 
 
 def torch_candidates(
@@ -196,7 +191,7 @@ def torch_candidates(
         _free(device)
         if q is None or rows <= 1024:
             raise TooManyQueries(
-                f"{device} cannot hold {min(rows, 1024):,} base rows beside {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}"
+                f"{device} cannot hold {min(rows, 1024):,} base rows beside {_queries(len(queries))}"
             )
         rows, memory_mib = rows // 2, memory_mib / 2
         log(f"search: {device} is too small for this block; going on with {rows:,} rows")
@@ -236,9 +231,7 @@ def spread_candidates(
     memory_mib: int = 1024,  # on each device
     seen: Seen = None,  # looks at every row
     bar=lambda it, n: it,  # progress bar, of the first device
-) -> (
-    tuple
-):  # sims float32 [q, k], idxs [q, k], descending; they stay tensors where one device searched a tensor
+) -> tuple:  # sims float32 [q, k], idxs [q, k], descending; tensors where one device searched a tensor
     "The best of each query, the base spread over devices."
     import torch
 
@@ -248,18 +241,8 @@ def spread_candidates(
 
     def one(i):
         device, span = spans[i]
-        return torch_candidates(
-            queries,
-            base,
-            k,
-            device,
-            half,
-            rows,
-            memory_mib,
-            each[i],
-            span,
-            bar if i == 0 else lambda it, n: it,
-        )
+        how = half, rows, memory_mib, each[i], span
+        return torch_candidates(queries, base, k, device, *how, bar if i == 0 else lambda it, n: it)
 
     with plain_products():
         if len(spans) == 1:
@@ -285,10 +268,8 @@ def best_of(
     for i in range(0, n, 1024):
         s, x = (np.concatenate([y[i : i + 1024] for y in lists], 1) for lists in (sims, idxs))
         order = np.argsort(-s, axis=1, kind="stable")[:, :k]
-        out[0][i : i + 1024], out[1][i : i + 1024] = (
-            np.take_along_axis(s, order, 1),
-            np.take_along_axis(x, order, 1),
-        )
+        for into, values in zip(out, (s, x)):
+            into[i : i + 1024] = np.take_along_axis(values, order, 1)
     return out
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #0a2884cb
@@ -306,17 +287,13 @@ def _settled(q, base, sims, idxs, k, bound, half, pairs):
     import torch
 
     idxs, q = idxs.to(base.device).sort(dim=1).values, q.double()[:, None]
-    exact = torch.cat(
-        [_sums(base[idxs[:, c : c + pairs]].float() * q) for c in range(0, idxs.shape[1], pairs)], 1
-    ).float()
+    starts = range(0, idxs.shape[1], pairs)
+    exact = torch.cat([_sums(base[idxs[:, c : c + pairs]].float() * q) for c in starts], 1).float()
     exact, order = (exact + 0.0).sort(dim=1, descending=True, stable=True)  # −0 becomes 0, its equal
     last = sims[:, -1].to(base.device).double()
     reach = last + bound + (1.01 * 2.0**-8 * last.abs() if half else 0)
-    return (
-        exact[:, :k],
-        idxs.gather(1, order[:, :k]),
-        (reach >= exact[:, k - 1]) & (idxs.shape[1] < len(base)),
-    )
+    more = (reach >= exact[:, k - 1]) & (idxs.shape[1] < len(base))
+    return exact[:, :k], idxs.gather(1, order[:, :k]), more
 
 
 def settle_on_device(
@@ -333,18 +310,16 @@ def settle_on_device(
     import torch
 
     sims, idxs = torch.as_tensor(sims), torch.as_tensor(idxs)
-    found = [
-        base.new_empty(len(queries), *shape, dtype=t)
-        for shape, t in (((k,), torch.float32), ((k,), torch.int64), ((), torch.bool))
-    ]
-    pairs, i = (
-        max(1024, int(memory_mib * 2**20 / (16 * base.shape[1] + 64))),
-        0,
-    )  # a row in float32, its products, and half of their sums
-    while i < len(queries):
-        r = slice(i, min(len(queries), i + max(1, pairs // idxs.shape[1])))
+    n, i = len(queries), 0
+    kinds = (n, k, torch.float32), (n, k, torch.int64), (n, torch.bool)
+    found = [base.new_empty(*shape, dtype=kind) for *shape, kind in kinds]
+    row = 16 * base.shape[1] + 64  # bytes: a row in float32, its products, and half of their sums
+    pairs = max(1024, int(memory_mib * 2**20 / row))
+    while i < n:
+        r = slice(i, min(n, i + max(1, pairs // idxs.shape[1])))
         try:
-            for into, x in zip(found, _settled(queries[r], base, sims[r], idxs[r], k, bound[r], half, pairs)):
+            some = _settled(queries[r], base, sims[r], idxs[r], k, bound[r], half, pairs)
+            for into, x in zip(found, some):
                 into[r] = x
             i = r.stop
             continue
@@ -353,10 +328,11 @@ def settle_on_device(
         _free(base.device)
         if pairs <= 1024:
             raise TooManyQueries(
-                f"{base.device} cannot hold 1,024 rows in float64 beside the base and {len(queries):,} quer{'y' if len(queries) == 1 else 'ies'}"
+                f"{base.device} cannot hold 1,024 rows in float64 beside the base and {_queries(n)}"
             )
         pairs //= 2
         log(
-            f"search: {base.device} is too small to settle that many neighbours at a time; going on with {pairs:,}"
+            f"search: {base.device} is too small to settle that many neighbours at a time; "
+            f"going on with {pairs:,}"
         )
     return *found[:2], found[2].nonzero()[:, 0]

@@ -1,0 +1,78 @@
+"What CONTRIBUTING shows: a re-ranker in a few lines, with a parameter of its own, and nothing else to touch."
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from landmark import rerank
+from landmark.parts.artifacts import stage_dir
+from landmark.parts.core import ParameterError, make_config, parameter_help
+from landmark.parts.rerank.problem import METHODS, RerankError, method, needs_of
+
+told = []  # what the method was given
+
+
+@pytest.fixture(autouse=True)
+def mine():
+    @method("mine", "shuffled a little", beyond=True)
+    def mine(problem, topk, strength: float = 1.0):
+        "The baseline's list, each place moved by noise."
+        told.append(strength)
+        ranks = problem.knn("queries", "index", topk)[1]
+        noise = np.random.default_rng(0).normal(scale=strength, size=ranks.shape)
+        order = np.argsort(np.arange(ranks.shape[1]) + noise, axis=1)
+        full = np.full((len(ranks), topk), -1)
+        full[:, : ranks.shape[1]] = np.take_along_axis(ranks, order, 1)
+        return full
+
+    yield
+    told.clear()
+    del METHODS["mine"]
+
+
+def config(**more):
+    return make_config(rerank.Config, dict(methods=["baseline", "mine"], world="tiny") | more)
+
+
+def test_its_parameter_reaches_it_and_is_part_of_the_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path))
+    out = rerank.run(config(strength=0.5))
+    assert set(told) == {0.5}
+    assert "rerank: strength is 0.5, for mine" in capsys.readouterr().err
+    assert json.loads((out / "manifest.json").read_text())["config"]["options"] == {"strength": 0.5}
+    metrics = pd.read_csv(out / "metrics.csv")
+    assert set(metrics.method) == {"baseline", "mine"}
+    assert metrics.groupby("method").title.first().to_dict() == dict(
+        baseline="baseline", mine="shuffled a little"
+    )
+    told.clear()
+    assert rerank.run(config(strength="0.5")) == out and not told  # nothing to do
+
+
+def test_another_value_is_another_artifact_and_the_default_is_none():
+    places = [stage_dir("rerank", config(**x)) for x in ({}, dict(strength=1), dict(strength=0.5))]
+    assert places[0] == places[1] != places[2]
+
+
+def test_it_is_refused_when_misspelt_or_of_the_wrong_type():
+    with pytest.raises(ParameterError, match="no parameter `strenght`, did you mean `strength`"):
+        config(strenght=0.5)
+    with pytest.raises(ParameterError, match="`strength` is 'much'"):
+        config(strength="much")
+    assert "strength = 1.0" in parameter_help(rerank.Config)  # landmark_rerank --help
+
+
+def test_parameters_of_other_methods_are_found_in_the_same_way():
+    cfg = config(k1=30, alpha=2.0)  # k1 belongs to k_reciprocal; alpha has a line in the config
+    assert cfg.options == dict(k1=30) and cfg.alpha == 2.0
+    params = rerank.parameters_of(cfg)
+    assert params["k1"] == 30 and params["alpha"] == 2.0
+    assert needs_of(["k_reciprocal"], 100, **params)["everything", "everything"] == 31
+
+
+def test_a_parameter_needs_a_type_and_a_default():
+    with pytest.raises(RerankError, match="`strength` needs a type and a default"):
+        method("other", "other")(lambda problem, topk, strength: None)
+    assert "other" not in METHODS
