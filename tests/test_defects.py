@@ -4,9 +4,8 @@ Each test is a `check` that ours passes and that a small variant with the origin
 fail. Where the original's own numbers are known, test_golden.py checks them too.
 
 Not testable, since the thing itself is gone:
-* 1, 15: the undefined names in its scripts (`score` in the submission, others): no such script here; what is
-  tested instead is that no module of ours uses a name that nothing defines, and that the query's own confidence
-  decides.
+* 1, 15: the undefined names in its scripts (`score` in the submission, others): no such script here. Tested
+  instead: no module of ours uses a name that nothing defines, and the query's own confidence decides.
 * 12: the two folders of test images' local features: one function writes and another opens what the first
   returned, so there is no second name to get wrong; what is tested is that features that are not there are an
   error.
