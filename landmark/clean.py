@@ -101,7 +101,7 @@ def _truth(world: Path, ids: np.ndarray) -> pd.DataFrame | None:
         raise ValueError(f"{world}/truth.csv lacks {n} of the v2 training images")
     return t.assign(right=(t.landmark_id == t.true_landmark).to_numpy())
 
-
+# %% ../nbs/02_clean.ipynb #7677af12
 def _decide(cfg, e):
     "What each image has, needs and gets: verified, needed, keep, alone [n]."
     verified = count_verified(e["image"], e["n_inliers"], len(e["ids"]), cfg.min_inliers)
@@ -125,7 +125,7 @@ def _write_images(out, e, verified, needed, keep, alone):
     write_csv(pd.DataFrame(size, columns=["dataset", "images", "labels"]), out / "datasets.csv")
     return clean
 
-
+# %% ../nbs/02_clean.ipynb #307867d0
 def _write_grid(cfg, out, e, right):
     "What every pair of thresholds would leave."
     counts, tried = (e["image"], e["n_inliers"], e["labels"]), (cfg.grid_inliers, cfg.grid_verified)
@@ -140,7 +140,7 @@ def _write_quality(out, truth, keep):
         sorts = truth[column].fillna("") if column == "aspect" else truth[column]
         write_csv(quality_table(sorts.to_numpy().astype(str), right, keep), out / f"{name}.csv")
 
-
+# %% ../nbs/02_clean.ipynb #20735b63
 def _write(cfg, out, e, truth, metrics):
     "Decide, and write every table."
     verified, needed, keep, alone = _decide(cfg, e)
@@ -152,7 +152,7 @@ def _write(cfg, out, e, truth, metrics):
         _write_quality(out, truth, keep)
         metrics |= precision_recall(keep, truth.right.to_numpy())
 
-
+# %% ../nbs/02_clean.ipynb #eccb4160
 def run(
     cfg: Config,  # thresholds, and the verification they judge
 ) -> Path:  # the artifact's folder

@@ -204,7 +204,7 @@ def _disk_speed(folder):
         file.read()
         return 2**25 / 1e6 / (time.perf_counter() - t)
 
-
+# %% ../nbs/01_verify.ipynb #85a49183
 def measure_rates(
     images: list,  # RGB uint8, a few photos
     rule,  # thresholds of RootSIFT
@@ -463,7 +463,7 @@ def _inputs(cfg):
     ready = artifact(cfg, cfg.delf) if cfg.delf else None
     return [desc and _upstream(desc), trunk and _upstream(trunk), ready]
 
-
+# %% ../nbs/01_verify.ipynb #59d67c71
 def _work(cfg, st, world, rule):
     "Verify what a shard has to, or all that no shard has done, and tell it."
     df = _images(cfg, world)
@@ -488,7 +488,7 @@ def _work(cfg, st, world, rule):
         seconds_verification=round(verifying, 2),
     )
 
-
+# %% ../nbs/01_verify.ipynb #3632866a
 def run(
     cfg: Config,  # of the whole, or of one shard
 ) -> Path:  # the artifact's folder

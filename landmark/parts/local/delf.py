@@ -382,7 +382,7 @@ def _extract_shard(delf, read, max_keypoints, batch_size):
                 items[i] = f, read[i][1], ""
     return items
 
-
+# %% ../../../nbs/parts/local/delf.ipynb #1a788067
 def extract_many_delf(
     delf: Delf,  # trained
     paths: list,  # image files, best sorted by label

@@ -366,7 +366,7 @@ def _sums(x, y, u, v, mask):
             yv += q * s
     return n, sx, sy, su, sv, xx, xy, yy, xu, yu, xv, yv
 
-
+# %% ../../../nbs/parts/local/matching.ipynb #eeca44d7
 @compiled
 def fit_affine(x, y, u, v, mask):
     "Least-squares affine map over the marked matches (normal equations); zeros if they lie on a line."
@@ -415,7 +415,7 @@ def _best_sample(x, y, u, v, stream, limit, reject, max_scale, max_shear, model,
             mask[:] = trial
     return best
 
-
+# %% ../../../nbs/parts/local/matching.ipynb #5d4a3f23
 @compiled
 def _refined(x, y, u, v, limit, reject, max_scale, max_shear, refine, best, model, mask):
     "Count after fitting the winner to what lies near it, within a limit that narrows round by round."
@@ -436,7 +436,7 @@ def _refined(x, y, u, v, limit, reject, max_scale, max_shear, refine, best, mode
             mask[:] = trial
     return best
 
-
+# %% ../../../nbs/parts/local/matching.ipynb #4fcb9be6
 @compiled
 def ransac(
     x,  # places in the image [n] float32

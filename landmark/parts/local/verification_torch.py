@@ -271,7 +271,7 @@ def _matched_places(a, b, rows, rule, unit):
         order = torch.nn.functional.pad(order, (0, m - order.shape[1]))
     return _take(xa, idx.gather(1, order)), _take(xb, order), n, side
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #fdbd1033
 def _hypotheses(p, q, n, rule):
     "Maps through all samples [p, t, 6] and whether they may be counted; most degenerate ones are left out."
     stream = torch.from_numpy(sample_stream(rule.n_trials)).to(n.device)
@@ -282,7 +282,7 @@ def _hypotheses(p, q, n, rule):
     few = _true_first(allowed)[:, : max(1, int(allowed.sum(1).max()))]
     return _take(maps, few), allowed.gather(1, few)
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #1afb9cbd
 def _refined(best, count, p, q, real, limit, rule):
     "Counts after fitting the winners to what lies near them, as `matching._refined`."
     near = (residuals(best[:, None].float(), p, q)[:, 0] < limit[:, None]) & real
@@ -297,7 +297,7 @@ def _refined(best, count, p, q, real, limit, rule):
         near = (residuals(best[:, None].float(), p, q)[:, 0] < far[:, None]) & real
     return count
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #66992a87
 @torch.no_grad()
 def verify_batch(
     a,  # what `load_images` returned for the images
