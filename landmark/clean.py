@@ -48,9 +48,7 @@ class Config:
     relax_small: bool = True  # a label of n images asks for n−1 verified pairs at most
     ignore_copies: bool = True  # pairs of exact copies are no evidence
     grid_inliers: list = field(default_factory=lambda: [10, 12, 15, 20, 30, 40, 50])  # thresholds of the grid
-    grid_verified: list = field(
-        default_factory=lambda: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    )  # thresholds of the grid
+    grid_verified: list = field(default_factory=lambda: [*range(1, 11)])  # thresholds of the grid
 
 # %% ../nbs/02_clean.ipynb #bd5af44e
 def _made_up(world: Path, out: Path) -> Path:
@@ -73,13 +71,12 @@ def evidence(
     p, store = read_pairs(verify_dir / "pairs"), open_local(verify_dir / "local")
     copy_of = first_copies(store.column("hash"), labels) if ignore_copies else np.arange(len(ids))
     use = copy_of[p["image"]] != copy_of[p["partner"]]
+    pairs = {k: p[k][use] for k in ("image", "partner", "n_inliers")}
     skipped = store.skipped()
     return dict(
         ids=ids.image_id.to_numpy(),
         labels=labels,
-        image=p["image"][use],
-        partner=p["partner"][use],
-        n_inliers=p["n_inliers"][use],
+        **pairs,
         copy_of=copy_of,
         n_features=store.column("n_features"),
         skipped=dict(zip(skipped.position, skipped.reason)),
@@ -100,81 +97,72 @@ def _truth(world: Path, ids: np.ndarray) -> pd.DataFrame | None:
     t = read_truth(world)
     t = t[t.split == "v2_train"].set_index("image_id").reindex(ids)
     if t.landmark_id.isna().any():
-        raise ValueError(
-            f"{world}/truth.csv lacks {int(t.landmark_id.isna().sum())} of the v2 training images"
-        )
+        n = int(t.landmark_id.isna().sum())
+        raise ValueError(f"{world}/truth.csv lacks {n} of the v2 training images")
     return t.assign(right=(t.landmark_id == t.true_landmark).to_numpy())
 
+# %% ../nbs/02_clean.ipynb #7677af12
+def _decide(cfg, e):
+    "What each image has, needs and gets: verified, needed, keep, alone [n]."
+    verified = count_verified(e["image"], e["n_inliers"], len(e["ids"]), cfg.min_inliers)
+    needed = needed_pairs(e["labels"], cfg.min_verified, cfg.relax_small, e["copy_of"])
+    return verified, needed, *clean_images(verified, e["labels"], needed)
 
+
+def _write_images(out, e, verified, needed, keep, alone):
+    "The clean set, every image with its counts, and why the others left; returns the clean set."
+    image = dict(image_id=e["ids"], landmark_id=e["labels"])
+    _, group, sizes = np.unique(e["labels"], return_inverse=True, return_counts=True)
+    partners = np.bincount(e["image"], minlength=len(keep))
+    known = e["n_features"], e["skipped"], sizes[group], e["copy_of"]
+    why = reasons(keep, alone, verified, needed, partners, *known)
+    clean = clean_table(e["ids"], e["labels"], keep)
+    write_csv(clean, out / "train_clean.csv")
+    write_csv(pd.DataFrame(dict(image, reason=why))[~keep], out / "dropped.csv")
+    counts = dict(verified=verified, needed=needed, kept=keep)
+    write_csv(pd.DataFrame(image | counts), out / "images.csv")
+    size = [("GLD-v2 (clean)", int(keep.sum()), len(clean))]
+    write_csv(pd.DataFrame(size, columns=["dataset", "images", "labels"]), out / "datasets.csv")
+    return clean
+
+# %% ../nbs/02_clean.ipynb #307867d0
+def _write_grid(cfg, out, e, right):
+    "What every pair of thresholds would leave."
+    counts, tried = (e["image"], e["n_inliers"], e["labels"]), (cfg.grid_inliers, cfg.grid_verified)
+    grid = threshold_grid(*counts, *map(list, tried), cfg.relax_small, right, e["copy_of"])
+    write_csv(grid, out / "grid.csv")
+
+
+def _write_quality(out, truth, keep):
+    "What stayed of every kind of image and of every aspect of a landmark (front, back, inside, detail)."
+    right = truth.right.to_numpy()
+    for column, name in (("kind", "quality"), ("aspect", "quality_aspect")):
+        sorts = truth[column].fillna("") if column == "aspect" else truth[column]
+        write_csv(quality_table(sorts.to_numpy().astype(str), right, keep), out / f"{name}.csv")
+
+# %% ../nbs/02_clean.ipynb #20735b63
 def _write(cfg, out, e, truth, metrics):
     "Decide, and write every table."
-    n, labels = len(e["ids"]), e["labels"]
-    verified = count_verified(e["image"], e["n_inliers"], n, cfg.min_inliers)
-    needed = needed_pairs(labels, cfg.min_verified, cfg.relax_small, e["copy_of"])
-    keep, alone = clean_images(verified, labels, needed)
-    _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    why = reasons(
-        keep,
-        alone,
-        verified,
-        needed,
-        np.bincount(e["image"], minlength=n),
-        e["n_features"],
-        e["skipped"],
-        sizes[group],
-        e["copy_of"],
-    )
-    clean = clean_table(e["ids"], labels, keep)
-    write_csv(clean, out / "train_clean.csv")
-    write_csv(
-        pd.DataFrame(dict(image_id=e["ids"], landmark_id=labels, reason=why))[~keep], out / "dropped.csv"
-    )
-    write_csv(
-        pd.DataFrame(
-            dict(image_id=e["ids"], landmark_id=labels, verified=verified, needed=needed, kept=keep)
-        ),
-        out / "images.csv",
-    )
-    right = None if truth is None else truth.right.to_numpy()
-    write_csv(
-        threshold_grid(
-            e["image"],
-            e["n_inliers"],
-            labels,
-            list(cfg.grid_inliers),
-            list(cfg.grid_verified),
-            cfg.relax_small,
-            right,
-            e["copy_of"],
-        ),
-        out / "grid.csv",
-    )
-    write_csv(
-        pd.DataFrame(
-            [("GLD-v2 (clean)", int(keep.sum()), len(clean))], columns=["dataset", "images", "labels"]
-        ),
-        out / "datasets.csv",
-    )
-    metrics |= dict(
-        images=n, kept=int(keep.sum()), labels=int(len(np.unique(labels))), kept_labels=len(clean)
-    )
+    verified, needed, keep, alone = _decide(cfg, e)
+    clean = _write_images(out, e, verified, needed, keep, alone)
+    _write_grid(cfg, out, e, None if truth is None else truth.right.to_numpy())
+    metrics |= dict(images=len(keep), kept=int(keep.sum()))
+    metrics |= dict(labels=int(len(np.unique(e["labels"]))), kept_labels=len(clean))
     if truth is not None:
-        write_csv(quality_table(truth.kind.to_numpy().astype(str), right, keep), out / "quality.csv")
-        write_csv(
-            quality_table(truth.aspect.fillna("").to_numpy().astype(str), right, keep),
-            out / "quality_aspect.csv",
-        )
-        metrics |= precision_recall(keep, right)
+        _write_quality(out, truth, keep)
+        metrics |= precision_recall(keep, truth.right.to_numpy())
 
-
-def run(cfg: Config) -> Path:
+# %% ../nbs/02_clean.ipynb #eccb4160
+def run(
+    cfg: Config,  # thresholds, and the verification they judge
+) -> Path:  # the artifact's folder
     "Clean the v2 training set by the counts of 01_verify."
     if cfg.min_inliers < 1 or cfg.min_verified < 1:
-        raise ParameterError(
-            f"clean: min_inliers is {cfg.min_inliers} and min_verified {cfg.min_verified}; both are at least 1"
-        )
+        given = f"min_inliers is {cfg.min_inliers} and min_verified {cfg.min_verified}"
+        raise ParameterError(f"clean: {given}; both are at least 1")
     made_up = not cfg.verified and is_tiny(cfg)
-    source, world = None if made_up else artifact(cfg, cfg.verified), make_world(cfg.world, cfg.seed)
+    source = None if made_up else artifact(cfg, cfg.verified)
+    world = make_world(cfg.world, cfg.seed)
     with open_stage("clean", cfg, inputs=[source, world], code=__name__) as st:
         if st.done:
             return st.dir
@@ -182,7 +170,8 @@ def run(cfg: Config) -> Path:
             source = _made_up(world, st.dir / "made_up")
         if not (source / "ids.csv").exists():
             raise ParameterError(
-                f"clean: {source} is one shard of a verification; run 01_verify once more without `shard` to bring them together"
+                f"clean: {source} is one shard of a verification; "
+                "run 01_verify once more without `shard` to bring them together"
             )
         e = evidence(source, cfg.ignore_copies)
         _write(cfg, st.dir, e, _truth(world, e["ids"]), st.metrics)

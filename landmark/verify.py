@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'cut_chunks', 'own_chunks', 'descriptor_dir', 'Partners', 'cost_table', 'measure_rates', 'shard_config',
-           'trunk_dir', 'delf_dir', 'extract_local', 'config_rule', 'run', 'main']
+           'trunk_dir', 'delf_dir', 'config_rule', 'run', 'main']
 
 # %% ../nbs/01_verify.ipynb #bc9d40c2
 import os
@@ -60,9 +60,7 @@ class Config:
     name: str = "default"  # names this run
     seed: int = 1  # seed of world and training
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    descriptors: str = (
-        ""  # global descriptors of v2_train by a model trained on v1; empty: partners from within the label
-    )
+    descriptors: str = ""  # of v2_train, by a model trained on v1; empty: partners from within the label
     neighbors: str = "all"  # all: partners among the nearest of all images; label: nearest within the label
     n_neighbors: int = 1000  # nearest of all images to look at, itself included
     max_partners: int = 99  # partners of an image
@@ -70,7 +68,7 @@ class Config:
     trunk: str = ""  # folder of a model trained on v1, the trunk of DELF; only for kind delf
     stride: int = 16  # pixels per step of the trunk's map, DELF's block 3
     delf_epochs: int = 3  # epochs of its attention on v1
-    delf: str = ""  # artifact of a verification whose trained DELF is used, as shards on several machines must; empty: train it
+    delf: str = ""  # verification whose DELF is used, as shards on several machines must; empty: train one
     min_score: float = 1.0  # attention a local feature of DELF needs; 1 is an average place of the v1 photos
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side
@@ -85,7 +83,7 @@ class Config:
     shard: int = -1  # this shard only; −1: everything that no shard has done
     n_shards: int = 1  # machines that share the work
     device: str = "cpu"  # cpu: compiled loop; cuda: batched PyTorch
-    memory_mib: int = 1024  # what batched PyTorch may take for a batch of pairs, and again for their images; a search of partners likewise, and again for its neighbours
+    memory_mib: int = 1024  # for a batch of pairs and again for its images; for a search and its neighbours
     n_workers: int = 0  # processes and threads, 0 is one per core
 
 # %% ../nbs/01_verify.ipynb #a9d3a3e8
@@ -105,7 +103,7 @@ def cut_chunks(
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(labels)]
     return list(zip(cuts[:-1], cuts[1:]))
 
-
+# %% ../nbs/01_verify.ipynb #123f454d
 def own_chunks(
     n: int,  # chunks
     shard: int,  # which shard
@@ -129,7 +127,8 @@ def descriptor_dir(
         path = Path(ref) if Path(ref).is_absolute() else project_root() / ref
     if not (path / "card.json").exists():
         raise ParameterError(
-            f"verify: descriptors is {ref!r}, but {path} holds no finished descriptor store; give <extract artifact>/<model>/v2_train"
+            f"verify: descriptors is {ref!r}, but {path} holds no finished descriptor store; "
+            "give <extract artifact>/<model>/v2_train"
         )
     return path
 
@@ -138,11 +137,16 @@ def _upstream(path: Path) -> Path:
     "The artifact that a folder belongs to, or the folder itself."
     return next((d for d in (path, *path.parents) if (d / "manifest.json").exists()), path)
 
-
+# %% ../nbs/01_verify.ipynb #600bb5a9
 class Partners:
     "Partners of images, by whichever of the two ways the config asks for."
 
-    def __init__(self, cfg: Config, image_ids: np.ndarray, labels: np.ndarray):
+    def __init__(
+        self,
+        cfg: Config,  # neighbors, descriptors …
+        image_ids: np.ndarray,  # of all images [n]
+        labels: np.ndarray,  # their landmark_ids [n]
+    ):
         self.cfg, self.labels, self.x = cfg, labels, None
         if cfg.neighbors not in ("all", "label"):
             raise ParameterError(f"verify: neighbors is {cfg.neighbors!r}; allowed: all, label")
@@ -151,13 +155,13 @@ class Partners:
             rows = rows_of(store.ids, image_ids)
             self.x = store.stored(rows)  # in the order of labels; 4 GB of Google Landmarks in float16
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        c, device = self.cfg, "cpu" if self.cfg.device in ("cpu", "torch") else self.cfg.device
+    def __call__(self, rows: np.ndarray) -> np.ndarray:  # positions [r] → pairs (image, partner) [m, 2]
+        c = self.cfg
+        device = "cpu" if c.device in ("cpu", "torch") else c.device
         if self.x is None or c.neighbors == "label":
             return partners_within(rows, self.labels, self.x, c.max_partners, device)
-        return partners_among_all(
-            rows, self.x, self.labels, c.n_neighbors, c.max_partners, device, c.memory_mib
-        )
+        sizes = c.n_neighbors, c.max_partners
+        return partners_among_all(rows, self.x, self.labels, *sizes, device, c.memory_mib)
 
 # %% ../nbs/01_verify.ipynb #7fac39fd
 def cost_table(
@@ -174,26 +178,33 @@ def cost_table(
 ) -> pd.DataFrame:  # step, hours, GB
     "What local features and verification cost, in hours and gigabytes."
     local = n_images * n_features * (d + 6)
-    read = n_images * image_bytes
-    rows = [
-        (
-            "local features",
-            max(n_images / images_per_second / n_cores, read / disk_mb_per_second / 1e6),
-            local,
-        ),
-        ("reading them again", local / disk_mb_per_second / 1e6, 0),
-        ("verification", n_pairs / pairs_per_second / (n_verifiers or n_cores), n_pairs * 12),
-        (
-            "memory: 1024 prepared images per core",
-            0,
-            n_cores * 1024 * n_features * (2 * -(-d // 64) * 64 + 12),
-        ),
-    ]
-    return pd.DataFrame(
-        [(s, round(t / 3600, 2), round(b / 1e9, 2)) for s, t, b in rows], columns=["step", "hours", "GB"]
-    )
+    reading = n_images * image_bytes / disk_mb_per_second / 1e6
+    seconds = {
+        "local features": max(n_images / images_per_second / n_cores, reading),
+        "reading them again": local / disk_mb_per_second / 1e6,
+        "verification": n_pairs / pairs_per_second / (n_verifiers or n_cores),
+        "memory: 1024 prepared images per core": 0,
+    }
+    prepared = n_cores * 1024 * n_features * (2 * -(-d // 64) * 64 + 12)
+    sizes = [local, 0, n_pairs * 12, prepared]
+    rows = [(s, round(t / 3600, 2), round(b / 1e9, 2)) for (s, t), b in zip(seconds.items(), sizes)]
+    return pd.DataFrame(rows, columns=["step", "hours", "GB"])
 
+# %% ../nbs/01_verify.ipynb #537a68ea
+def _disk_speed(folder):
+    "Megabytes a second, read from the disk and not from memory."
+    with open(folder / "disk", "wb") as file:
+        file.write(os.urandom(2**25))
+        file.flush()
+        os.fsync(file.fileno())
+    with open(folder / "disk", "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        t = time.perf_counter()
+        file.read()
+        return 2**25 / 1e6 / (time.perf_counter() - t)
 
+# %% ../nbs/01_verify.ipynb #85a49183
 def measure_rates(
     images: list,  # RGB uint8, a few photos
     rule,  # thresholds of RootSIFT
@@ -219,16 +230,7 @@ def measure_rates(
         t = time.perf_counter()
         verify_pairs(store, pairs, rule, n_threads=1, device=device, desc="")
         per_pair = (time.perf_counter() - t) / len(pairs)
-        with open(Path(tmp) / "disk", "wb") as file:
-            file.write(os.urandom(2**25))
-            file.flush()
-            os.fsync(file.fileno())
-        with open(Path(tmp) / "disk", "rb") as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from memory
-            t = time.perf_counter()
-            file.read()
-            disk = 2**25 / 1e6 / (time.perf_counter() - t)
+        disk = _disk_speed(Path(tmp))
     return dict(
         images_per_second=1 / per_image,
         pairs_per_second=1 / per_pair,
@@ -244,16 +246,14 @@ def shard_config(
     "The config under which a shard keeps its results."
     return replace(cfg, name=f"{cfg.name}.shard{shard}of{cfg.n_shards}", shard=shard)
 
-
+# %% ../nbs/01_verify.ipynb #3d867a9d
 def _take_over(cfg, out, digest):
     "Link the chunks of finished shards that were made the same way."
     for s in range(cfg.n_shards):
         d = stage_dir("verify", shard_config(cfg, s))
         man = read_json(d / "manifest.json") if (d / "manifest.json").exists() else {}
         if man.get("metrics", {}).get("made_of") != digest:
-            log(
-                f"verify: shard {s} of {cfg.n_shards} is not finished or was made otherwise; doing its work here"
-            )
+            log(f"verify: shard {s} of {cfg.n_shards} is not finished or made otherwise; doing its work here")
             continue
         for f in sorted((d / "pairs").glob("*.npz")):
             if not (out / "pairs" / f.name).exists():
@@ -263,146 +263,135 @@ def _take_over(cfg, out, digest):
                 continue
             with atomic_path(out / "local" / folder.name) as tmp:
                 tmp.mkdir(parents=True)
-                [os.link(f, tmp / f.name) for f in folder.iterdir()]
+                for f in folder.iterdir():
+                    os.link(f, tmp / f.name)
 
 # %% ../nbs/01_verify.ipynb #380ce087
-def trunk_dir(cfg: Config) -> Path | None:
+def trunk_dir(
+    cfg: Config,  # with `trunk` if kind is delf
+) -> Path | None:  # its folder
     "The trained model that DELF stands on; none for RootSIFT."
     if cfg.kind != "delf":
         return None
     if not cfg.trunk:
         raise ParameterError(
-            "verify: kind is delf, which needs a trunk: give the folder of a model trained on v1, such as @train/v1/arcface_v1"
+            "verify: kind is delf, which needs a trunk: "
+            "give the folder of a model trained on v1, such as @train/v1/arcface_v1"
         )
-    stage, name, *rest = cfg.trunk.split("/")
-    path = (
-        artifact(cfg, f"{stage}/{name}").joinpath(*rest)
-        if cfg.trunk.startswith("@")
-        else project_root() / cfg.trunk
-    )
+    path = project_root() / cfg.trunk
+    if cfg.trunk.startswith("@"):
+        stage, name, *rest = cfg.trunk.split("/")
+        path = artifact(cfg, f"{stage}/{name}").joinpath(*rest)
     if not (path / "card.json").exists():
         raise ParameterError(f"verify: trunk is {cfg.trunk!r}, but {path} holds no trained model (card.json)")
     return path
 
 
-def delf_dir(cfg: Config, out: Path) -> Path:
+def delf_dir(
+    cfg: Config,  # with `delf` if another run has trained it
+    out: Path,  # artifact of this run
+) -> Path:  # the folder of a `Delf`
     "Where the trained DELF is, or will be."
     if not cfg.delf:
         return out / "delf"
     if not (ready := artifact(cfg, cfg.delf) / "delf").exists():
         raise ParameterError(
-            f"verify: delf is {cfg.delf!r}, but {ready} is not there; give the artifact of a verification of kind delf"
+            f"verify: delf is {cfg.delf!r}, but {ready} is not there; "
+            "give the artifact of a verification of kind delf"
         )
     return ready
 
+# %% ../nbs/01_verify.ipynb #2c113bd6
+_SHARD = 256  # images per shard of local features
 
-def extract_local(cfg: Config, out: Path, df: pd.DataFrame, shards: list, world: Path):
+
+def _train_delf(cfg, out, backbone, device, world):
+    "Attention and projection from the v1 training photos."
+    from landmark.parts.local import delf as d
+
+    v1 = read_images(world, "v1_train")
+    classes = np.unique(v1.landmark_id, return_inverse=True)[1]
+    trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
+    how = dict(seed=cfg.seed, device=device, min_score=cfg.min_score)
+    made, losses = d.make_delf(trunk, v1.path.tolist(), classes, cfg.delf_epochs, **how)
+    write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out / "delf_loss.csv")
+    d.save_delf(made, out / "delf", trunk=cfg.trunk)
+
+
+def _extract_local(cfg, out, df, shards, world):
     "Local features of the shards, of either kind; DELF's attention is learned first, once."
-    paths, ids = df.path.tolist(), df.image_id.tolist()
+    what = df.path.tolist(), df.image_id.tolist(), out / "local"
+    sizes = cfg.max_keypoints, cfg.max_side, _SHARD, shards
     if cfg.kind == "rootsift":
-        return extract_many(
-            paths, ids, out / "local", cfg.kind, cfg.max_keypoints, cfg.max_side, 256, shards, cfg.n_workers
-        )
+        extract_many(*what, cfg.kind, *sizes, cfg.n_workers)
+        return
     from landmark.parts.local import delf as d
     from landmark.parts.nets.checkpoints import load_model
 
-    backbone, device = (
-        load_model(trunk_dir(cfg)).backbone,
-        str(pick_device("auto" if cfg.device in ("cpu", "torch") else cfg.device)),
-    )
+    backbone = load_model(trunk_dir(cfg)).backbone
+    device = str(pick_device("auto" if cfg.device in ("cpu", "torch") else cfg.device))
     ready = delf_dir(cfg, out)
     if not ready.exists():
-        v1 = read_images(world, "v1_train")
-        trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
-        made, losses = d.make_delf(
-            trunk,
-            v1.path.tolist(),
-            np.unique(v1.landmark_id, return_inverse=True)[1],
-            cfg.delf_epochs,
-            seed=cfg.seed,
-            device=device,
-            min_score=cfg.min_score,
-        )
-        write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out / "delf_loss.csv")
-        d.save_delf(made, out / "delf", trunk=cfg.trunk)
-    d.extract_many_delf(
-        d.load_delf(ready, backbone.net),
-        paths,
-        ids,
-        out / "local",
-        cfg.max_keypoints,
-        cfg.max_side,
-        256,
-        shards,
-        device=device,
-    )
+        _train_delf(cfg, out, backbone, device, world)
+    d.extract_many_delf(d.load_delf(ready, backbone.net), *what, *sizes, device=device)
 
 # %% ../nbs/01_verify.ipynb #a1c0def4
 def _verify_chunks(cfg, out, df, chunks, rule, world):
     "Local features and counts of some chunks; returns seconds spent on each."
-    labels, size, t = df.landmark_id.to_numpy(), 256, time.perf_counter()
+    labels, t0 = df.landmark_id.to_numpy(), time.perf_counter()
     todo = [c for c in chunks if not (out / "pairs" / f"{c[0]:05d}.npz").exists()]
-    spans = [
-        (np.searchsorted(labels, labels[a]), np.searchsorted(labels, labels[b - 1], "right"))
-        for _, (a, b) in todo
-    ]
-    shards = sorted({s for a, b in spans for s in range(a // size, -(-b // size))})
-    extract_local(cfg, out, df, shards, world)
-    t, t0 = time.perf_counter(), t
+    shards = set()
+    for _, (a, b) in todo:  # whole labels, whose local features are needed
+        first, end = np.searchsorted(labels, labels[a]), np.searchsorted(labels, labels[b - 1], "right")
+        shards |= set(range(first // _SHARD, -(-end // _SHARD)))
+    _extract_local(cfg, out, df, sorted(shards), world)
+    t = time.perf_counter()
     store = open_local(out / "local")
     partners = Partners(cfg, df.image_id.to_numpy(), labels) if todo else None
     for number, (a, b) in progress(todo, "verify", len(todo)):
         pairs = partners(np.arange(a, b))
-        n_matches, n_inliers = verify_pairs(
-            store, pairs, rule, n_threads=cfg.n_workers, device=cfg.device, memory_mib=cfg.memory_mib, desc=""
-        )
-        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, n_matches, n_inliers)
+        counts = verify_pairs(store, pairs, rule, **_where(cfg))
+        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, *counts)
     return t - t0, time.perf_counter() - t
 
 
+def _where(cfg):
+    "What `verify_pairs` needs to know of the machine."
+    return dict(n_threads=cfg.n_workers, device=cfg.device, memory_mib=cfg.memory_mib, desc="")
+
+# %% ../nbs/01_verify.ipynb #3ddd4aab
 def _places(df, world):
-    "What each image shows, by the truth if there is one: landmark and aspect, a number; whose it is; −1 for what is no landmark."
+    "What each image shows, a number, and whose it is; −1 where it is no landmark. By the truth, if any."
     labels = df.landmark_id.to_numpy()
     if not (world / "truth.csv").exists():
         return labels, labels
     t = read_truth(world)
     t = t[t.split == "v2_train"].set_index("image_id").reindex(df.image_id)
     shown = t.true_landmark.fillna(-1).to_numpy()
-    place = np.unique(
-        t.true_landmark.astype(str) + "/" + t.aspect.fillna("").astype(str), return_inverse=True
-    )[1]
+    aspect = t.true_landmark.astype(str) + "/" + t.aspect.fillna("").astype(str)
+    place = np.unique(aspect, return_inverse=True)[1]
     return np.where((shown == -1) | (t.kind != "landmark").to_numpy(), -1, place), shown
 
 
-def _compare(cfg, out, df, world, store, p, rule, metrics):
-    "How well counts separate, and what asking only the nearest of all leaves out."
+def _separation(cfg, out, df, world, store, rule, metrics):
+    "How well counts separate pairs of one place from pairs of different landmarks."
     labels = df.landmark_id.to_numpy()
-    if cfg.compare_labels:
-        rows = np.flatnonzero(np.isin(labels, spread_labels(labels, cfg.compare_labels)))
-        two = pairs_to_separate(*_places(df, world), rows, seed=cfg.seed)
-        row = separation_row(
-            cfg.kind,
-            *(
-                verify_pairs(
-                    store,
-                    x,
-                    rule,
-                    n_threads=cfg.n_workers,
-                    device=cfg.device,
-                    memory_mib=cfg.memory_mib,
-                    desc="",
-                )[1]
-                for x in two
-            ),
-        )
-        write_csv(pd.DataFrame([dict(images=len(rows), **row)]), out / "separation.csv")
-        metrics |= {f"separation_{k}": row[k] for k in ("found", "auc")}
+    rows = np.flatnonzero(np.isin(labels, spread_labels(labels, cfg.compare_labels)))
+    two = pairs_to_separate(*_places(df, world), rows, seed=cfg.seed)
+    counts = [verify_pairs(store, x, rule, **_where(cfg))[1] for x in two]
+    row = separation_row(cfg.kind, *counts)
+    write_csv(pd.DataFrame([dict(images=len(rows), **row)]), out / "separation.csv")
+    metrics |= {f"separation_{k}": row[k] for k in ("found", "auc")}
+
+
+def _restriction(cfg, out, df, p):
+    "What asking only the nearest of all images leaves out, on a sample of images; not without descriptors."
+    labels = df.landmark_id.to_numpy()
     x = Partners(cfg, df.image_id.to_numpy(), labels).x
     if x is None:
         return
-    some = np.unique(
-        np.linspace(0, len(df) - 1, max(1, min(len(df), 2000, 2 * 10**9 // len(df)))).astype(int)
-    )
+    n_some = max(1, min(len(df), 2000, 2 * 10**9 // len(df)))
+    some = np.unique(np.linspace(0, len(df) - 1, n_some).astype(int))
     pairs = partners_within(some, labels, x, cfg.max_partners)
     few = np.isin(p["image"], some)
     known = dict(zip(zip(p["image"][few].tolist(), p["partner"][few].tolist()), p["n_inliers"][few].tolist()))
@@ -410,39 +399,45 @@ def _compare(cfg, out, df, world, store, p, rule, metrics):
     asked = sorted({k for k in (20, 50, 100, 200, 500, 1000, cfg.n_neighbors) if k <= cfg.n_neighbors})
     write_csv(restriction_table(partner_ranks(pairs, x), counts, asked), out / "restriction.csv")
 
+# %% ../nbs/01_verify.ipynb #bf7710a8
+def _facts(df, store, p, n_copies):
+    "What was done, in numbers."
+    n_inliers, n_features = p["n_inliers"], store.column("n_features")
+
+    def middle(x):
+        return float(np.median(x)) if len(x) else 0.0
+
+    return dict(
+        images=len(df),
+        labels=df.landmark_id.nunique(),
+        pairs=len(n_inliers),
+        images_without_partner=int((np.bincount(p["image"], minlength=len(df)) == 0).sum()),
+        images_without_features=int((n_features == 0).sum()),
+        exact_copies=n_copies,
+        median_features=float(np.median(n_features)),
+        median_matches=middle(p["n_matches"]),
+        median_inliers=middle(n_inliers),
+        pairs_with_15_inliers=int((n_inliers >= 15).sum()),
+        pairs_with_30_inliers=int((n_inliers >= 30).sum()),
+    )
+
 
 def _summarise(cfg, out, df, world, rule, metrics):
     "What was done and what was left out, as tables."
     store, p = open_local(out / "local"), read_pairs(out / "pairs")
     write_csv(df[["image_id", "landmark_id"]], out / "ids.csv")
-    skipped = store.skipped()
-    write_csv(skipped, out / "skipped.csv")
-    first = first_copies(store.column("hash"), df.landmark_id.to_numpy())
+    write_csv(store.skipped(), out / "skipped.csv")
+    ids, labels = df.image_id.to_numpy(), df.landmark_id.to_numpy()
+    first = first_copies(store.column("hash"), labels)
     copy = np.flatnonzero(first != np.arange(len(df)))
-    ids = df.image_id.to_numpy()
-    write_csv(
-        pd.DataFrame(
-            dict(image_id=ids[copy], copy_of=ids[first[copy]], landmark_id=df.landmark_id.to_numpy()[copy])
-        ),
-        out / "copies.csv",
-    )
-    has = np.bincount(p["image"], minlength=len(df)) > 0
-    facts = dict(
-        images=len(df),
-        labels=df.landmark_id.nunique(),
-        pairs=len(p["image"]),
-        images_without_partner=int((~has).sum()),
-        images_without_features=int((store.column("n_features") == 0).sum()),
-        exact_copies=len(copy),
-        median_features=float(np.median(store.column("n_features"))),
-        median_matches=float(np.median(p["n_matches"])) if len(p["image"]) else 0.0,
-        median_inliers=float(np.median(p["n_inliers"])) if len(p["image"]) else 0.0,
-        pairs_with_15_inliers=int((p["n_inliers"] >= 15).sum()),
-        pairs_with_30_inliers=int((p["n_inliers"] >= 30).sum()),
-    )
+    copies = dict(image_id=ids[copy], copy_of=ids[first[copy]], landmark_id=labels[copy])
+    write_csv(pd.DataFrame(copies), out / "copies.csv")
+    facts = _facts(df, store, p, len(copy))
     write_csv(pd.DataFrame(facts.items(), columns=["fact", "value"]), out / "summary.csv")
     metrics |= facts
-    _compare(cfg, out, df, world, store, p, rule, metrics)
+    if cfg.compare_labels:
+        _separation(cfg, out, df, world, store, rule, metrics)
+    _restriction(cfg, out, df, p)
 
 # %% ../nbs/01_verify.ipynb #639e29c2
 def config_rule(cfg: Config):  # a `Rule`
@@ -450,61 +445,63 @@ def config_rule(cfg: Config):  # a `Rule`
     given = {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
     return rule_for(cfg.kind, n_trials=cfg.n_trials, reject=cfg.reject, **given)
 
+# %% ../nbs/01_verify.ipynb #f0b66072
+def _images(cfg, world):
+    "The images of the run, sorted by label."
+    df = read_images(world, "v2_train").sort_values(["landmark_id", "image_id"]).reset_index(drop=True)
+    if cfg.labels:
+        some = spread_labels(df.landmark_id.to_numpy(), cfg.labels)
+        df = df[df.landmark_id.isin(some)].reset_index(drop=True)
+    if not len(df):
+        raise ParameterError(f"verify: {world}/v2/train.csv lists no images")
+    return df
 
-def run(cfg: Config) -> Path:
+
+def _inputs(cfg):
+    "Artifacts that the result depends on."
+    desc, trunk = descriptor_dir(cfg), trunk_dir(cfg)
+    ready = artifact(cfg, cfg.delf) if cfg.delf else None
+    return [desc and _upstream(desc), trunk and _upstream(trunk), ready]
+
+# %% ../nbs/01_verify.ipynb #59d67c71
+def _work(cfg, st, world, rule):
+    "Verify what a shard has to, or all that no shard has done, and tell it."
+    df = _images(cfg, world)
+    chunks = list(enumerate(cut_chunks(df.landmark_id.to_numpy(), cfg.max_partners, cfg.chunk_pairs)))
+    same = str(replace(cfg, name="", shard=-1, n_workers=0, memory_mib=0))
+    digest = [same, code_hash(__name__), len(df)]
+    (st.dir / "pairs").mkdir(exist_ok=True)
+    if cfg.shard >= 0:
+        chunks = [chunks[i] for i in own_chunks(len(chunks), cfg.shard, cfg.n_shards)]
+    elif cfg.n_shards > 1:
+        _take_over(cfg, st.dir, digest)
+    extracting, verifying = _verify_chunks(cfg, st.dir, df, chunks, rule, world)
+    if cfg.shard >= 0:
+        rows = [i for _, (a, b) in chunks for i in range(a, b)]
+        write_csv(df.iloc[rows][["image_id", "landmark_id"]], st.dir / "images.csv")
+    else:
+        _summarise(cfg, st.dir, df, world, rule, st.metrics)
+    st.metrics |= dict(
+        made_of=digest,
+        chunks=len(chunks),
+        seconds_local_features=round(extracting, 2),
+        seconds_verification=round(verifying, 2),
+    )
+
+# %% ../nbs/01_verify.ipynb #3632866a
+def run(
+    cfg: Config,  # of the whole, or of one shard
+) -> Path:  # the artifact's folder
     "Local features of all v2 training images and the inlier counts of their pairs."
     rule = config_rule(cfg)
     if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards:
-        raise ParameterError(
-            f"verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: −1 (all) to n_shards − 1"
-        )
-    world, part, desc, trunk = (
-        make_world(cfg.world, cfg.seed),
-        cfg.shard >= 0,
-        descriptor_dir(cfg),
-        trunk_dir(cfg),
-    )
-    mine, ready = shard_config(cfg, cfg.shard) if part else cfg, artifact(cfg, cfg.delf) if cfg.delf else None
-    with open_stage(
-        "verify",
-        mine,
-        inputs=[world, desc and _upstream(desc), trunk and _upstream(trunk), ready],
-        code=__name__,
-    ) as st:
-        if st.done:
-            return st.dir
-        df = read_images(world, "v2_train").sort_values(["landmark_id", "image_id"]).reset_index(drop=True)
-        if cfg.labels:
-            df = df[df.landmark_id.isin(spread_labels(df.landmark_id.to_numpy(), cfg.labels))].reset_index(
-                drop=True
-            )
-        if not len(df):
-            raise ParameterError(f"verify: {world}/v2/train.csv lists no images")
-        chunks = list(enumerate(cut_chunks(df.landmark_id.to_numpy(), cfg.max_partners, cfg.chunk_pairs)))
-        digest = [
-            str(replace(cfg, name="", shard=-1, n_workers=0, memory_mib=0)),
-            code_hash(__name__),
-            len(df),
-        ]
-        (st.dir / "pairs").mkdir(exist_ok=True)
-        if part:
-            chunks = [chunks[i] for i in own_chunks(len(chunks), cfg.shard, cfg.n_shards)]
-        elif cfg.n_shards > 1:
-            _take_over(cfg, st.dir, digest)
-        extracting, verifying = _verify_chunks(cfg, st.dir, df, chunks, rule, world)
-        if part:
-            write_csv(
-                df.iloc[[i for _, (a, b) in chunks for i in range(a, b)]][["image_id", "landmark_id"]],
-                st.dir / "images.csv",
-            )
-        else:
-            _summarise(cfg, st.dir, df, world, rule, st.metrics)
-        st.metrics |= dict(
-            made_of=digest,
-            chunks=len(chunks),
-            seconds_local_features=round(extracting, 2),
-            seconds_verification=round(verifying, 2),
-        )
+        allowed = "−1 (all) to n_shards − 1"
+        raise ParameterError(f"verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: {allowed}")
+    world = make_world(cfg.world, cfg.seed)
+    mine = shard_config(cfg, cfg.shard) if cfg.shard >= 0 else cfg
+    with open_stage("verify", mine, inputs=[world, *_inputs(cfg)], code=__name__) as st:
+        if not st.done:
+            _work(cfg, st, world, rule)
     return st.dir
 
 

@@ -1,4 +1,6 @@
-"""The cleaning rule against an independent restatement, and the two stages on odd collections (the original's numbers: test_golden.py)."""
+"""The cleaning rule against an independent restatement, and the two stages on odd collections.
+
+The original's numbers are checked in test_golden.py."""
 
 import shutil
 
@@ -26,12 +28,9 @@ def test_restated_in_words():
     i, j, n = (x[(labels[i] == labels[j]) & (i != j)] for x in (i, j, n))
     for v in (10, 30, 50):
         for f in (1, 2, 4):
-            passed = {
-                a
-                for a in range(60)
-                if sum(1 for x, c in zip(i, n) if x == a and c >= v)
-                >= min(f, max(1, sum(labels == labels[a]) - 1))
-            }
+            has = [sum(1 for x, c in zip(i, n) if x == a and c >= v) for a in range(60)]
+            needs = [min(f, max(1, sum(labels == labels[a]) - 1)) for a in range(60)]
+            passed = {a for a in range(60) if has[a] >= needs[a]}
             want = {a for a in passed if sum(labels[b] == labels[a] for b in passed) >= 2}
             keep, alone = clean_images(count_verified(i, n, 60, v), labels, needed_pairs(labels, f))
             assert set(np.flatnonzero(keep)) == want and set(np.flatnonzero(alone)) == passed - want
@@ -46,38 +45,35 @@ def test_a_label_of_fifty_thousand_images():
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     near = partners_within(np.arange(5), np.zeros(3000, int), x, 10)
     order = np.argsort(-(x[:5].astype(float) @ x.T), 1, kind="stable")
-    np.testing.assert_array_equal(
-        near[:, 1].reshape(5, 10), [[j for j in o if j != i][:10] for i, o in enumerate(order)]
-    )
-    np.testing.assert_array_equal(
-        partners_among_all(np.arange(5), x, np.zeros(3000, int), 11, 10), near
-    )  # with one label both ways are one
+    want = [[j for j in o if j != i][:10] for i, o in enumerate(order)]
+    np.testing.assert_array_equal(near[:, 1].reshape(5, 10), want)
+    among = partners_among_all(np.arange(5), x, np.zeros(3000, int), 11, 10)
+    np.testing.assert_array_equal(among, near)  # with one label both ways are one
 
 
 def test_partners_need_few_passes_over_all_images(monkeypatch):
-    "As many images are searched at a time as the memory holds neighbours of; the rest of them changes nothing."
+    "As many images are searched at a time as the memory holds neighbours of; blocks change nothing."
     from landmark.parts.local import cleaning
 
     x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     labels = np.arange(3000) // 20
     asked, original = [], cleaning.search
-    monkeypatch.setattr(
-        cleaning,
-        "search",
-        lambda q, base, k, **how: asked.append((len(q), how["memory_mib"])) or original(q, base, k, **how),
-    )
+
+    def search(q, base, k, **how):
+        asked.append((len(q), how["memory_mib"]))
+        return original(q, base, k, **how)
+
+    monkeypatch.setattr(cleaning, "search", search)
     want = partners_among_all(np.arange(3000), x, labels, 1000, 10)
     assert asked == [(3000, 1024)]
     for half in (False, True):
         asked.clear()
-        got = partners_among_all(
-            np.arange(3000), x.astype("f2") if half else x, labels, 1000, 10, memory_mib=31
-        )
+        y = x.astype("f2") if half else x
+        got = partners_among_all(np.arange(3000), y, labels, 1000, 10, memory_mib=31)
         assert asked == [(1013, 31)] * 2 + [(974, 31)] and (half or (got == want).all())
-    assert (
-        1013 * 1000 * (4 + 8 + 17) < 31 * 2**20
-    )  # similarities, positions, labels and what is compared with them
+    row_bytes = 1000 * (4 + 8 + 17)  # similarities, positions, labels and what is compared with them
+    assert 1013 * row_bytes < 31 * 2**20
 
 
 def test_partners_keep_to_the_memory():
@@ -90,10 +86,8 @@ def test_partners_keep_to_the_memory():
     x = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32)
     labels = np.arange(4000) // 20
     partners_among_all(np.arange(9), x, labels, 1000, 10)
-    with PeakMemory() as memory:
-        partners_among_all(
-            np.arange(4000), x, labels, 1000, 10, memory_mib=32
-        )  # 4,000 times 1,000 neighbours are 46 MiB, and 65 more while they are compared
+    with PeakMemory() as memory:  # 4,000 × 1,000 neighbours are 46 MiB, and 65 more while compared
+        partners_among_all(np.arange(4000), x, labels, 1000, 10, memory_mib=32)
     assert memory.mib < 80, f"{memory.mib:.0f} MiB"
 
 
@@ -101,10 +95,8 @@ def test_copies_are_no_witnesses():
     labels = np.array([1, 1, 1, 1])
     copy_of = first_copies(np.array([5, 5, 6, 0]), labels)
     assert copy_of.tolist() == [0, 0, 2, 3] and needed_pairs(labels, 3, True, copy_of).tolist() == [2] * 4
-    assert first_copies(np.array([5, 5]), np.array([1, 2])).tolist() == [
-        0,
-        1,
-    ]  # another label, another question
+    apart = first_copies(np.array([5, 5]), np.array([1, 2]))
+    assert apart.tolist() == [0, 1]  # another label, another question
 
 
 def test_quality_counts_everything_once():
@@ -166,23 +158,15 @@ def test_an_odd_collection_is_cleaned_and_explained(world, runs):
     out = clean.run(clean.Config(world=str(world), verified=str(v), min_inliers=20))
     table = pd.read_csv(out / "train_clean.csv", dtype=str)
     why = pd.read_csv(out / "dropped.csv", dtype=str).set_index("image_id").reason
-    assert (
-        table.landmark_id.tolist() == ["7", "8"]
-        and len(table["images"][0].split()) == 5
-        and len(table["images"][1].split()) == 2
-    )
-    assert (
-        "verified pairs" in why[f"{4:016x}"]
-        and why[f"{9:016x}"] == "the only image of its label"
-        and "image" in why[f"{6:016x}"]
-    )
+    assert table.landmark_id.tolist() == ["7", "8"]
+    assert [len(ids.split()) for ids in table["images"]] == [5, 2]
+    assert "verified pairs" in why[f"{4:016x}"] and "image" in why[f"{6:016x}"]
+    assert why[f"{9:016x}"] == "the only image of its label"
     copies = pd.read_csv(v / "copies.csv", dtype=str)
     assert copies[["image_id", "copy_of"]].values.tolist() == [[f"{5:016x}", f"{0:016x}"]]
     assert not (out / "quality.csv").exists()  # nobody knows the truth here
-    assert (
-        pd.read_csv(out / "grid.csv").images.is_monotonic_decreasing is False
-        and len(pd.read_csv(out / "grid.csv")) == 70
-    )
+    grid = pd.read_csv(out / "grid.csv")
+    assert grid.images.is_monotonic_decreasing is False and len(grid) == 70
 
 
 def test_a_killed_run_goes_on_with_the_same_result(world, runs):
@@ -195,11 +179,9 @@ def test_a_killed_run_goes_on_with_the_same_result(world, runs):
     (v / "pairs" / gone).unlink()
     shutil.rmtree(v / "local" / "00000")
     stamp = stays.stat().st_mtime_ns
-    assert (
-        verify.run(cfg) == v
-        and {p.name: p.read_bytes() for p in (v / "pairs").iterdir()} == files
-        and stays.stat().st_mtime_ns == stamp
-    )
+    assert verify.run(cfg) == v
+    assert {p.name: p.read_bytes() for p in (v / "pairs").iterdir()} == files
+    assert stays.stat().st_mtime_ns == stamp
 
 
 def test_shards_make_the_whole(world, runs):
@@ -211,9 +193,8 @@ def test_shards_make_the_whole(world, runs):
     names = [{p.name for p in (d / "pairs").iterdir()} for d in parts]
     assert not names[0] & names[1]
     alone = {p.name: p.read_bytes() for p in (whole / "pairs").iterdir()}
-    assert verify.run(replace(cfg, n_shards=3)) == whole and not [
-        p for p in (whole / "pairs").iterdir() if p.stat().st_nlink > 1
-    ]  # finished alone: nothing to gather
+    assert verify.run(replace(cfg, n_shards=3)) == whole
+    assert all(p.stat().st_nlink == 1 for p in (whole / "pairs").iterdir())  # finished alone: none gathered
     shutil.rmtree(whole)
     together = verify.run(replace(cfg, n_shards=3))
     assert {p.name: p.read_bytes() for p in (together / "pairs").iterdir()} == alone
@@ -259,12 +240,10 @@ def delf_world(world, tmp_path_factory):
         p.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(moved(wall(20 + k // 2), VIEWS[k % 2], k)).save(p)
     pd.DataFrame(dict(id=ids, landmark_id=[1, 1, 2, 2])).to_csv(d / "v1" / "train.csv", index=False)
-    save_model(
-        d.parent / "model", make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8)
-    )
-    return d, dict(
-        kind="delf", trunk=str(d.parent / "model"), stride=8, delf_epochs=1, max_side=160, compare_labels=3
-    )
+    model = d.parent / "model"
+    save_model(model, make_model("test_resnet", d=8), dict(backbone="test_resnet", pooling="gem", dim=8))
+    small = dict(stride=8, delf_epochs=1, max_side=160, compare_labels=3)
+    return d, dict(kind="delf", trunk=str(model), **small)
 
 
 def test_delf_is_trained_once_and_used_again(delf_world, runs):
@@ -274,15 +253,12 @@ def test_delf_is_trained_once_and_used_again(delf_world, runs):
     verify, cfg, _ = configs(world, **kw)
     v = verify.run(cfg)
     store = open_local(v / "local")
-    assert (
-        (v / "delf" / "card.json").exists()
-        and len(pd.read_csv(v / "delf_loss.csv")) == 1
-        and store.kind == "delf"
-    )
+    assert (v / "delf" / "card.json").exists() and store.kind == "delf"
+    assert len(pd.read_csv(v / "delf_loss.csv")) == 1
     n = store.column("n_features")
-    assert (n > 0).sum() >= 8 and min(
-        store[i].scores.min() for i in np.flatnonzero(n)
-    ) >= 0.99  # nothing the attention finds less than usual
+    assert (n > 0).sum() >= 8
+    least = min(store[i].scores.min() for i in np.flatnonzero(n))
+    assert least >= 0.99  # nothing the attention finds less than usual
     from dataclasses import replace
 
     again = verify.run(replace(cfg, delf=str(v), labels=2, n_shards=2, shard=1))
@@ -300,19 +276,13 @@ def test_a_few_labels_and_how_well_they_separate(world, runs):
     from dataclasses import replace
 
     verify, cfg, _ = configs(world)
-    whole, part = (
-        verify.run(replace(cfg, compare_labels=2)),
-        verify.run(replace(cfg, labels=2, compare_labels=2, name="part")),
-    )
+    whole = verify.run(replace(cfg, compare_labels=2))
+    part = verify.run(replace(cfg, labels=2, compare_labels=2, name="part"))
     a, b = (pd.read_csv(d / "separation.csv") for d in (whole, part))
     pd.testing.assert_frame_equal(a, b)  # the same photos, whoever asks
-    assert (
-        a.kind[0] == "rootsift"
-        and a.n_same[0] == 7 * 6 // 2 + 1
-        and a.n_different[0] == 7 * 2
-        and 0.4 < a.found[0] < 1
-        and not (whole / "restriction.csv").exists()
-    )
+    assert a.kind[0] == "rootsift" and 0.4 < a.found[0] < 1
+    assert a.n_same[0] == 7 * 6 // 2 + 1 and a.n_different[0] == 7 * 2
+    assert not (whole / "restriction.csv").exists()
     assert len(pd.read_csv(part / "ids.csv")) == 9 and len(pd.read_csv(whole / "ids.csv")) == 10
 
 
@@ -329,7 +299,5 @@ def test_what_the_nearest_of_all_leave_out(world, runs):
     verify, cfg, _ = configs(world)
     v = verify.run(replace(cfg, descriptors=str(runs / "x"), n_neighbors=4))
     t = pd.read_csv(v / "restriction.csv").set_index("n_neighbors")
-    assert (
-        t.pairs["4"] == len(read_pairs(v / "pairs")["image"]) < t.pairs["label"] == 7 * 6 + 2 * 1
-        and t.pairs_share["label"] == 1
-    )
+    assert t.pairs["4"] == len(read_pairs(v / "pairs")["image"]) < t.pairs["label"] == 7 * 6 + 2 * 1
+    assert t.pairs_share["label"] == 1

@@ -83,27 +83,29 @@ def planted(share, n=400, seed=0, M=((0.9, -0.2, 40), (0.1, 1.1, -25))):
     return np.float32(p), np.float32(q), M
 
 
+def columns(p, q):
+    "x, y, u, v as `ransac` takes them."
+    return np.ascontiguousarray(np.hstack([p, q]).astype(np.float32).T)
+
+
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.8])
 def test_ransac_like_opencv_and_scikit_image(share):
     from skimage.measure import ransac as sk_ransac
     from skimage.transform import AffineTransform
 
     p, q, M = planted(share, seed=int(share * 10))
-    n, model, mask = ransac(
-        *np.ascontiguousarray(np.hstack([p, q]).T), sample_stream(1000), np.float32(100), True, 5.0, 4.0, 8
-    )
+    n, model, mask = ransac(*columns(p, q), sample_stream(1000), np.float32(100), True, 5.0, 4.0, 8)
     ours = model.reshape(2, 3)
-    cv_mask = cv2.estimateAffine2D(
-        p, q, method=cv2.RANSAC, ransacReprojThreshold=10, maxIters=1000, confidence=0.9999, refineIters=0
-    )[1]
-    sk = sk_ransac((p, q), AffineTransform, min_samples=3, residual_threshold=10, max_trials=1000, rng=0)[1]
+    how = dict(method=cv2.RANSAC, ransacReprojThreshold=10, maxIters=1000, confidence=0.9999, refineIters=0)
+    cv_mask = cv2.estimateAffine2D(p, q, **how)[1]
+    how = dict(min_samples=3, residual_threshold=10, max_trials=1000, rng=0)
+    sk = sk_ransac((p, q), AffineTransform, **how)[1]
     right = np.linalg.norm(p @ M[:, :2].T + M[:, 2] - q, axis=1) < 10
     for other in (cv_mask.sum(), sk.sum(), right.sum()):
         assert abs(int(n) - int(other)) <= 0.06 * right.sum() + 3
     assert mask.sum() == n and (mask & right).sum() >= 0.94 * right.sum()
-    assert (
-        np.linalg.norm(p[mask] @ ours[:, :2].T + ours[:, 2] - q[mask], axis=1) < 10 + 1e-3
-    ).all()  # the mask belongs to the map
+    residual = np.linalg.norm(p[mask] @ ours[:, :2].T + ours[:, 2] - q[mask], axis=1)
+    assert (residual < 10 + 1e-3).all()  # the mask belongs to the map
 
 
 def test_ransac_is_the_best_of_its_samples():
@@ -120,9 +122,8 @@ def test_ransac_is_the_best_of_its_samples():
             continue
         X = np.linalg.solve(A, q[t].astype(float))
         counts.append((np.linalg.norm(np.c_[p, np.ones(60)] @ X - q, axis=1) < 10).sum())
-    assert ransac(*np.ascontiguousarray(np.hstack([p, q]).T), stream, np.float32(100), False, 5.0, 4.0, 0)[
-        0
-    ] == max(counts)
+    n, _, _ = ransac(*columns(p, q), stream, np.float32(100), False, 5.0, 4.0, 0)
+    assert n == max(counts)
 
 
 # the same pair, the same count
@@ -130,21 +131,16 @@ def test_ransac_is_the_best_of_its_samples():
 
 def test_counts_depend_on_the_pair_alone(store):
     want = verify_pairs(store, PAIRS, n_threads=1, desc="")
-    assert (
-        want[1][PAIRS[:, 0] // 3 == PAIRS[:, 1] // 3].min()
-        > 20
-        > 14
-        > want[1][PAIRS[:, 0] // 3 != PAIRS[:, 1] // 3].max()
-    )
+    alike = PAIRS[:, 0] // 3 == PAIRS[:, 1] // 3
+    assert want[1][alike].min() > 20 and want[1][~alike].max() < 14
     order = rng.permutation(len(PAIRS))
     for threads, kept in ((1, 1), (2, 64), (5, 2)):
         got = verify_pairs(store, PAIRS[order], n_threads=threads, n_kept=kept, desc="")
         for a, b in zip(got, want):
             np.testing.assert_array_equal(a, b[order])
     for cut in (1, 7):
-        np.testing.assert_array_equal(
-            np.concatenate([verify_pairs(store, x, desc="")[1] for x in np.array_split(PAIRS, cut)]), want[1]
-        )
+        parts = [verify_pairs(store, x, desc="")[1] for x in np.array_split(PAIRS, cut)]
+        np.testing.assert_array_equal(np.concatenate(parts), want[1])
 
 
 @pytest.mark.parametrize(
@@ -176,18 +172,10 @@ def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
     def made(fn, names, **const):
         return ASTSource(fn=fn, signature={**names, **dict.fromkeys(const, "constexpr")}, constexprs=const)
 
-    count = made(
-        kernels._count,
-        dict(maps="*fp32", p="*fp32", q="*fp32", limit="*fp32", out="*i32", t="i32", m="i32"),
-        T=64,
-        B=64,
-    )
-    near = made(
-        kernels._nearest,
-        dict(a="*i8", b="*i8", na="*i64", out="*i64", ka="i32", kb="i32", d="i32"),
-        D=64,
-        B=64,
-    )
+    places = dict(maps="*fp32", p="*fp32", q="*fp32", limit="*fp32", out="*i32", t="i32", m="i32")
+    count = made(kernels._count, places, T=64, B=64)
+    features = dict(a="*i8", b="*i8", na="*i64", out="*i64", ka="i32", kb="i32", d="i32")
+    near = made(kernels._nearest, features, D=64, B=64)
 
     def compile(src, **options):
         return triton.compile(src, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
@@ -196,19 +184,15 @@ def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
         plain, fused, ptx = compile(count, enable_fp_fusion=False), compile(count), compile(near)
     except Exception as e:
         pytest.skip(f"Triton cannot compile here: {e}")
-    assert (
-        "fma.rn.f32" not in plain and "fma.rn.f32" in fused and ".s32.s8.s8" in ptx
-    )  # 8-bit products, whole sums
+    assert "fma.rn.f32" not in plain and "fma.rn.f32" in fused
+    assert ".s32.s8.s8" in ptx  # 8-bit products, whole sums
 
 
 def test_rescaled_photos_keep_their_rule():
     "Thresholds are shares of the side: the same photo at twice the size has about the same count."
     small = [wall(3), moved(wall(3), VIEWS[1])]
     large = [cv2.resize(x, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for x in small]
-    n = [
-        verify(extract(a, max_keypoints=400), extract(b, max_keypoints=400)).n_inliers
-        for a, b in (small, large)
-    ]
+    n = [verify(*[extract(x, max_keypoints=400) for x in pair]).n_inliers for pair in (small, large)]
     assert 0.6 < n[1] / n[0] < 1.7
 
 
@@ -216,15 +200,7 @@ def test_rescaled_photos_keep_their_rule():
 
 
 def points(p, q):
-    return ransac(
-        *np.ascontiguousarray(np.hstack([p, q]).astype(np.float32).T),
-        sample_stream(1000),
-        np.float32(100),
-        True,
-        5.0,
-        4.0,
-        8,
-    )[0]
+    return ransac(*columns(p, q), sample_stream(1000), np.float32(100), True, 5.0, 4.0, 8)[0]
 
 
 @pytest.mark.parametrize(
@@ -253,13 +229,9 @@ def test_which_maps_are_degenerate(M, fits):
 
 def features(k, kind="delf", d=40, xy=None):
     x = rng.normal(size=(k, d))
-    return LocalFeatures(
-        rng.uniform(0, 500, (k, 2)).astype(np.float32) if xy is None else xy,
-        (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32),
-        np.ones(k),
-        (500, 500),
-        kind,
-    )
+    desc = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    xy = rng.uniform(0, 500, (k, 2)).astype(np.float32) if xy is None else xy
+    return LocalFeatures(xy, desc, np.ones(k), (500, 500), kind)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
@@ -290,14 +262,8 @@ def test_unreadable_files_and_copies_are_told(tmp_path):
     Image.fromarray(wall(1)).save(tmp_path / "b.png")
     (tmp_path / "c.jpg").write_bytes(b"")
     (tmp_path / "d.jpg").write_bytes(b"\xff\xd8 broken")
-    s = open_local(
-        extract_many(
-            [tmp_path / n for n in ("a.png", "b.png", "c.jpg", "d.jpg", "none.jpg")],
-            "abcde",
-            tmp_path / "local",
-            n_workers=1,
-        )
-    )
+    files = [tmp_path / n for n in ("a.png", "b.png", "c.jpg", "d.jpg", "none.jpg")]
+    s = open_local(extract_many(files, "abcde", tmp_path / "local", n_workers=1))
     told = dict(zip(s.skipped().image_id, s.skipped().reason))
     assert set(told) == set("cde") and "empty" in told["c"] and "no such file" in told["e"]
     h = s.column("hash")
@@ -332,10 +298,8 @@ def test_drawing_has_both_images_and_lines():
     ims = [wall(0), moved(wall(0), VIEWS[1])]
     a, b = map(extract, ims)
     out = draw_matches(*ims, a, b, verify(a, b))
-    assert (
-        out.shape == (240, 648, 3)
-        and (out != np.concatenate([ims[0], np.full((240, 8, 3), 255, np.uint8), ims[1]], 1)).any()
-    )
+    assert out.shape == (240, 648, 3)
+    assert (out != np.concatenate([ims[0], np.full((240, 8, 3), 255, np.uint8), ims[1]], 1)).any()
     with pytest.raises(ValueError, match="inliers"):
         draw_matches(*ims, a, b, verify(a, b), show="all")
 
@@ -346,23 +310,17 @@ def test_drawing_has_both_images_and_lines():
 def test_real_photos_separate():
     "Façade and castle pairs verify, photos of different labels do not."
     from landmark.parts.images.reading import read_image
+    from landmark.parts.local.verification import verify_prepared
 
     root = Path(os.environ["LANDMARK_PHOTOS"])
     labels = ["sacre_coeur", "sceaux_castle", "oxford_trinity", "oxford_jesus"]
-    fs = [
-        (l, Prepared(extract(read_image(p, max_side=800))))
-        for l in labels
-        for p in sorted((root / l).glob("*.*"))[:8]
-    ]
-    from landmark.parts.local.verification import verify_prepared
-
-    same, other = [
-        [
-            verify_prepared(a, b, RULE)[0]
-            for i, (k, a) in enumerate(fs)
-            for l, b in fs[:i]
-            if (k == l and k in labels[:2]) is yes and (k == l) is yes
-        ]
-        for yes in (True, False)
-    ]
+    photos = [(label, p) for label in labels for p in sorted((root / label).glob("*.*"))[:8]]
+    ready = [(label, Prepared(extract(read_image(p, max_side=800)))) for label, p in photos]
+    same, other = [], []
+    for i, (label, a) in enumerate(ready):
+        for partner_label, b in ready[:i]:
+            if label != partner_label:
+                other.append(verify_prepared(a, b, RULE)[0])
+            elif label in labels[:2]:
+                same.append(verify_prepared(a, b, RULE)[0])
     assert max(other) < 16 and np.mean(np.array(same) > 15) > 0.6

@@ -29,18 +29,12 @@ def partners_among_all(
     "Partners of the own label among the nearest of all images."
     rows, out = np.asarray(rows, np.int64), [np.zeros((0, 2), np.int64)]
     n_neighbors = min(n_neighbors, len(labels))
-    block = max(
-        1, int(memory_mib * 2**20 / (32 * n_neighbors + 4 * descriptors.shape[1]))
-    )  # bytes of a neighbour and its comparison, and of the query
+    row_bytes = 32 * n_neighbors + 4 * descriptors.shape[1]  # neighbours and their comparison, the query
+    block = max(1, int(memory_mib * 2**20 / row_bytes))
     for a in range(0, len(rows), block):
         r = rows[a : a + block]
-        _, idxs = search(
-            np.ascontiguousarray(descriptors[r], np.float32),
-            descriptors,
-            n_neighbors,
-            device=device,
-            memory_mib=memory_mib,
-        )
+        queries = np.ascontiguousarray(descriptors[r], np.float32)
+        _, idxs = search(queries, descriptors, n_neighbors, device=device, memory_mib=memory_mib)
         own = (labels[idxs] == labels[r][:, None]) & (idxs != r[:, None])
         own &= own.cumsum(1) <= max_partners
         i, k = np.nonzero(own)
@@ -52,17 +46,16 @@ def partners_within(
     rows: np.ndarray,  # positions of the images that need partners [r]
     labels: np.ndarray,  # landmark_ids of all training images [n]
     descriptors=None,  # global descriptors, array or store [n, d]; None: partners spread evenly
-    max_partners: int = 99,
-    device: str = "cpu",
+    max_partners: int = 99,  # partners per image
+    device: str = "cpu",  # where to search
 ) -> np.ndarray:  # pairs (image, partner) [m, 2] int64
     "Partners from the own label alone."
     rows, out = np.asarray(rows, np.int64), [np.zeros((0, 2), np.int64)]
     order = np.argsort(labels, kind="stable")
     sorted_labels = labels[order]
     for label in np.unique(labels[rows]):
-        mine = np.sort(
-            order[np.searchsorted(sorted_labels, label) : np.searchsorted(sorted_labels, label, "right")]
-        )
+        first, end = (np.searchsorted(sorted_labels, label, side) for side in ("left", "right"))
+        mine = np.sort(order[first:end])
         r = rows[labels[rows] == label]
         k = min(max_partners, len(mine) - 1)
         if k < 1:
@@ -73,14 +66,8 @@ def partners_within(
             steps = 1 + (np.arange(k) * (len(mine) - 1)) // k
             near = mine[(np.searchsorted(mine, r)[:, None] + steps) % len(mine)]
         else:
-            near = mine[
-                search(
-                    np.ascontiguousarray(descriptors[r], np.float32),
-                    np.ascontiguousarray(descriptors[mine], np.float32),
-                    k + 1,
-                    device=device,
-                )[1]
-            ]
+            queries, base = (np.ascontiguousarray(descriptors[z], np.float32) for z in (r, mine))
+            near = mine[search(queries, base, k + 1, device=device)[1]]
         other = near != r[:, None]
         other &= other.cumsum(1) <= k
         i, j = np.nonzero(other)
@@ -99,14 +86,10 @@ def write_pairs(
     def small(x):
         return np.minimum(x, 65535).astype(np.uint16)
 
+    image, partner = pairs[:, 0].astype(np.uint32), pairs[:, 1].astype(np.uint32)
+    counts = dict(n_matches=small(n_matches), n_inliers=small(n_inliers))
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
-        np.savez(
-            f,
-            image=pairs[:, 0].astype(np.uint32),
-            partner=pairs[:, 1].astype(np.uint32),
-            n_matches=small(n_matches),
-            n_inliers=small(n_inliers),
-        )
+        np.savez(f, image=image, partner=partner, **counts)
 
 
 def read_pairs(
@@ -121,10 +104,8 @@ def read_pairs(
         with np.load(f) as p:
             parts.append({k: p[k] for k in names})
     out = {}
-    for k in names:
-        out[k] = np.concatenate(
-            [p.pop(k) for p in parts], dtype=np.int32, casting="unsafe"
-        )  # 16 bytes a pair: 6.5 GB of GLD-v2
+    for k in names:  # 16 bytes a pair: 6.5 GB of GLD-v2
+        out[k] = np.concatenate([p.pop(k) for p in parts], dtype=np.int32, casting="unsafe")
     return out
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #0fbe327d
@@ -137,22 +118,20 @@ def count_verified(
     "How many of an image's pairs are verified."
     return np.bincount(image[np.asarray(n_inliers) >= min_inliers], minlength=n)
 
-
+# %% ../../../nbs/parts/local/cleaning.ipynb #48108386
 def needed_pairs(
     labels: np.ndarray,  # landmark_id per image [n]
     min_verified: int = 3,  # verified pairs an image needs
     relax_small: bool = True,  # ask less of a label with fewer images than that
-    copy_of: np.ndarray
-    | None = None,  # first image with the same pixels, per image; copies do not make a label larger
+    copy_of: np.ndarray | None = None,  # see `first_copies`; copies do not make a label larger
 ) -> np.ndarray:  # verified pairs needed, per image [n]
     "How many verified pairs each image needs."
     if not relax_small:
         return np.full(len(labels), min_verified)
     _, group = np.unique(labels, return_inverse=True)
     distinct = np.ones(len(labels), bool) if copy_of is None else copy_of == np.arange(len(labels))
-    return np.clip(
-        np.bincount(group[distinct], minlength=group.max(initial=-1) + 1)[group] - 1, 1, min_verified
-    )
+    sizes = np.bincount(group[distinct], minlength=group.max(initial=-1) + 1)
+    return np.clip(sizes[group] - 1, 1, min_verified)
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #94b2494d
 def clean_images(
@@ -166,7 +145,7 @@ def clean_images(
     company = np.bincount(group, weights=passed, minlength=group.max(initial=-1) + 1)[group]
     return passed & (company >= 2), passed & (company < 2)
 
-
+# %% ../../../nbs/parts/local/cleaning.ipynb #4dd20624
 def first_copies(
     hashes: np.ndarray,  # pixel hash per image; 0 or less where unknown [n]
     labels: np.ndarray,  # landmark_id per image: copies under another label are another question [n]
@@ -196,15 +175,14 @@ def threshold_grid(
         verified = count_verified(image, n_inliers, len(labels), v)
         for f in min_verified:
             keep, _ = clean_images(verified, labels, needed_pairs(labels, f, relax_small, copy_of))
-            row = dict(
-                min_inliers=v, min_verified=f, labels=len(np.unique(labels[keep])), images=int(keep.sum())
-            )
+            row = dict(min_inliers=v, min_verified=f)
+            row |= dict(labels=len(np.unique(labels[keep])), images=int(keep.sum()))
             if right is not None:
                 row |= precision_recall(keep, right)
             rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../../nbs/parts/local/cleaning.ipynb #6559917d
 def precision_recall(
     keep: np.ndarray,  # images that stay [n] bool
     right: np.ndarray,  # images that show their label [n] bool
@@ -221,8 +199,8 @@ def draw_grid(
     grid: pd.DataFrame,  # one row per pair of thresholds
     value: str,  # column to show
     title: str,  # the answer
-    x: str = "min_inliers",
-    y: str = "min_verified",  # columns of the thresholds
+    x: str = "min_inliers",  # column of the thresholds across
+    y: str = "min_verified",  # and of those upwards
     fmt: str = ".0f",  # how numbers are written
 ):
     "A grid of thresholds as a heat map with numbers."
@@ -230,15 +208,8 @@ def draw_grid(
     im = ax.imshow(t, cmap="GnBu", aspect="auto", origin="lower")
     for (r, c), v in np.ndenumerate(t.to_numpy()):
         rgb = im.cmap(im.norm(v))[:3] if np.isfinite(v) else (1, 1, 1)
-        ax.text(
-            c,
-            r,
-            format(v, fmt),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if np.dot(rgb, (0.3, 0.6, 0.1)) < 0.5 else "black",
-        )
+        color = "white" if np.dot(rgb, (0.3, 0.6, 0.1)) < 0.5 else "black"
+        ax.text(c, r, format(v, fmt), ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(t.shape[1]), t.columns)
     ax.set_yticks(range(t.shape[0]), t.index)
     ax.set(xlabel=x, ylabel=y, title=title)
@@ -255,33 +226,22 @@ def quality_table(
         for kind in sorted(np.unique(kinds[right == good])):
             m = (kinds == kind) & (right == good)
             n, k = int(m.sum()), int(keep[m].sum())
-            rows.append(
-                dict(
-                    kind=kind,
-                    right=good,
-                    n=n,
-                    kept=k,
-                    precision=np.nan if good else n_right / max(1, n_right + k),
-                    recall=k / n if good else 1 - k / n,
-                )
-            )
+            precision = np.nan if good else n_right / max(1, n_right + k)
+            rows.append((kind, good, n, k, precision, k / n if good else 1 - k / n))
     return pd.DataFrame(rows, columns=["kind", "right", "n", "kept", "precision", "recall"])
 
-
+# %% ../../../nbs/parts/local/cleaning.ipynb #4ebb768b
 def clean_table(
     image_ids: np.ndarray,  # image ids [n]
     labels: np.ndarray,  # landmark_ids [n]
     keep: np.ndarray,  # images that stay [n]
 ) -> pd.DataFrame:  # landmark_id, images: the official layout of train_clean.csv
     "The clean set as the Google Landmarks Dataset lists it: landmarks ascending, ids ascending inside."
-    df = pd.DataFrame(
-        dict(image_id=np.asarray(image_ids)[keep], landmark_id=np.asarray(labels)[keep])
-    ).sort_values(["landmark_id", "image_id"])
-    return (
-        df.groupby("landmark_id").image_id.agg(" ".join).rename("images").reset_index()
-        if len(df)
-        else pd.DataFrame(dict(landmark_id=pd.Series(dtype=int), images=pd.Series(dtype=str)))
-    )
+    df = pd.DataFrame(dict(image_id=np.asarray(image_ids)[keep], landmark_id=np.asarray(labels)[keep]))
+    if not len(df):
+        return pd.DataFrame(dict(landmark_id=pd.Series(dtype=int), images=pd.Series(dtype=str)))
+    groups = df.sort_values(["landmark_id", "image_id"]).groupby("landmark_id")
+    return groups.image_id.agg(" ".join).rename("images").reset_index()
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #f441fd1b
 def reasons(
@@ -307,12 +267,10 @@ def reasons(
             return "the only image of its label"
         if alone[i]:
             return "the only image of its label that passed"
+        if partners[i] == 0 and twins[i]:
+            return "a copy; its label holds no other photo"
         if partners[i] == 0:
-            return (
-                "a copy; its label holds no other photo"
-                if twins[i]
-                else "no image of its label among its neighbours"
-            )
+            return "no image of its label among its neighbours"
         return f"{verified[i]} verified pairs, {needed[i]} needed"
 
     return [why(i) for i in range(len(keep))]
@@ -324,10 +282,8 @@ def spring_layout(
     n_steps: int = 150,  # steps
 ) -> np.ndarray:  # places in the unit square [n, 2]
     "Places for the photos of a label."
-    t = np.arange(n) * 2.39996
-    x = (
-        np.stack([np.cos(t), np.sin(t)], 1) * np.sqrt((np.arange(n) + 0.5) / n)[:, None]
-    )  # a sunflower to start from
+    t = np.arange(n) * 2.39996  # a sunflower to start from
+    x = np.stack([np.cos(t), np.sin(t)], 1) * np.sqrt((np.arange(n) + 0.5) / n)[:, None]
     pull = np.zeros((n, n))
     pull[edges[:, 0], edges[:, 1]] = pull[edges[:, 1], edges[:, 0]] = 1
     degree = np.maximum(pull.sum(1), 1)
@@ -337,13 +293,12 @@ def spring_layout(
         d = x[:, None] - x[None]
         r = np.maximum(np.linalg.norm(d, axis=2, keepdims=True), 1e-3)
         force = (d / r * (k * k / r - pull[..., None] * r * r / k)).sum(1) - 0.3 * x
-        x = x + force / np.maximum(np.linalg.norm(force, axis=1, keepdims=True), 1e-9) * np.minimum(
-            np.linalg.norm(force, axis=1, keepdims=True), 0.1 * (1 - step / n_steps)
-        )
+        strength = np.linalg.norm(force, axis=1, keepdims=True)
+        x = x + force / np.maximum(strength, 1e-9) * np.minimum(strength, 0.1 * (1 - step / n_steps))
     lo, hi = x.min(0, initial=0), x.max(0, initial=0)
     return (x - lo) / np.maximum(hi - lo, 1e-9)
 
-
+# %% ../../../nbs/parts/local/cleaning.ipynb #e2bcf4f4
 def draw_label(
     ax,  # matplotlib axes
     thumbs: list,  # RGB pictures

@@ -27,8 +27,8 @@ class Trunk(nn.Module):
         self,
         net: nn.Module,  # a timm network, or any module from images to one map
         stride: int = 16,  # pixels per step of the map
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),  # of pixel values in 0…1
+        mean=(0.485, 0.456, 0.406),  # of pixel values in 0…1, red, green and blue
+        std=(0.229, 0.224, 0.225),  # their standard deviations
     ):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
@@ -47,23 +47,23 @@ class Trunk(nn.Module):
         if not hasattr(self.net, "forward_intermediates"):
             y = self.net(x)
             return list(y) if isinstance(y, (list, tuple)) else [y]
-        early = (
-            dict(stop_early=True)
-            if "stop_early" in inspect.signature(self.net.forward_intermediates).parameters
-            else {}
-        )
-        return self.net.forward_intermediates(
-            x,
-            indices=None if self.index is None else [self.index],
-            intermediates_only=True,
-            **(early if self.index is not None else {}),
-        )
+        if self.index is None:
+            return self.net.forward_intermediates(x, intermediates_only=True)
+        how = dict(indices=[self.index], intermediates_only=True)
+        if "stop_early" in inspect.signature(self.net.forward_intermediates).parameters:
+            how["stop_early"] = True
+        return self.net.forward_intermediates(x, **how)
 
     def train(self, mode: bool = True):
-        return super().train(False)  # batch norm stays as it was learned
+        "Stays in evaluation: batch norm is as it was learned."
+        return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images):  # RGB 0…255 [b, 3, h, w] → map [b, c, h/stride, w/stride]
+    def forward(
+        self,
+        images,  # RGB 0…255 [b, 3, h, w]
+    ):  # map [b, c, h/stride, w/stride]
+        "The map of some images."
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             maps = self._maps((images.float() - self.mean) / self.std)
         return (maps[-1] if len(maps) == 1 else maps[self.index]).float()
@@ -72,16 +72,23 @@ class Trunk(nn.Module):
 class Attention(nn.Module):
     "A score for every place of a map."
 
-    def __init__(self, channels: int, hidden: int = 512):
+    def __init__(
+        self,
+        channels: int,  # of the map
+        hidden: int = 512,  # channels in between
+    ):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1), nn.Softplus()
-        )
+        first, last = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, 1, 1)
+        self.net = nn.Sequential(first, nn.ReLU(), last, nn.Softplus())
 
-    def forward(self, x):
-        return self.net(x)  # [b, c, h, w] → [b, 1, h, w]
+    def forward(
+        self,
+        x,  # map [b, c, h, w]
+    ):  # scores [b, 1, h, w]
+        "The scores of a map's places."
+        return self.net(x)
 
-
+# %% ../../../nbs/parts/local/delf.ipynb #ceb75589
 def train_attention(
     trunk: Trunk,  # frozen
     batches,  # callable: epoch → iterable of (RGB uint8 [b, 3, h, w], class_ids [b])
@@ -103,9 +110,8 @@ def train_attention(
             x = nn.functional.normalize(trunk(images.to(device)), dim=1)
             a = attention(x)
             pooled = (x * a).sum((2, 3)) / a.sum((2, 3)).clamp(min=1e-6)
-            loss = nn.functional.cross_entropy(
-                16 * head(nn.functional.normalize(pooled, dim=1)), labels.to(device)
-            )
+            logits = 16 * head(nn.functional.normalize(pooled, dim=1))
+            loss = nn.functional.cross_entropy(logits, labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -117,12 +123,12 @@ SCALES = tuple(2 ** (k / 2) for k in range(-4, 3))  # 0.25 … 2, DELF's seven
 
 
 def strongest(
-    xy,
-    half,
-    scores,  # places [p, 2], half a side of their boxes [p, 1], scores [p]
+    xy,  # places [p, 2]
+    half,  # half a side of their boxes [p, 1]
+    scores,  # their scores [p]
     k,  # candidates, the strongest first
-    max_overlap: float,
-    n: int,  # as in `Delf`; how many are wanted
+    max_overlap: float,  # as in `Delf`
+    n: int,  # how many are wanted
 ):  # at most n of the candidates
     "The strongest whose boxes do not overlap; what a weaker one cannot change is decided without it."
     from torchvision.ops import nms
@@ -145,8 +151,8 @@ class Delf(nn.Module):
         self,
         trunk: Trunk,
         attention: Attention,
-        mean=None,
-        components=None,  # PCA: centre [c] and axes [c, d]; without them local features keep c dimensions
+        mean=None,  # centre of a PCA [c]
+        components=None,  # its axes [c, d]; without them local features keep c dimensions
         min_score: float = 0.0,  # attention that a local feature needs, in multiples of `unit`
         scales: tuple = SCALES,  # image sizes
         max_overlap: float = 0.8,  # intersection over union of boxes beyond which the weaker goes
@@ -154,47 +160,33 @@ class Delf(nn.Module):
         unit: float = 1.0,  # attention of an average place, see `average_attention`
     ):
         super().__init__()
-        self.trunk, self.attention, self.min_score, self.scales, self.max_overlap, self.box, self.unit = (
-            trunk,
-            attention,
-            min_score,
-            tuple(scales),
-            max_overlap,
-            box,
-            unit,
-        )
-        self.register_buffer(
-            "mean",
-            torch.zeros(trunk.channels) if mean is None else torch.as_tensor(mean, dtype=torch.float32),
-        )
-        self.register_buffer(
-            "components",
-            torch.eye(trunk.channels)
-            if components is None
-            else torch.as_tensor(components, dtype=torch.float32),
-        )
+        self.trunk, self.attention = trunk, attention
+        self.min_score, self.unit = min_score, unit
+        self.scales, self.max_overlap, self.box = tuple(scales), max_overlap, box
+        mean = torch.zeros(trunk.channels) if mean is None else mean
+        components = torch.eye(trunk.channels) if components is None else components
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32))
+        self.register_buffer("components", torch.as_tensor(components, dtype=torch.float32))
         self.eval()
 
     @torch.no_grad()
     def candidates(
-        self, images
-    ):  # RGB uint8 [b, 3, h, w] → per scale: vectors [b, p, c], scores [b, p], places [p, 2], box side
+        self,
+        images,  # RGB uint8 [b, 3, h, w]
+    ):  # per scale: vectors [b, p, c], scores [b, p], places [p, 2], box side
         "All places of all scales."
         h, w = images.shape[2:]
         s0 = self.trunk.stride
         for scale in self.scales:
             size = [max(s0, round(z * scale)) for z in (h, w)]
-            x = self.trunk(
-                nn.functional.interpolate(
-                    images.float(), size=size, mode="bilinear", antialias=scale < 1, align_corners=False
-                )
-            )
+            how = dict(mode="bilinear", antialias=scale < 1, align_corners=False)
+            x = self.trunk(nn.functional.interpolate(images.float(), size=size, **how))
             x = nn.functional.normalize(x, dim=1)
             a = self.attention(x) / self.unit
             gy, gx = torch.meshgrid(*(torch.arange(n, device=x.device) for n in x.shape[2:]), indexing="ij")
-            xy = torch.stack(
-                [((gx + 0.5) * s0 - 0.5) * w / size[1], ((gy + 0.5) * s0 - 0.5) * h / size[0]], -1
-            ).reshape(-1, 2)
+            px = ((gx + 0.5) * s0 - 0.5) * w / size[1]
+            py = ((gy + 0.5) * s0 - 0.5) * h / size[0]
+            xy = torch.stack([px, py], -1).reshape(-1, 2)
             yield x.flatten(2).transpose(1, 2), a.flatten(1), xy, self.box * s0 * w / size[1]
 
     @torch.no_grad()
@@ -212,26 +204,18 @@ class Delf(nn.Module):
         half = torch.cat([p[2].new_full((len(p[2]), 1), p[3] / 2) for p in parts])
         for vectors, scores in zip(x, a):
             k = torch.nonzero(scores >= self.min_score)[:, 0]
-            k = strongest(
-                xy,
-                half,
-                scores,
-                k[torch.argsort(scores[k], descending=True, stable=True)[: 8 * max_keypoints]],
-                self.max_overlap,
-                max_keypoints,
-            )
+            k = k[torch.argsort(scores[k], descending=True, stable=True)[: 8 * max_keypoints]]
+            k = strongest(xy, half, scores, k, self.max_overlap, max_keypoints)
             d = nn.functional.normalize((vectors[k] - self.mean) @ self.components, dim=1)
             place = torch.minimum(xy[k], torch.tensor([w - 1.0, h - 1.0], device=xy.device))
-            out.append(
-                LocalFeatures(place.cpu().numpy(), d.cpu().numpy(), scores[k].cpu().numpy(), (w, h), "delf")
-            )
+            arrays = [z.cpu().numpy() for z in (place, d, scores[k])]
+            out.append(LocalFeatures(*arrays, (w, h), "delf"))
         return out
 
     def extract(self, image: np.ndarray, max_keypoints: int = 1000) -> LocalFeatures:
         "Local features of one RGB image [h, w, 3]."
-        return self.extract_batch(
-            torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None], max_keypoints
-        )[0]
+        batch = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+        return self.extract_batch(batch, max_keypoints)[0]
 
 # %% ../../../nbs/parts/local/delf.ipynb #717d655b
 @torch.no_grad()
@@ -252,27 +236,22 @@ def fit_pca(
         )
     mean = total / n
     _, axes = np.linalg.eigh(square / n - np.outer(mean, mean))
-    delf.mean, delf.components = (
-        torch.as_tensor(np.ascontiguousarray(z), dtype=torch.float32, device=delf.mean.device)
-        for z in (mean, axes[:, ::-1][:, :d])
-    )
+    like = dict(dtype=torch.float32, device=delf.mean.device)
+    delf.mean = torch.as_tensor(np.ascontiguousarray(mean), **like)
+    delf.components = torch.as_tensor(np.ascontiguousarray(axes[:, ::-1][:, :d]), **like)
     return delf
 
 
 @torch.no_grad()
 def average_attention(
-    delf: Delf,
+    delf: Delf,  # with its attention
     images,  # iterable of RGB uint8 [b, 3, h, w]
 ) -> float:  # mean score of all places at all scales
     "What the attention gives an average place of some photos."
-    a = torch.cat(
-        [
-            scores.flatten()
-            for batch in images
-            for _, scores, _, _ in delf.candidates(batch.to(delf.mean.device))
-        ]
-    )
-    return float(a.mean()) * delf.unit
+    a = []
+    for batch in images:
+        a += [scores.flatten() for _, scores, _, _ in delf.candidates(batch.to(delf.mean.device))]
+    return float(torch.cat(a).mean()) * delf.unit
 
 # %% ../../../nbs/parts/local/delf.ipynb #3192c302
 def _read(path, max_side):
@@ -299,11 +278,8 @@ def photo_batches(
             return None
         h, w = im.shape[:2]
         z = side / (min(h, w) * scale)
-        im = cv2.resize(
-            im,
-            (max(side, round(w * z)), max(side, round(h * z))),
-            interpolation=cv2.INTER_AREA if z < 1 else cv2.INTER_LINEAR,
-        )
+        how = cv2.INTER_AREA if z < 1 else cv2.INTER_LINEAR
+        im = cv2.resize(im, (max(side, round(w * z)), max(side, round(h * z))), interpolation=how)
         y, x = int(dy * (im.shape[0] - side)), int(dx * (im.shape[1] - side))
         return im[y : y + side, x : x + side]
 
@@ -317,36 +293,32 @@ def photo_batches(
                 ims = list(pool.map(read, [(i, scale[i], dx[i], dy[i]) for i in rows]))
                 ok = [k for k, im in enumerate(ims) if im is not None]
                 if ok:
-                    yield (
-                        torch.from_numpy(np.stack([ims[k] for k in ok])).permute(0, 3, 1, 2),
-                        torch.as_tensor(np.asarray(class_ids)[rows[ok]]),
-                    )
+                    images = torch.from_numpy(np.stack([ims[k] for k in ok])).permute(0, 3, 1, 2)
+                    yield images, torch.as_tensor(np.asarray(class_ids)[rows[ok]])
 
     return epoch_batches
 
-
+# %% ../../../nbs/parts/local/delf.ipynb #93cf160f
 def make_delf(
     trunk: Trunk,  # of a trained model
-    paths: list,
-    class_ids: np.ndarray,  # labelled photos, such as the v1 training set
-    epochs: int = 3,
-    side: int = 224,
-    d: int = 40,
-    seed: int = 1,
-    device="cpu",  # as above
+    paths: list,  # labelled photos, such as the v1 training set
+    class_ids: np.ndarray,  # their classes
+    epochs: int = 3,  # passes of the attention
+    side: int = 224,  # side of the squares that are read
+    d: int = 40,  # dimensions of a local descriptor
+    seed: int = 1,  # of weights, order and cuts
+    device="cpu",  # where to train
     n_pca: int = 6,  # batches to learn the projection from
     min_score: float = 1.0,  # attention that a local feature needs, in multiples of the average
 ) -> tuple:  # the `Delf`, loss per step
     "Learn attention and projection."
     batches = photo_batches(paths, class_ids, side, seed=seed)
-    attention, losses = train_attention(
-        trunk,
-        lambda e: progress(batches(e), f"attention {e + 1}/{epochs}", -(-len(paths) // 16)),
-        int(max(class_ids)) + 1,
-        epochs,
-        seed=seed,
-        device=device,
-    )
+    n_classes = int(max(class_ids)) + 1
+
+    def shown(epoch):
+        return progress(batches(epoch), f"attention {epoch + 1}/{epochs}", -(-len(paths) // 16))
+
+    attention, losses = train_attention(trunk, shown, n_classes, epochs, seed=seed, device=device)
 
     def first(n):
         return (images for _, (images, _) in zip(range(n), batches(epochs)))
@@ -357,56 +329,36 @@ def make_delf(
 
 # %% ../../../nbs/parts/local/delf.ipynb #2da0e552
 def save_delf(
-    delf: Delf,
+    delf: Delf,  # trained
     folder: Path,  # where to
     **card,  # what made it: backbone, trunk …
 ):
     "Weights and a card, the whole folder renamed into place."
     from safetensors.torch import save_file
 
+    trunk, hidden = delf.trunk, delf.attention.net[0].out_channels
+    card |= dict(stride=trunk.stride, channels=trunk.channels, hidden=hidden, d=delf.components.shape[1])
+    card |= {k: getattr(delf, k) for k in ("min_score", "scales", "max_overlap", "box", "unit")}
     with atomic_path(folder) as tmp:
         tmp.mkdir(parents=True)
-        save_file(
-            {k: v.contiguous().cpu() for k, v in delf.state_dict().items()}, str(tmp / "weights.safetensors")
-        )
-        write_json(
-            tmp / "card.json",
-            dict(
-                card,
-                stride=delf.trunk.stride,
-                channels=delf.trunk.channels,
-                hidden=delf.attention.net[0].out_channels,
-                d=delf.components.shape[1],
-                min_score=delf.min_score,
-                scales=delf.scales,
-                max_overlap=delf.max_overlap,
-                box=delf.box,
-                unit=delf.unit,
-            ),
-        )
+        weights = {k: v.contiguous().cpu() for k, v in delf.state_dict().items()}
+        save_file(weights, str(tmp / "weights.safetensors"))
+        write_json(tmp / "card.json", card)
 
 
 def load_delf(
-    folder: Path,
+    folder: Path,  # of `save_delf`
     net: nn.Module,  # the trunk's network; its weights come from the folder
-    device="cpu",
-) -> Delf:
+    device="cpu",  # where it will work
+) -> Delf:  # ready to extract
     "Read a `Delf` again."
     from safetensors.torch import load_file
 
     c = read_json(Path(folder) / "card.json")
     trunk = Trunk(net, c["stride"])
-    delf = Delf(
-        trunk,
-        Attention(c["channels"], c["hidden"]),
-        None,
-        torch.zeros(c["channels"], c["d"]),
-        c["min_score"],
-        c["scales"],
-        c["max_overlap"],
-        c["box"],
-        c["unit"],
-    )
+    attention, axes = Attention(c["channels"], c["hidden"]), torch.zeros(c["channels"], c["d"])
+    rest = {k: c[k] for k in ("min_score", "scales", "max_overlap", "box", "unit")}
+    delf = Delf(trunk, attention, None, axes, **rest)
     delf.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
     return delf.to(device).eval()
 
@@ -430,38 +382,34 @@ def _extract_shard(delf, read, max_keypoints, batch_size):
                 items[i] = f, read[i][1], ""
     return items
 
-
+# %% ../../../nbs/parts/local/delf.ipynb #1a788067
 def extract_many_delf(
-    delf: Delf,
-    paths: list,
-    ids: list,  # image files and their ids, best sorted by label
+    delf: Delf,  # trained
+    paths: list,  # image files, best sorted by label
+    ids: list,  # their image ids
     out_dir: Path,  # folder to write to
-    max_keypoints: int = 1000,
+    max_keypoints: int = 1000,  # this and the next two as in `features.extract_many`
     max_side: int = 800,
-    shard_size: int = 256,  # as in `local_features.extract_many`
+    shard_size: int = 256,
     shards: list | None = None,  # only these
     batch_size: int = 8,  # images of one size at a time; bounds the memory
     device: str = "auto",  # where to work
     n_threads: int = 8,  # that read images
-) -> Path:
-    "DELF of many images, in the shards of `local_features`; images of one size share a batch."
+) -> Path:  # `out_dir`
+    "DELF of many images, in the shards of `parts/local/features`."
     delf = delf.to(pick_device(device))
     d = delf.components.shape[1]
     n = open_meta(out_dir, ids, shard_size, kind="delf", max_keypoints=max_keypoints, max_side=max_side)
     todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir) / f"{s:05d}").exists()]
-    with ThreadPoolExecutor(n_threads) as pool:  # the next shard is read while the device works on this one
+    with ThreadPoolExecutor(n_threads) as pool:
 
         def start(k):
-            return [
-                pool.submit(_read_hashed, p, max_side)
-                for s in todo[k : k + 1]
-                for p in paths[s * shard_size : (s + 1) * shard_size]
-            ]
+            files = [p for s in todo[k : k + 1] for p in paths[s * shard_size : (s + 1) * shard_size]]
+            return [pool.submit(_read_hashed, p, max_side) for p in files]
 
         ahead = start(0)
         for k, s in progress(list(enumerate(todo)), "DELF", len(todo)):
             read, ahead = [f.result() for f in ahead], start(k + 1)
-            write_shard(
-                Path(out_dir) / f"{s:05d}", _extract_shard(delf, read, max_keypoints, batch_size), "delf", d
-            )
+            items = _extract_shard(delf, read, max_keypoints, batch_size)
+            write_shard(Path(out_dir) / f"{s:05d}", items, "delf", d)
     return Path(out_dir)

@@ -41,14 +41,12 @@ def _rootsift(
     import cv2
 
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    points, desc = cv2.SIFT_create(nfeatures=max_keypoints, contrastThreshold=0.02).detectAndCompute(
-        grey, None
-    )
+    sift = cv2.SIFT_create(nfeatures=max_keypoints, contrastThreshold=0.02)
+    points, desc = sift.detectAndCompute(grey, None)
     h, w = grey.shape
     if desc is None:
-        return LocalFeatures(
-            np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32), np.zeros(0, np.float32), (w, h)
-        )
+        nothing = np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32), np.zeros(0, np.float32)
+        return LocalFeatures(*nothing, (w, h))
     p = np.array([(k.pt[0], k.pt[1], k.response, k.size, k.angle) for k in points], np.float32)
     order = np.lexsort((p[:, 4], p[:, 3], p[:, 1], p[:, 0], -p[:, 2]))[:max_keypoints]
     desc = np.sqrt(desc[order] / np.maximum(desc[order].sum(1, keepdims=True), 1e-9))
@@ -63,7 +61,8 @@ def extract(
     "Local features of one image."
     if kind != "rootsift":
         raise ValueError(
-            f"local features of kind {kind!r} cannot be made here; allowed: rootsift (for delf use Delf.extract)"
+            f"local features of kind {kind!r} cannot be made here; "
+            "allowed: rootsift (for delf use Delf.extract)"
         )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
@@ -85,29 +84,44 @@ def pack(
         raise ValueError(f"local features of kind {f.kind!r}; allowed: {', '.join(UNIT)}")
     if max(f.size) > MAX_SIDE:
         raise ValueError(
-            f"local features of a {f.size[0]}×{f.size[1]} image: at most {MAX_SIDE} pixels a side; reduce it (max_side)"
+            f"local features of a {f.size[0]}×{f.size[1]} image: "
+            f"at most {MAX_SIDE} pixels a side; reduce it (max_side)"
         )
     desc, xy = np.asarray(f.desc, np.float32), np.asarray(f.xy, np.float32)
     good = np.isfinite(desc).all(1) & np.isfinite(xy).all(1) & (np.abs(desc).max(1, initial=0) > 0)
     if len(xy[good]) and (xy[good].min() < -1 or xy[good].max() > MAX_SIDE):
         raise ValueError(
-            f"local features outside of any image: places from {xy[good].min():.0f} to {xy[good].max():.0f} pixels"
+            f"local features outside of any image: "
+            f"places from {xy[good].min():.0f} to {xy[good].max():.0f} pixels"
         )
     whole = np.clip(np.rint(desc[good] * UNIT[f.kind]), -127, 127).astype(np.int8)
     place = np.clip(np.rint(xy[good] * GRID), 0, 65535).astype(np.uint16)
-    return whole, place, np.clip(np.asarray(f.scores)[good], 0, 65504).astype(np.float16), int((~good).sum())
+    scores = np.clip(np.asarray(f.scores)[good], 0, 65504).astype(np.float16)
+    return whole, place, scores, int((~good).sum())
 
 # %% ../../../nbs/parts/local/features.ipynb #042c6c56
 def pixel_hash(
     image: np.ndarray,  # RGB uint8 [h, w, 3]
 ) -> int:  # 63 bits
     "A fingerprint of the decoded pixels; equal for exact copies."
-    return (
-        int.from_bytes(
-            hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest(), "little"
-        )
-        >> 1
-    )
+    pixels = repr(image.shape).encode() + image.tobytes()
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little") >> 1
+
+# %% ../../../nbs/parts/local/features.ipynb #d120d4c2
+def _packed(f, d):
+    "`pack`, and nothing for an image that could not be read."
+    if f is not None:
+        return pack(f)
+    return np.zeros((0, d), np.int8), np.zeros((0, 2), np.uint16), np.zeros(0, np.float16), 0
+
+
+def _reason(packed, why):
+    "Why features of an image are missing; empty if none are."
+    if why:
+        return why
+    if not len(packed[0]):
+        return "no keypoints"
+    return f"{packed[3]} descriptors are not finite or zero" if packed[3] else ""
 
 
 def write_shard(
@@ -117,30 +131,18 @@ def write_shard(
     d: int,  # dimensions of a descriptor
 ):
     "Write the local features of some images as one folder of arrays."
-    packed = [
-        pack(f)
-        if f is not None
-        else (np.zeros((0, d), np.int8), np.zeros((0, 2), np.uint16), np.zeros(0, np.float16), 0)
-        for f, _, _ in items
-    ]
-    reasons = [
-        why
-        or ("no keypoints" if not len(p[0]) else f"{p[3]} descriptors are not finite or zero" if p[3] else "")
-        for p, (_, _, why) in zip(packed, items)
-    ]
+    packed = [_packed(f, d) for f, _, _ in items]
+    reasons = [_reason(p, why) for p, (_, _, why) in zip(packed, items)]
+    sizes = [(0, 0) if f is None else f.size for f, _, _ in items]
     with atomic_path(shard_dir) as tmp:
         tmp.mkdir()
         for i, name in enumerate(("desc", "xy", "scores")):
             np.save(tmp / f"{name}.npy", np.concatenate([p[i] for p in packed]))
         np.save(tmp / "offsets.npy", np.cumsum([0] + [len(p[0]) for p in packed]).astype(np.int64))
-        np.save(
-            tmp / "size.npy",
-            np.array([f.size if f is not None else (0, 0) for f, _, _ in items], np.int32).reshape(-1, 2),
-        )
+        np.save(tmp / "size.npy", np.array(sizes, np.int32).reshape(-1, 2))
         np.save(tmp / "hash.npy", np.array([h for _, h, _ in items], np.int64))
-        write_json(
-            tmp / "shard.json", dict(kind=kind, reasons={str(i): r for i, r in enumerate(reasons) if r})
-        )
+        given = {str(i): r for i, r in enumerate(reasons) if r}
+        write_json(tmp / "shard.json", dict(kind=kind, reasons=given))
 
 # %% ../../../nbs/parts/local/features.ipynb #14335a26
 def _one(path, kind: str, max_keypoints: int, max_side: int):
@@ -165,16 +167,13 @@ def open_meta(
     **made_by,  # kind, max_keypoints …: what must be equal to go on with existing shards
 ) -> int:  # number of shards
     "Write what describes a folder of local features, or check that what is there was made the same way."
-    meta = dict(
-        made_by,
-        shard_size=shard_size,
-        n=len(ids),
-        ids=hashlib.blake2b("\n".join(map(str, ids)).encode(), digest_size=8).hexdigest(),
-    )
+    digest = hashlib.blake2b("\n".join(map(str, ids)).encode(), digest_size=8).hexdigest()
+    meta = dict(made_by, shard_size=shard_size, n=len(ids), ids=digest)
     path = Path(out_dir) / "meta.json"
     if path.exists() and read_json(path) != meta:
         raise ValueError(
-            f"{out_dir} holds local features of other images or made otherwise ({read_json(path)}); wanted {meta}; remove it or choose another folder"
+            f"{out_dir} holds local features of other images or made otherwise ({read_json(path)}); "
+            f"wanted {meta}; remove it or choose another folder"
         )
     if not path.exists():
         write_csv(pd.DataFrame(dict(image_id=list(ids))), Path(out_dir) / "ids.csv")
@@ -201,12 +200,8 @@ def extract_many(
     n = open_meta(out_dir, ids, shard_size, kind=kind, max_keypoints=max_keypoints, max_side=max_side)
     todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir) / f"{s:05d}").exists()]
     jobs = [(Path(out_dir) / f"{s:05d}", list(paths[s * shard_size : (s + 1) * shard_size])) for s in todo]
-    parallel_map(
-        partial(_do_shard, kind=kind, max_keypoints=max_keypoints, max_side=max_side),
-        jobs,
-        n_workers,
-        desc="local features",
-    )
+    work = partial(_do_shard, kind=kind, max_keypoints=max_keypoints, max_side=max_side)
+    parallel_map(work, jobs, n_workers, desc="local features")
     return Path(out_dir)
 
 # %% ../../../nbs/parts/local/features.ipynb #3ef4e365
@@ -229,6 +224,7 @@ class LocalStore:
 
     @property
     def ids(self) -> list:  # image ids by position
+        "The images."
         return pd.read_csv(self.path / "ids.csv", dtype=str).image_id.tolist()
 
     def shard(
@@ -241,12 +237,12 @@ class LocalStore:
             d = self.path / f"{s:05d}"
             if not d.exists():
                 raise FileNotFoundError(
-                    f"shard {s} of the local features in {self.path} is missing: extract it (shards=[{s}]) or gather it from the machine that has it"
+                    f"shard {s} of the local features in {self.path} is missing: "
+                    f"extract it (shards=[{s}]) or gather it from the machine that has it"
                 )
-            a = self._open[s] = {
-                k: np.load(d / f"{k}.npy", mmap_mode="r" if k in ("desc", "xy", "scores") else None)
-                for k in ("desc", "xy", "scores", "offsets", "size", "hash")
-            }
+            large = {k: np.load(d / f"{k}.npy", mmap_mode="r") for k in ("desc", "xy", "scores")}
+            small = {k: np.load(d / f"{k}.npy") for k in ("offsets", "size", "hash")}
+            a = self._open[s] = large | small
             for old in list(self._open)[: -self.keep_open]:
                 self._open.pop(old, None)
         return a
@@ -257,13 +253,9 @@ class LocalStore:
         s, r = divmod(int(i), self.meta["shard_size"])
         a = self.shard(s)
         lo, hi = a["offsets"][r : r + 2]
-        return LocalFeatures(
-            a["xy"][lo:hi].astype(np.float32) / GRID,
-            np.asarray(a["desc"][lo:hi]),
-            np.asarray(a["scores"][lo:hi]),
-            tuple(a["size"][r].tolist()),
-            self.kind,
-        )
+        xy = a["xy"][lo:hi].astype(np.float32) / GRID
+        desc, scores = np.asarray(a["desc"][lo:hi]), np.asarray(a["scores"][lo:hi])
+        return LocalFeatures(xy, desc, scores, tuple(a["size"][r].tolist()), self.kind)
 
     def column(
         self,
@@ -282,17 +274,14 @@ class LocalStore:
 
     def skipped(self) -> pd.DataFrame:  # position, image_id, reason
         "Images without features or with features left out, and why."
-        rows = [
-            (s * self.meta["shard_size"] + int(i), why)
-            for s in range(-(-len(self) // self.meta["shard_size"]))
-            for f in [self.path / f"{s:05d}" / "shard.json"]
-            if f.exists()
-            for i, why in read_json(f)["reasons"].items()
-        ]
+        rows = []
+        for s in range(-(-len(self) // self.meta["shard_size"])):
+            f = self.path / f"{s:05d}" / "shard.json"
+            reasons = read_json(f)["reasons"] if f.exists() else {}
+            rows += [(s * self.meta["shard_size"] + int(i), why) for i, why in reasons.items()]
         ids = self.ids if rows else []
-        return pd.DataFrame(
-            [(p, ids[p], why) for p, why in sorted(rows)], columns=["position", "image_id", "reason"]
-        )
+        rows = [(p, ids[p], why) for p, why in sorted(rows)]
+        return pd.DataFrame(rows, columns=["position", "image_id", "reason"])
 
 
 def open_local(path: Path) -> LocalStore:

@@ -41,7 +41,7 @@ class Rule:
     refine: int = 8  # rounds of fitting the best map to what lies near it
 
 
-ORIGINAL = Rule(reject=False, refine=0)
+ORIGINAL = Rule(reject=False, refine=0)  # as the paper's code has it, for DELF
 RULES = dict(delf=Rule(), rootsift=Rule(max_dist=2.0, ratio=0.85, residual=0.0125))
 
 
@@ -53,17 +53,12 @@ def rule_for(
     if kind not in RULES:
         raise ValueError(f"no thresholds for local features of kind {kind!r}; allowed: {', '.join(RULES)}")
     rule = replace(RULES[kind], **changes)
-    if (
-        rule.n_trials < 1
-        or rule.residual <= 0
-        or not 0 <= rule.ratio <= 1
-        or rule.max_dist <= 0
-        or rule.max_scale < 1
-        or rule.max_shear < 1
-        or rule.refine < 0
-    ):
+    at_least_1 = min(rule.n_trials, rule.max_scale, rule.max_shear) >= 1
+    above_0 = min(rule.residual, rule.max_dist) > 0
+    if not (at_least_1 and above_0 and 0 <= rule.ratio <= 1 and rule.refine >= 0):
         raise ValueError(
-            f"{rule}: n_trials ≥ 1, residual > 0, 0 ≤ ratio ≤ 1, max_dist > 0, max_scale ≥ 1, max_shear ≥ 1 and refine ≥ 0 are needed"
+            f"{rule}: n_trials ≥ 1, residual > 0, 0 ≤ ratio ≤ 1, max_dist > 0, max_scale ≥ 1, "
+            "max_shear ≥ 1 and refine ≥ 0 are needed"
         )
     return rule
 
@@ -122,9 +117,9 @@ def dots(
 def nearest(
     dots,  # inner products [k, m]
     norm_a,  # squared lengths of the image's descriptors [k], type of `dots`
-    best,
-    second,
-    idx,  # results [m]: |a|² − 2ab of the nearest and the next, and which is nearest
+    best,  # result [m]: |a|² − 2ab of the nearest …
+    second,  # … and of the next
+    idx,  # result [m]: which is nearest
 ):
     "The two nearest rows for every column; the first of equals wins."
     for i in range(dots.shape[0]):
@@ -142,6 +137,12 @@ def nearest(
             idx[j] = ii if less else k
             best[j] = x if less else y
 
+# %% ../../../nbs/parts/local/matching.ipynb #199cea96
+@compiled
+def _two_least(x, y, key):
+    "The two least of three keys, where x ≤ y."
+    return min(x, key), min(y, max(x, key))
+
 
 @compiled
 def nearest_keys(
@@ -149,45 +150,30 @@ def nearest_keys(
     norm_a,  # squared lengths of these rows' descriptors [k] int32
     first,  # number of the first row
     bits,  # of a key that hold the number of a row
-    best,
-    second,  # keys of the nearest and the next so far [m] int32, brought up to date
+    best,  # keys of the nearest so far [m] int32, brought up to date
+    second,  # keys of the next
 ):
-    "The same for whole numbers: value and number of a row in one key, so that two minima and a maximum are all there is to do."
-    for i in range(0, dots.shape[0] - 3, 4):  # four rows for every time the keys are read
-        t = norm_a[i : i + 4] << bits
+    "The two nearest rows for every column, as keys: value · 2^bits + number of the row."
+    for i in range(0, dots.shape[0] - 3, 4):
+        t0 = np.int32((norm_a[i] << bits) + first + i)
+        t1 = np.int32((norm_a[i + 1] << bits) + first + i + 1)
+        t2 = np.int32((norm_a[i + 2] << bits) + first + i + 2)
+        t3 = np.int32((norm_a[i + 3] << bits) + first + i + 3)
         a, b, c, d = dots[i], dots[i + 1], dots[i + 2], dots[i + 3]
-        n = first + i
-        t0, t1, t2, t3 = (
-            np.int32(t[0] + n),
-            np.int32(t[1] + n + 1),
-            np.int32(t[2] + n + 2),
-            np.int32(t[3] + n + 3),
-        )
         for j in range(dots.shape[1]):
-            x = best[j]
-            y = second[j]
-            k = np.int32(t0 - (a[j] << (bits + 1)))
-            y = min(y, max(x, k))
-            x = min(x, k)
-            k = np.int32(t1 - (b[j] << (bits + 1)))
-            y = min(y, max(x, k))
-            x = min(x, k)
-            k = np.int32(t2 - (c[j] << (bits + 1)))
-            y = min(y, max(x, k))
-            x = min(x, k)
-            k = np.int32(t3 - (d[j] << (bits + 1)))
-            y = min(y, max(x, k))
-            x = min(x, k)
+            x, y = best[j], second[j]
+            x, y = _two_least(x, y, np.int32(t0 - (a[j] << (bits + 1))))
+            x, y = _two_least(x, y, np.int32(t1 - (b[j] << (bits + 1))))
+            x, y = _two_least(x, y, np.int32(t2 - (c[j] << (bits + 1))))
+            x, y = _two_least(x, y, np.int32(t3 - (d[j] << (bits + 1))))
             best[j] = x
             second[j] = y
     for i in range(dots.shape[0] - dots.shape[0] % 4, dots.shape[0]):
         t0 = np.int32((norm_a[i] << bits) + first + i)
         a = dots[i]
         for j in range(dots.shape[1]):
-            x = best[j]
-            k = np.int32(t0 - (a[j] << (bits + 1)))
-            second[j] = min(second[j], max(x, k))
-            best[j] = min(x, k)
+            key = np.int32(t0 - (a[j] << (bits + 1)))
+            best[j], second[j] = _two_least(best[j], second[j], key)
 
 # %% ../../../nbs/parts/local/matching.ipynb #2e6c0e37
 class Prepared:
@@ -223,18 +209,19 @@ class Prepared:
 BLOCK = 256  # rows of products at a time: they stay in the processor's cache
 
 
-def _two_nearest(a, b, mutual):
-    "Per feature of the partner: |a|² − 2ab of the nearest and the next, which is nearest, and whether it is so the other way round."
-    bits, top = (
-        max(1, int(a.n - 1).bit_length()),
-        a.longest + 2 * max(a.longest, b.longest),
-    )  # |key| < top·2^bits
-    if a.unit == 1 or top << bits >= 2**31:  # float descriptors, or more than a key can hold
-        d = a.desc @ b.desc_t if a.unit == 1 else dots(a.desc, b.desc_t)
-        big = np.iinfo(np.int32).max // 2 if d.dtype == np.int32 else np.float32(np.inf)
-        best, second, idx = np.full(b.n, big, d.dtype), np.full(b.n, big, d.dtype), np.zeros(b.n, np.int32)
-        nearest(d, a.norm.astype(d.dtype), best, second, idx)
-        return best, second, idx, (b.norm[None] - 2 * d).argmin(1)[idx] == np.arange(b.n) if mutual else True
+def _by_values(a, b, mutual):
+    "`_two_nearest` for descriptors of any type: all products at once."
+    d = a.desc @ b.desc_t if a.unit == 1 else dots(a.desc, b.desc_t)
+    big = np.iinfo(np.int32).max // 2 if d.dtype == np.int32 else np.float32(np.inf)
+    best, second, idx = np.full(b.n, big, d.dtype), np.full(b.n, big, d.dtype), np.zeros(b.n, np.int32)
+    nearest(d, a.norm.astype(d.dtype), best, second, idx)
+    if not mutual:
+        return best, second, idx, True
+    return best, second, idx, (b.norm[None] - 2 * d).argmin(1)[idx] == np.arange(b.n)
+
+
+def _by_keys(a, b, mutual, bits):
+    "`_two_nearest` for whole numbers that fit into keys: a block of rows at a time."
     best, back = np.full(b.n, 2**31 - 1, np.int32), []
     second = best.copy()
     for i in range(0, a.n, BLOCK):
@@ -244,14 +231,19 @@ def _two_nearest(a, b, mutual):
             back.append((b.norm[None] - 2 * d).argmin(1))
     idx = best & ((1 << bits) - 1)
     alone = second == 2**31 - 1  # an image of one feature has no second
-    return (
-        best >> bits,
-        np.where(alone, 2**30, second >> bits),
-        idx,
-        np.concatenate(back)[idx] == np.arange(b.n) if mutual else True,
-    )
+    both_ways = np.concatenate(back)[idx] == np.arange(b.n) if mutual else True
+    return best >> bits, np.where(alone, 2**30, second >> bits), idx, both_ways
 
 
+def _two_nearest(a, b, mutual):
+    "Per feature of the partner: |a|² − 2ab of the nearest and the next, which is nearest, is it mutual."
+    bits = max(1, int(a.n - 1).bit_length())
+    top = a.longest + 2 * max(a.longest, b.longest)  # |key| < top·2^bits
+    if a.unit == 1 or top << bits >= 2**31:  # float descriptors, or more than a key can hold
+        return _by_values(a, b, mutual)
+    return _by_keys(a, b, mutual, bits)
+
+# %% ../../../nbs/parts/local/matching.ipynb #d8f4b73b
 def match(
     a: Prepared,  # the image
     b: Prepared,  # its partner
@@ -260,12 +252,14 @@ def match(
     "For every local feature of the partner its nearest in the image, if near enough."
     if a.desc.shape[1] != b.desc.shape[1] or a.kind != b.kind or a.unit != b.unit:
         raise ValueError(
-            f"local features of different kinds: {a.kind} with {a.desc.shape[1]} and {b.kind} with {b.desc.shape[1]} dimensions"
+            f"local features of different kinds: {a.kind} with {a.desc.shape[1]} "
+            f"and {b.kind} with {b.desc.shape[1]} dimensions"
         )
     if not a.n or not b.n:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     best, second, idx, keep = _two_nearest(a, b, rule.mutual)
-    d1, d2 = best.astype(np.float64) + b.norm, second.astype(np.float64) + b.norm  # squared distances, exact
+    d1 = best.astype(np.float64) + b.norm  # squared distances, exact
+    d2 = second.astype(np.float64) + b.norm
     keep = keep & (d1 < (rule.max_dist * a.unit) ** 2)
     if rule.ratio:
         keep &= d1 < rule.ratio**2 * d2
@@ -280,9 +274,8 @@ def sample_stream(
 ) -> np.ndarray:  # whole numbers below 2³² [n_trials, 3] int64
     "The random numbers behind all samples (splitmix64, Steele et al. 2014)."
     with np.errstate(over="ignore"):
-        z = (
-            np.arange(1, 3 * n_trials + 1, dtype=np.uint64) + np.uint64(stream) * np.uint64(2**32)
-        ) * np.uint64(0x9E3779B97F4A7C15)
+        number = np.arange(1, 3 * n_trials + 1, dtype=np.uint64) + np.uint64(stream) * np.uint64(2**32)
+        z = number * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(32)).astype(np.int64).reshape(n_trials, 3)
@@ -306,7 +299,7 @@ def _three(r, n):
 # %% ../../../nbs/parts/local/matching.ipynb #eaedea01
 @compiled
 def solve_affine(x, y, u, v, i, j, k):
-    "The map that takes three points (x, y) to (u, v): a, b, c, d, e, f with u = ax+by+c, v = dx+ey+f; and the determinant of the sample."
+    "The map through three matches, (a … f) with u = ax + by + c and v = dx + ey + f; and its determinant."
     x1 = np.float64(x[j]) - np.float64(x[i])
     y1 = np.float64(y[j]) - np.float64(y[i])
     x2 = np.float64(x[k]) - np.float64(x[i])
@@ -322,62 +315,58 @@ def solve_affine(x, y, u, v, i, j, k):
     e = (v2 * x1 - v1 * x2) / det
     c = np.float64(u[i]) - (a * x[i] + b * y[i])
     f = np.float64(v[i]) - (d * x[i] + e * y[i])
-    return a, b, c, d, e, f, det
+    return (a, b, c, d, e, f), det
+
+# %% ../../../nbs/parts/local/matching.ipynb #87029719
+@compiled
+def _degenerate(m, max_scale, max_shear):
+    "Mirrored, collapsed, too large, too small or too flat (s = σ₁² + σ₂², p = σ₁σ₂)."
+    a, b, _, d, e, _ = m
+    p = a * e - b * d
+    s = a * a + b * b + d * d + e * e
+    good_size = p > 0 and p <= max_scale * max_scale and p * max_scale * max_scale >= 1
+    return not (good_size and s <= (max_shear + 1 / max_shear) * p)
 
 
 @compiled
-def _degenerate(a, b, d, e, max_scale, max_shear):
-    "Mirrored, collapsed, too large, too small or too flat (s = σ₁² + σ₂², p = σ₁σ₂)."
-    p = a * e - b * d
-    s = a * a + b * b + d * d + e * e
-    return not (
-        p > 0
-        and p <= max_scale * max_scale
-        and p * max_scale * max_scale >= 1
-        and s <= (max_shear + 1 / max_shear) * p
-    )
+def _single(m):
+    "A map in float32, as residuals use it."
+    a, b, c, d, e, f = m
+    return np.float32(a), np.float32(b), np.float32(c), np.float32(d), np.float32(e), np.float32(f)
 
 # %% ../../../nbs/parts/local/matching.ipynb #117277f9
 @compiled
-def _count(x, y, u, v, a, b, c, d, e, f, limit):
+def _count(x, y, u, v, m, limit):
     "Matches that the map takes to within √limit."
+    a, b, c, d, e, f = m
     n = np.int32(0)
-    for m in range(len(x)):
-        r = ((a * x[m] + b * y[m]) + c) - u[m]
-        s = ((d * x[m] + e * y[m]) + f) - v[m]
+    for i in range(len(x)):
+        r = ((a * x[i] + b * y[i]) + c) - u[i]
+        s = ((d * x[i] + e * y[i]) + f) - v[i]
         n = np.int32(n + np.int32((r * r + s * s) < limit))
     return n
 
 
 @compiled
-def _cost(x, y, u, v, a, b, c, d, e, f, limit, mask):
-    "Sum of the squared residuals of the inliers, in whole 1/65536 so that no order of summing matters; marks them in `mask`."
+def _cost(x, y, u, v, m, limit, mask):
+    "Sum of the inliers' squared residuals, in whole 1/65536: no order of summing matters. Marks them."
+    a, b, c, d, e, f = m
     total = 0
-    for m in range(len(x)):
-        r = ((a * x[m] + b * y[m]) + c) - u[m]
-        s = ((d * x[m] + e * y[m]) + f) - v[m]
+    for i in range(len(x)):
+        r = ((a * x[i] + b * y[i]) + c) - u[i]
+        s = ((d * x[i] + e * y[i]) + f) - v[i]
         q = r * r + s * s
-        mask[m] = q < limit
-        if mask[m]:
+        mask[i] = q < limit
+        if mask[i]:
             total += np.int64(q * np.float32(65536))
     return total
 
 # %% ../../../nbs/parts/local/matching.ipynb #a49f32e3
 @compiled
-def fit_affine(x, y, u, v, mask):
-    "Least-squares affine map over the marked matches (normal equations); zeros if they lie on a line."
-    n = 0.0
-    sx = 0.0
-    sy = 0.0
-    su = 0.0
-    sv = 0.0
-    xx = 0.0
-    xy = 0.0
-    yy = 0.0
-    xu = 0.0
-    yu = 0.0
-    xv = 0.0
-    yv = 0.0
+def _sums(x, y, u, v, mask):
+    "Over the marked matches: their number, the sums of x, y, u, v and of the products a fit needs."
+    n = sx = sy = su = sv = 0.0
+    xx = xy = yy = xu = yu = xv = yv = 0.0
     for m in range(len(x)):
         if mask[m]:
             p = np.float64(x[m])
@@ -396,6 +385,13 @@ def fit_affine(x, y, u, v, mask):
             yu += q * r
             xv += p * s
             yv += q * s
+    return n, sx, sy, su, sv, xx, xy, yy, xu, yu, xv, yv
+
+# %% ../../../nbs/parts/local/matching.ipynb #eeca44d7
+@compiled
+def fit_affine(x, y, u, v, mask):
+    "Least-squares affine map over the marked matches (normal equations); zeros if they lie on a line."
+    n, sx, sy, su, sv, xx, xy, yy, xu, yu, xv, yv = _sums(x, y, u, v, mask)
     xx = n * xx - sx * sx
     xy = n * xy - sx * sy
     yy = n * yy - sy * sy
@@ -417,60 +413,69 @@ TIES = 16  # hypotheses of one count that compete by their residuals; a false pa
 
 
 @compiled
-def ransac(
-    x,
-    y,  # places in the image [n] float32
-    u,
-    v,  # places in the partner
-    stream,  # samples [t, 3], see `sample_stream`
-    limit,  # squared residual of an inlier, float32
-    reject,
-    max_scale,
-    max_shear,
-    refine,  # as in `Rule`
-):
-    "The affine map with most inliers: count, map [6] float64, mask [n]."
-    n = len(x)
+def _best_sample(x, y, u, v, stream, limit, reject, max_scale, max_shear, model, mask):
+    "Count of the best hypothesis; of the first equals, the one with the smallest cost."
     best = np.int32(0)
     least = np.int64(0)
     ties = 0
-    model = np.zeros(6)
-    mask = np.zeros(n, np.bool_)
-    trial = np.zeros(n, np.bool_)
-    near = np.zeros(n, np.bool_)
-    if n < 3:
-        return best, model, mask
-    for t in range(len(stream) + refine):
-        r = t - len(stream)  # round of refinement
-        if r < 0:
-            i, j, k = _three(stream[t], n)
-            a, b, c, d, e, f, det = solve_affine(x, y, u, v, i, j, k)
-        else:
-            if r == 0:
-                near[:] = mask
-            a, b, c, d, e, f = fit_affine(x, y, u, v, near)
-            det = a * e - b * d
-        if det == 0 or (reject and _degenerate(a, b, d, e, max_scale, max_shear)):
-            if r < 0:
-                continue
-            break
-        m = (np.float32(a), np.float32(b), np.float32(c), np.float32(d), np.float32(e), np.float32(f))
-        count = _count(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], limit)
-        if r >= 0:
-            wide = 2 - r / max(1, refine - 1)
-            _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], np.float32(limit * wide * wide), near)
-        if count < best or count == 0 or (count == best and (r >= 0 or ties == TIES)):
+    trial = np.zeros(len(x), np.bool_)
+    for t in range(len(stream)):
+        i, j, k = _three(stream[t], len(x))
+        m, det = solve_affine(x, y, u, v, i, j, k)
+        if det == 0 or (reject and _degenerate(m, max_scale, max_shear)):
+            continue
+        count = _count(x, y, u, v, _single(m), limit)
+        if count < best or count == 0 or (count == best and ties == TIES):
             continue
         ties = 1 if count > best else ties + 1
-        cost = _cost(x, y, u, v, m[0], m[1], m[2], m[3], m[4], m[5], limit, trial)
+        cost = _cost(x, y, u, v, _single(m), limit, trial)
         if count > best or cost < least:
             best = count
             least = cost
+            model[:] = m
             mask[:] = trial
-            model[0] = a
-            model[1] = b
-            model[2] = c
-            model[3] = d
-            model[4] = e
-            model[5] = f
+    return best
+
+# %% ../../../nbs/parts/local/matching.ipynb #5d4a3f23
+@compiled
+def _refined(x, y, u, v, limit, reject, max_scale, max_shear, refine, best, model, mask):
+    "Count after fitting the winner to what lies near it, within a limit that narrows round by round."
+    near = mask.copy()
+    trial = np.zeros(len(x), np.bool_)
+    for r in range(refine):
+        m = fit_affine(x, y, u, v, near)
+        det = m[0] * m[4] - m[1] * m[3]
+        if det == 0 or (reject and _degenerate(m, max_scale, max_shear)):
+            break
+        count = _count(x, y, u, v, _single(m), limit)
+        wide = 2 - r / max(1, refine - 1)
+        _cost(x, y, u, v, _single(m), np.float32(limit * wide * wide), near)
+        if count > best:
+            best = count
+            _cost(x, y, u, v, _single(m), limit, trial)
+            model[:] = m
+            mask[:] = trial
+    return best
+
+# %% ../../../nbs/parts/local/matching.ipynb #4fcb9be6
+@compiled
+def ransac(
+    x,  # places in the image [n] float32
+    y,
+    u,  # places in the partner
+    v,
+    stream,  # samples [t, 3], see `sample_stream`
+    limit,  # squared residual of an inlier, float32
+    reject,  # this and the next three as in `Rule`
+    max_scale,
+    max_shear,
+    refine,
+):
+    "The affine map with most inliers: count, map [6] float64, mask [n]."
+    model = np.zeros(6)
+    mask = np.zeros(len(x), np.bool_)
+    if len(x) < 3:
+        return np.int32(0), model, mask
+    best = _best_sample(x, y, u, v, stream, limit, reject, max_scale, max_shear, model, mask)
+    best = _refined(x, y, u, v, limit, reject, max_scale, max_shear, refine, best, model, mask)
     return best, model, mask

@@ -19,13 +19,11 @@ def spread_labels(
     if not n:
         return ids
     ids = ids[size >= 2]
-    return (
-        ids[np.unique(np.linspace(0, len(ids) - 1, min(n, len(ids))).round().astype(int))]
-        if len(ids)
-        else ids
-    )
+    if not len(ids):
+        return ids
+    return ids[np.unique(np.linspace(0, len(ids) - 1, min(n, len(ids))).round().astype(int))]
 
-
+# %% ../../../nbs/parts/local/separation.ipynb #45096b3d
 def pairs_to_separate(
     place: np.ndarray,  # what each image shows, a number; −1 where it shows nothing to verify [n]
     landmark: np.ndarray,  # whose place it is; pairs of two landmarks are different ones [n]
@@ -44,7 +42,8 @@ def pairs_to_separate(
     shows = (place[a] >= 0) & (place[b] >= 0)
 
     def some(m):
-        return (lambda k: np.stack([a[k], b[k]], 1))(np.sort(rng.permutation(np.flatnonzero(m))[:n]))
+        k = np.sort(rng.permutation(np.flatnonzero(m))[:n])
+        return np.stack([a[k], b[k]], 1)
 
     return some(shows & (place[a] == place[b])), some(shows & (landmark[a] != landmark[b]))
 
@@ -56,26 +55,14 @@ def separation_row(
     false: float = 0.01,  # share of different pairs that may reach the threshold
 ) -> dict:  # kind, n_same, n_different, threshold, found, auc
     "How far two sorts of pairs are apart."
+    row = dict(kind=kind, n_same=len(same), n_different=len(different))
     if not len(same) or not len(different):
-        return dict(
-            kind=kind,
-            n_same=len(same),
-            n_different=len(different),
-            threshold=np.nan,
-            found=np.nan,
-            auc=np.nan,
-        )
+        return row | dict(threshold=np.nan, found=np.nan, auc=np.nan)
     d = np.sort(different)
     threshold = int(d[len(d) - 1 - int(false * len(d))]) + 1  # the smallest count that so few reach
     below, upto = np.searchsorted(d, same), np.searchsorted(d, same, "right")
-    return dict(
-        kind=kind,
-        n_same=len(same),
-        n_different=len(d),
-        threshold=threshold,
-        found=float((same >= threshold).mean()),
-        auc=float((below + upto).mean() / 2 / len(d)),
-    )
+    found, auc = float((same >= threshold).mean()), float((below + upto).mean() / 2 / len(d))
+    return row | dict(threshold=threshold, found=found, auc=auc)
 
 # %% ../../../nbs/parts/local/separation.ipynb #76712932
 def partner_ranks(
@@ -89,16 +76,11 @@ def partner_ranks(
     q = np.asarray(x[rows], np.float32)
     order = np.argsort(at, kind="stable")
     ends = np.searchsorted(at[order], np.arange(len(rows) + 1))
-    sims = (
-        np.concatenate(
-            [
-                (q[at[a : a + block]] * np.asarray(x[pairs[a : a + block, 1]], np.float32)).sum(1)
-                for a in range(0, len(pairs), block)
-            ]
-            or [np.zeros(0)]
-        )
-        + 1e-6
-    )  # what is equal is not nearer
+    own = [np.zeros(0)] if not len(pairs) else []
+    for a in range(0, len(pairs), block):
+        partner = np.asarray(x[pairs[a : a + block, 1]], np.float32)
+        own.append((q[at[a : a + block]] * partner).sum(1))
+    sims = np.concatenate(own) + 1e-6  # what is equal is not nearer
     for a in range(0, len(x), block):
         near = np.sort(q @ np.asarray(x[a : a + block], np.float32).T, 1)
         for r in range(len(rows)):
@@ -106,7 +88,7 @@ def partner_ranks(
             rank[k] += near.shape[1] - np.searchsorted(near[r], sims[k], "right")
     return rank
 
-
+# %% ../../../nbs/parts/local/separation.ipynb #69ac0f7a
 def restriction_table(
     ranks: np.ndarray,  # see `partner_ranks`, of pairs within the labels [m]
     n_inliers: np.ndarray,  # their counts; −1 where a pair was not verified [m]
@@ -115,20 +97,14 @@ def restriction_table(
 ) -> pd.DataFrame:  # n_neighbors, pairs, verified and the shares of what the label alone would give
     "What is left when only the nearest of all images are asked."
     good = n_inliers >= min_inliers
-    rows = [(k, ranks < k) for k in n_neighbors] + [("label", ranks >= 0)]
+    asked = [(k, ranks < k) for k in n_neighbors] + [("label", ranks >= 0)]
+    rows = [(str(k), int(m.sum()), int((m & good).sum())) for k, m in asked]
+    table = pd.DataFrame(rows, columns=["n_neighbors", "pairs", "verified"])
+    table["pairs_share"] = [_share(n, len(ranks)) for n in table.pairs]
+    table["verified_share"] = [_share(n, good.sum()) for n in table.verified]
+    return table
 
-    def share(a, b):
-        return float(a) / b if b else float("nan")
 
-    return pd.DataFrame(
-        [
-            dict(
-                n_neighbors=str(k),
-                pairs=int(m.sum()),
-                verified=int((m & good).sum()),
-                pairs_share=share(m.sum(), len(m)),
-                verified_share=share((m & good).sum(), good.sum()),
-            )
-            for k, m in rows
-        ]
-    )
+def _share(n, total):
+    "n of total, NaN of nothing."
+    return float(n) / total if total else float("nan")

@@ -30,6 +30,7 @@ class Verified:
 
     @property
     def n_matches(self) -> int:
+        "Matches, inliers or not."
         return len(self.matches)
 
 
@@ -43,18 +44,8 @@ def verify_prepared(
     m1, m2 = match(a, b, rule)
     limit = np.float32((rule.residual * max(b.size)) ** 2)
     (x, y), (u, v) = np.ascontiguousarray(a.xy[m1].T), np.ascontiguousarray(b.xy[m2].T)
-    n, model, mask = ransac(
-        x,
-        y,
-        u,
-        v,
-        sample_stream(rule.n_trials, stream),
-        limit,
-        rule.reject,
-        rule.max_scale,
-        rule.max_shear,
-        rule.refine,
-    )
+    how = rule.reject, rule.max_scale, rule.max_shear, rule.refine
+    n, model, mask = ransac(x, y, u, v, sample_stream(rule.n_trials, stream), limit, *how)
     return n, model, m1, m2, mask
 
 
@@ -129,10 +120,8 @@ def _verify_block(job):
     "A thread's share: the pairs in the order in which they came."
     store_a, store_b, pairs, rule, n_kept, own = job
     if not hasattr(own, "a"):
-        own.a = _Cache(store_a, n_kept)
-        own.b = (
-            own.a if store_b is store_a else _Cache(store_b, n_kept)
-        )  # a thread keeps its images from share to share
+        own.a = _Cache(store_a, n_kept)  # a thread keeps its images from share to share
+        own.b = own.a if store_b is store_a else _Cache(store_b, n_kept)
     a, b = own.a, own.b
     out = np.zeros((len(pairs), 2), np.int32)
     for row, (i, j) in zip(out, pairs.tolist()):
@@ -156,11 +145,12 @@ def check_pairs(
         )
     if pairs.min() < 0 or pairs[:, 0].max() >= n_a or pairs[:, 1].max() >= n_b:
         raise ValueError(
-            f"pairs reach to position {pairs.max(0).tolist()} (from {pairs.min()}), but there are local features of {n_a} and {n_b} images"
+            f"pairs reach to position {pairs.max(0).tolist()} (from {pairs.min()}), "
+            f"but there are local features of {n_a} and {n_b} images"
         )
     return pairs.astype(np.int64)
 
-
+# %% ../../../nbs/parts/local/verification.ipynb #e18ace1e
 def verify_pairs(
     store: LocalStore,  # local features of the images
     pairs: np.ndarray,  # positions (image, partner) [m, 2]
@@ -178,9 +168,8 @@ def verify_pairs(
     if str(device) != "cpu":
         from landmark.parts.local.verification_torch import verify_pairs_torch
 
-        return verify_pairs_torch(
-            store, pairs, rule, store_b, device="cpu" if device == "torch" else device, memory_mib=memory_mib
-        )
+        where = "cpu" if device == "torch" else device
+        return verify_pairs_torch(store, pairs, rule, store_b, device=where, memory_mib=memory_mib)
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

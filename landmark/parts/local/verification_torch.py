@@ -32,12 +32,8 @@ def load_images(
     for row, f in enumerate(fs):
         desc[row, : len(f)], xy[row, : len(f)] = f.desc, f.xy
     side = torch.tensor([max(f.size) for f in fs], dtype=torch.float64)
-    return (
-        torch.from_numpy(desc).to(device),
-        torch.from_numpy(xy).to(device),
-        torch.tensor(n, device=device),
-        side.to(device),
-    )
+    n = torch.tensor(n, device=device)
+    return torch.from_numpy(desc).to(device), torch.from_numpy(xy).to(device), n, side.to(device)
 
 
 def cut_blocks(
@@ -72,8 +68,8 @@ BIG = 2.0**22  # more than any |a|² − 2ab of stored descriptors; sums with it
 
 
 def two_nearest(
-    a,
-    na,  # the images' descriptors [p, ka, d] int8 and how many are real [p]
+    a,  # the images' descriptors [p, ka, d] int8
+    na,  # how many of them are real [p]
     b,  # the partners' [p, kb, d] int8
 ) -> tuple:  # per partner feature: number of the nearest, |a|² − 2ab of it and of the next [p, kb]
     "The two nearest rows for every feature of the partner; the first of equals wins."
@@ -84,12 +80,12 @@ def two_nearest(
     best = x.gather(2, idx)[..., 0]
     return idx[..., 0], best, x.scatter_(2, idx, BIG).amin(2)
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #d790f4b9
 def match_batch(
-    a,
-    na,  # the images' descriptors [p, ka, d] int8 and how many are real [p]
-    b,
-    nb,  # the partners'
+    a,  # the images' descriptors [p, ka, d] int8
+    na,  # how many of them are real [p]
+    b,  # the partners', and how many
+    nb,
     rule: Rule,  # thresholds
     unit: int,  # length of a stored descriptor
 ) -> tuple:  # nearest feature of the image per partner feature [p, kb], whether it is a match [p, kb]
@@ -98,11 +94,8 @@ def match_batch(
     idx, best, second = (kernels.two_nearest if kernels else two_nearest)(a, na, b)
     sb = b.float().square_().sum(2).double()
     d1 = best.double() + sb
-    ok = (
-        (d1 < (rule.max_dist * unit) ** 2)
-        & (torch.arange(b.shape[1], device=a.device) < nb[:, None])
-        & (na > 0)[:, None]
-    )
+    real = torch.arange(b.shape[1], device=a.device) < nb[:, None]
+    ok = (d1 < (rule.max_dist * unit) ** 2) & real & (na > 0)[:, None]
     if rule.ratio:
         ok &= d1 < rule.ratio**2 * (second.double() + sb)
     if rule.mutual:
@@ -123,10 +116,10 @@ def three_of(
     k = k + (k >= hi)
     return torch.stack([i, j, k], 2)
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #5d60db59
 def affine_of(
-    p,
-    q,  # three points each in image and partner [..., 3, 2] float64
+    p,  # three points each in the image [..., 3, 2] float64
+    q,  # and in the partner
     rule: Rule,  # which maps are degenerate
 ) -> tuple:  # a, b, c, d, e, f [..., 6] float64; whether it may be counted [...]
     "The affine maps through three points, term by term as `matching.solve_affine`."
@@ -134,13 +127,12 @@ def affine_of(
     x1, y1, u1, v1 = (z[..., 1] - z[..., 0] for z in (x, y, u, v))
     x2, y2, u2, v2 = (z[..., 2] - z[..., 0] for z in (x, y, u, v))
     det = x1 * y2 - x2 * y1
-    a, b, d, e = (
-        (u1 * y2 - u2 * y1) / det,
-        (u2 * x1 - u1 * x2) / det,
-        (v1 * y2 - v2 * y1) / det,
-        (v2 * x1 - v1 * x2) / det,
-    )
-    c, f = u[..., 0] - (a * x[..., 0] + b * y[..., 0]), v[..., 0] - (d * x[..., 0] + e * y[..., 0])
+    a = (u1 * y2 - u2 * y1) / det
+    b = (u2 * x1 - u1 * x2) / det
+    d = (v1 * y2 - v2 * y1) / det
+    e = (v2 * x1 - v1 * x2) / det
+    c = u[..., 0] - (a * x[..., 0] + b * y[..., 0])
+    f = v[..., 0] - (d * x[..., 0] + e * y[..., 0])
     maps = torch.stack([a, b, c, d, e, f], -1)
     return maps, (det != 0) & sensible(maps, rule)
 
@@ -151,7 +143,9 @@ def sensible(
 ):  # whether they may be counted [...]
     "Not mirrored, collapsed, too large, too small or too flat."
     a, b, _, d, e, _ = maps.unbind(-1)
-    area, s, m, k = a * e - b * d, a * a + b * b + d * d + e * e, rule.max_scale, rule.max_shear
+    area = a * e - b * d
+    s = a * a + b * b + d * d + e * e
+    m, k = rule.max_scale, rule.max_shear
     if not rule.reject:
         return area == area
     return (area > 0) & (area <= m * m) & (area * m * m >= 1) & (s <= (k + 1 / k) * area)
@@ -159,8 +153,8 @@ def sensible(
 # %% ../../../nbs/parts/local/verification_torch.ipynb #8961c791
 def residuals(
     maps,  # [p, t, 6] float32
-    p,
-    q,  # matched places [p, m, 2] float32
+    p,  # matched places in the image [p, m, 2] float32
+    q,  # and in the partner
 ):  # squared residuals [p, t, m]
     "How far each map takes each match from its place, squared."
     (x, y), (u, v) = p[:, None].unbind(-1), q[:, None].unbind(-1)
@@ -168,11 +162,11 @@ def residuals(
     r, s = ((a * x + b * y) + c) - u, ((d * x + e * y) + f) - v
     return r * r + s * s
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #d4db5458
 def count_plain(
     maps,  # [p, t, 6] float32
-    p,
-    q,  # matched places [p, m, 2] float32; beyond a pair's matches q is infinite
+    p,  # matched places in the image [p, m, 2] float32
+    q,  # and in the partner; infinite beyond a pair's matches
     limit,  # squared residual [p] float32
     block: int = 100,  # hypotheses at a time: bounds the memory
 ):  # inliers of every hypothesis [p, t]
@@ -190,39 +184,50 @@ def count_plain(
     return torch.cat(out, 1)
 
 
-def count_batch(maps, p, q, real, limit):  # inliers of every hypothesis [p, t]
-    "Inliers of every hypothesis; `real` says which places are matches."
+def count_batch(
+    maps,  # [p, t, 6] float32
+    p,  # matched places in the image [p, m, 2] float32
+    q,  # and in the partner
+    real,  # which of them are matches [p, m]
+    limit,  # squared residual [p] float32
+):  # inliers of every hypothesis [p, t]
+    "Inliers of every hypothesis, by the fused kernels or by plain tensors."
     kernels, q = fused(maps.device), q.masked_fill(~real[..., None], torch.inf)
     return (kernels.count if kernels else count_plain)(maps.contiguous(), p, q, limit)
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #294e0031
 def best_of(
-    maps,
-    count,  # hypotheses [p, t, 6] float64 and their inliers [p, t]
-    p,
+    maps,  # hypotheses [p, t, 6] float64
+    count,  # their inliers [p, t]
+    p,  # matched places, which are matches, and the limit: as above
     q,
     real,
-    limit,  # as above
+    limit,
 ):  # the winners [p, 6]
     "Most inliers; of the first 16 equals the one with the smallest sum of squared residuals."
     t = torch.arange(count.shape[1], device=count.device)
     first = torch.where(count == count.amax(1, keepdim=True), t, len(t)).sort(1)[0][:, :TIES]
-    tied = maps.gather(1, first.clamp(max=len(t) - 1)[..., None].expand(-1, -1, 6))
+    tied = _take(maps, first.clamp(max=len(t) - 1))
     r = residuals(tied.float(), p, q)
-    cost = (
-        torch.where((r < limit[:, None, None]) & real[:, None], (r.clamp(max=2.0**20) * 65536).long(), 0)
-        .sum(2)
-        .masked_fill(first == len(t), 2**62)
-    )
-    k = torch.where(
-        cost == cost.amin(1, keepdim=True), torch.arange(cost.shape[1], device=cost.device), TIES
-    ).amin(1)
-    return tied.gather(1, k[:, None, None].expand(-1, -1, 6))[:, 0]
+    near = (r < limit[:, None, None]) & real[:, None]
+    cost = torch.where(near, (r.clamp(max=2.0**20) * 65536).long(), 0).sum(2)
+    cost = cost.masked_fill(first == len(t), 2**62)
+    place = torch.arange(cost.shape[1], device=cost.device)
+    k = torch.where(cost == cost.amin(1, keepdim=True), place, TIES).amin(1)
+    return _take(tied, k[:, None])[:, 0]
 
 
+def _take(
+    x,  # a table per pair [p, n, c]
+    rows,  # which rows of it [p, m]
+):  # [p, m, c]
+    "Some rows of every pair's table."
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+
+# %% ../../../nbs/parts/local/verification_torch.ipynb #90055b42
 def fit_batch(
-    p,
-    q,  # matched places [p, m, 2] float32
+    p,  # matched places in the image [p, m, 2] float32
+    q,  # and in the partner
     mask,  # inliers [p, m]
 ):  # least-squares maps [p, 6] float64
     "The map over all inliers of each pair, term by term as `matching.fit_affine`."
@@ -233,75 +238,82 @@ def fit_batch(
         return (z * w).sum(1)
 
     n, sx, sy, su, sv = w.sum(1), total(x), total(y), total(u), total(v)
-    xx, xy, yy = n * total(x * x) - sx * sx, n * total(x * y) - sx * sy, n * total(y * y) - sy * sy
-    xu, yu, xv, yv = (
-        n * total(x * u) - sx * su,
-        n * total(y * u) - sy * su,
-        n * total(x * v) - sx * sv,
-        n * total(y * v) - sy * sv,
-    )
+    xx = n * total(x * x) - sx * sx
+    xy = n * total(x * y) - sx * sy
+    yy = n * total(y * y) - sy * sy
+    xu = n * total(x * u) - sx * su
+    yu = n * total(y * u) - sy * su
+    xv = n * total(x * v) - sx * sv
+    yv = n * total(y * v) - sy * sv
     det = xx * yy - xy * xy
-    a, b, d, e = (
-        (xu * yy - yu * xy) / det,
-        (yu * xx - xu * xy) / det,
-        (xv * yy - yv * xy) / det,
-        (yv * xx - xv * xy) / det,
-    )
+    a = (xu * yy - yu * xy) / det
+    b = (yu * xx - xu * xy) / det
+    d = (xv * yy - yv * xy) / det
+    e = (yv * xx - xv * xy) / det
     maps = torch.stack([a, b, (su - (a * sx + b * sy)) / n, d, e, (sv - (d * sx + e * sy)) / n], -1)
     return torch.where((det > 0)[:, None], maps, 0)
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #a925eac0
-@torch.no_grad()
-def verify_batch(
-    a,
-    b,  # what `load_images` returned for the images and for the partners
-    rows,  # row numbers in the two tables [p, 2], on their device
-    rule: Rule,  # thresholds
-    unit: int,  # length of a stored descriptor
-) -> tuple:  # n_matches [p], n_inliers [p]
-    "Match and inlier counts of a batch of pairs."
-    (da, xa, na, _), (db, xb, nb, side) = ([z[rows[:, c]] for z in table] for c, table in enumerate((a, b)))
+def _true_first(ok):
+    "Column numbers, those that are true first, in order [p, n]."
+    return torch.argsort((~ok).int(), dim=1, stable=True)
+
+
+def _matched_places(a, b, rows, rule, unit):
+    "Places of matches in image and partner [p, m, 2], how many are real, the partner's longest side [p]."
+    da, xa, na, _ = [z[rows[:, 0]] for z in a]
+    db, xb, nb, side = [z[rows[:, 1]] for z in b]
     idx, ok = match_batch(da, na, db, nb, rule, unit)
     n = ok.sum(1)
     m = max(3, int(n.max()))
-    order = torch.argsort((~ok).int(), dim=1, stable=True)[:, :m]  # matches first, ascending
+    order = _true_first(ok)[:, :m]
     if order.shape[1] < m:
         order = torch.nn.functional.pad(order, (0, m - order.shape[1]))
+    return _take(xa, idx.gather(1, order)), _take(xb, order), n, side
 
-    def place(xy, k):
-        return xy.gather(1, k[..., None].expand(-1, -1, 2))
-
-    p, q = place(xa, idx.gather(1, order)), place(xb, order)
-    real = torch.arange(m, device=n.device) < n[:, None]
-    picks = three_of(torch.from_numpy(sample_stream(rule.n_trials)).to(n.device), n).clamp(max=m - 1)
-
-    def three(z):
-        return (
-            z.double()
-            .gather(1, picks.reshape(len(n), -1)[..., None].expand(-1, -1, 2))
-            .reshape(*picks.shape, 2)
-        )
-
-    maps, allowed = affine_of(three(p), three(q), rule)
-    limit = torch.square(rule.residual * side).float()
+# %% ../../../nbs/parts/local/verification_torch.ipynb #fdbd1033
+def _hypotheses(p, q, n, rule):
+    "Maps through all samples [p, t, 6] and whether they may be counted; most degenerate ones are left out."
+    stream = torch.from_numpy(sample_stream(rule.n_trials)).to(n.device)
+    picks = three_of(stream, n).clamp(max=p.shape[1] - 1)
+    three = [_take(z.double(), picks.flatten(1)).reshape(*picks.shape, 2) for z in (p, q)]
+    maps, allowed = affine_of(*three, rule)
     allowed &= (n >= 3)[:, None]
-    few = torch.argsort((~allowed).int(), dim=1, stable=True)[
-        :, : max(1, int(allowed.sum(1).max()))
-    ]  # degenerate ones are not even counted
-    maps, allowed = maps.gather(1, few[..., None].expand(-1, -1, 6)), allowed.gather(1, few)
-    counts = torch.where(allowed, count_batch(maps.float(), p, q, real, limit), 0)
-    count, best = counts.amax(1), best_of(maps, counts, p, q, real, limit)
-    near, going = (residuals(best[:, None].float(), p, q)[:, 0] < limit[:, None]) & real, count > 0
+    few = _true_first(allowed)[:, : max(1, int(allowed.sum(1).max()))]
+    return _take(maps, few), allowed.gather(1, few)
+
+# %% ../../../nbs/parts/local/verification_torch.ipynb #1afb9cbd
+def _refined(best, count, p, q, real, limit, rule):
+    "Counts after fitting the winners to what lies near them, as `matching._refined`."
+    near = (residuals(best[:, None].float(), p, q)[:, 0] < limit[:, None]) & real
+    going = count > 0
     for r in range(rule.refine):
         best = fit_batch(p, q, near)
         going = going & sensible(best, rule) & (best[:, 0] * best[:, 4] - best[:, 1] * best[:, 3] != 0)
         again = count_batch(best[:, None].float(), p, q, real, limit)[:, 0]
         count = torch.where(going & (again > count), again, count)
         wide = 2 - r / max(1, rule.refine - 1)
-        near = (
-            residuals(best[:, None].float(), p, q)[:, 0] < (limit.double() * wide * wide).float()[:, None]
-        ) & real
-    return n.int(), count.int()
+        far = (limit.double() * wide * wide).float()
+        near = (residuals(best[:, None].float(), p, q)[:, 0] < far[:, None]) & real
+    return count
+
+# %% ../../../nbs/parts/local/verification_torch.ipynb #66992a87
+@torch.no_grad()
+def verify_batch(
+    a,  # what `load_images` returned for the images
+    b,  # and for the partners
+    rows,  # row numbers in the two tables [p, 2], on their device
+    rule: Rule,  # thresholds
+    unit: int,  # length of a stored descriptor
+) -> tuple:  # n_matches [p], n_inliers [p]
+    "Match and inlier counts of a batch of pairs."
+    p, q, n, side = _matched_places(a, b, rows, rule, unit)
+    real = torch.arange(p.shape[1], device=n.device) < n[:, None]
+    limit = torch.square(rule.residual * side).float()
+    maps, allowed = _hypotheses(p, q, n, rule)
+    counts = torch.where(allowed, count_batch(maps.float(), p, q, real, limit), 0)
+    best = best_of(maps, counts, p, q, real, limit)
+    return n.int(), _refined(best, counts.amax(1), p, q, real, limit, rule).int()
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #1f1ac7f1
 def pairs_at_once(
@@ -312,7 +324,7 @@ def pairs_at_once(
     "Pairs of a batch."
     return max(1, int(memory_mib * 2**20 // (k * 2048 + 2**20 if is_fused else k * k * 6 + 2**20)))
 
-
+# %% ../../../nbs/parts/local/verification_torch.ipynb #98b14253
 @torch.no_grad()
 def verify_pairs_torch(
     store: LocalStore,  # local features of the images

@@ -14,10 +14,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton, tl = (
-        SimpleNamespace(jit=lambda f: f),
-        SimpleNamespace(constexpr=int),
-    )  # same_numbers fails, and the plain path goes on
+    triton = SimpleNamespace(jit=lambda f: f)  # same_numbers fails, and the plain path goes on
+    tl = SimpleNamespace(constexpr=int)
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #244d45c4
 @triton.jit
@@ -52,8 +50,8 @@ def _nearest(a, b, na, out, ka, kb, d, D: tl.constexpr, B: tl.constexpr):
 
 
 def two_nearest(
-    a,
-    na,  # the images' descriptors [p, ka, d] int8 and how many are real [p]
+    a,  # the images' descriptors [p, ka, d] int8
+    na,  # how many of them are real [p]
     b,  # the partners' [p, kb, d] int8
 ) -> tuple:  # as `verification_torch.two_nearest`
     "The two nearest rows for every feature of the partner."
@@ -61,9 +59,8 @@ def two_nearest(
     if ka > 65536:
         raise ValueError(f"{ka} local features in an image; a key counts to 65536")
     out = torch.empty((p, kb, 2), dtype=torch.int64, device=a.device)
-    _nearest[(p, -(-kb // 64))](
-        a.contiguous(), b.contiguous(), na, out, ka, kb, d, D=max(32, 1 << (d - 1).bit_length()), B=64
-    )
+    wide = max(32, 1 << (d - 1).bit_length())
+    _nearest[(p, -(-kb // 64))](a.contiguous(), b.contiguous(), na, out, ka, kb, d, D=wide, B=64)
     return out[..., 0] & 65535, out[..., 0] >> 16, out[..., 1] >> 16
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #a142d898
@@ -96,32 +93,43 @@ def _count(maps, p, q, limit, out, t, m, T: tl.constexpr, B: tl.constexpr):
 
 def count(
     maps,  # [p, t, 6] float32
-    p,
-    q,  # matched places [p, m, 2] float32; beyond a pair's matches q is infinite
+    p,  # matched places in the image [p, m, 2] float32
+    q,  # and in the partner; infinite beyond a pair's matches
     limit,  # squared residual [p] float32
 ):  # inliers of every hypothesis [p, t]
     "Inliers of every hypothesis."
     n, t = maps.shape[:2]
+    maps, p, q = maps.contiguous(), p.contiguous(), q.contiguous()
     out = torch.empty((n, t), dtype=torch.int32, device=maps.device)
-    _count[(n, -(-t // 64))](
-        maps.contiguous(),
-        p.contiguous(),
-        q.contiguous(),
-        limit,
-        out,
-        t,
-        p.shape[1],
-        T=64,
-        B=64,
-        enable_fp_fusion=False,
-    )
+    grid = n, -(-t // 64)
+    _count[grid](maps, p, q, limit, out, t, p.shape[1], T=64, B=64, enable_fp_fusion=False)
     return out.long()
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #bd0eac8b
+def _same_nearest(draw, device, plain, n, ka, kb):
+    "Whether both give the same nearest and next for random descriptors."
+    a, b = draw(ka), draw(kb)
+    na = torch.tensor([ka, ka // 3, 1, *[ka - 1] * (n - 3)][:n], device=device)
+    ours, theirs = two_nearest(a, na, b), plain(a, na, b)
+    idx, best, second = [x.double() == y.double() for x, y in zip(ours, theirs)]
+    return bool(idx.all() and best.all() and second[na > 1].all())  # an image of one has no next
+
+
+def _same_count(g, device, plain, n, ka, kb):
+    "Whether both count the same inliers of random maps."
+    p = torch.randint(0, 12800, (n, ka, 2), generator=g).float().to(device) / 16
+    q = p + torch.randint(-480, 480, (n, ka, 2), generator=g).to(device) / 16
+    spread = torch.tensor([0.01, 0.01, 5, 0.01, 0.01, 5])
+    maps = torch.tensor([1.0, 0, 0, 0, 1, 0]) + torch.randn((n, kb, 6), generator=g) * spread
+    maps, limit = maps.to(device), torch.full((n,), 400.0, device=device)
+    q[0, 5:] = torch.inf
+    return bool((count(maps, p, q, limit) == plain(maps, p, q, limit)).all())
+
+
 def same_numbers(
     device,  # where to compare
-    two_nearest_plain,
-    count_plain,  # the plain path's functions
+    two_nearest_plain,  # the plain path's functions
+    count_plain,
     sizes=(3, 150, 130, 40),  # pairs, features of the images and of the partners, dimensions
 ) -> bool:  # whether every number is equal
     "Compare both kernels with the plain path."
@@ -133,23 +141,6 @@ def same_numbers(
         x[:, k // 2 :] = x[:, : k - k // 2]
         return x.to(device)
 
-    a, b, na = draw(ka), draw(kb), torch.tensor([ka, ka // 3, 1, *[ka - 1] * (n - 3)][:n], device=device)
-    ours, plain = two_nearest(a, na, b), two_nearest_plain(a, na, b)
-    real = (na > 1)[:, None].expand_as(ours[2])
-    if not all(bool((x.double() == y.double()).all()) for x, y in zip(ours[:2], plain[:2])) or not bool(
-        (ours[2].double() == plain[2].double())[real].all()
-    ):
+    if not _same_nearest(draw, device, two_nearest_plain, n, ka, kb):
         return False
-    p = torch.randint(0, 12800, (n, ka, 2), generator=g).float().to(device) / 16
-    q = p + torch.randint(-480, 480, (n, ka, 2), generator=g).to(device) / 16
-    maps = (
-        torch.tensor([1.0, 0, 0, 0, 1, 0])
-        + torch.randn((n, kb, 6), generator=g) * torch.tensor([0.01, 0.01, 5, 0.01, 0.01, 5])
-    ).to(device)
-    q[0, 5:] = torch.inf
-    return bool(
-        (
-            count(maps, p, q, torch.full((n,), 400.0, device=device))
-            == count_plain(maps, p, q, torch.full((n,), 400.0, device=device))
-        ).all()
-    )
+    return _same_count(g, device, count_plain, n, ka, kb)

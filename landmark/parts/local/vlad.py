@@ -19,7 +19,7 @@ def assign(
     "The nearest word of every local descriptor."
     return ((words**2).sum(1) / 2 - desc @ words.T).argmin(1)
 
-
+# %% ../../../nbs/parts/local/vlad.ipynb #6d695555
 def learn_words(
     desc: np.ndarray,  # local descriptors [n, d], float32
     n_words: int = 64,  # size of the vocabulary
@@ -29,7 +29,8 @@ def learn_words(
     "A visual vocabulary by k-means; a word that nobody uses starts again at a random descriptor."
     if len(desc) < n_words:
         raise ValueError(
-            f"{len(desc)} local descriptors cannot make a vocabulary of {n_words} words; use fewer words or more photos"
+            f"{len(desc)} local descriptors cannot make a vocabulary of {n_words} words; "
+            "use fewer words or more photos"
         )
     rng = np.random.default_rng(seed)
     words = desc[rng.choice(len(desc), n_words, replace=False)].astype(np.float32)
@@ -38,9 +39,8 @@ def learn_words(
         order, n = np.argsort(near, kind="stable"), np.bincount(near, minlength=n_words)
         used = n > 0
         starts = np.searchsorted(near[order], np.flatnonzero(used))
-        words[used] = (
-            np.add.reduceat(desc[order].astype(np.float64), starts, axis=0) / n[used, None]
-        ).astype(np.float32)
+        sums = np.add.reduceat(desc[order].astype(np.float64), starts, axis=0)
+        words[used] = (sums / n[used, None]).astype(np.float32)
         words[~used] = desc[rng.choice(len(desc), (~used).sum())]
     return words
 
@@ -59,9 +59,8 @@ def vlad(
     used, starts, n = np.unique(near[order], return_index=True, return_counts=True)
     out[used] = np.add.reduceat(desc[order], starts, axis=0) - n[:, None] * words[used]
     norm = np.linalg.norm(out, axis=1, keepdims=True)
-    out = np.where(
-        norm > 1e-4, out / np.maximum(norm, 1e-4), 0
-    )  # a word that is a single descriptor leaves a rounding error, not a residual
+    # a word that is a single descriptor leaves a rounding error, not a residual
+    out = np.where(norm > 1e-4, out / np.maximum(norm, 1e-4), 0)
     out = np.sign(out) * np.abs(out) ** power
     return (out / max(np.linalg.norm(out), 1e-9)).reshape(-1)
 
