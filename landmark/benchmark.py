@@ -20,10 +20,12 @@ import numpy as np
 import pandas as pd
 
 import landmark.parts.bench
-from .parts.artifacts import code_files, open_stage
+from .parts.artifacts import open_stage
 from .parts.bench.side_by_side import FAMILIES, REGISTRY, Row, device_name
-from .parts.core import ParameterError, log, pick_device, project_root, stage_config, write_text
+from .parts.config import stage_config
+from .parts.core import ParameterError, log, pick_device, project_root, write_text
 from .parts.plots import to_markdown
+from .parts.provenance import code_files
 
 # %% ../nbs/08_benchmark.ipynb #c96aa950
 @stage_config

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import artifact, open_stage
-from .parts.core import ParameterError, is_tiny, read_json, stage_config, stage_main, write_csv
+from .parts.config import stage_config, stage_main
+from .parts.core import ParameterError, is_tiny, read_json, write_csv
 from .parts.data.layout import read_images, read_truth
 from .parts.data.worlds import find_world, make_world
 from landmark.parts.local.cleaning import (

@@ -16,16 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import open_stage
-from landmark.parts.core import (
-    ParameterError,
-    default_world,
-    log,
-    parallel_map,
-    project_root,
-    stage_config,
-    stage_main,
-    write_csv,
-)
+from .parts.config import stage_config, stage_main
+from .parts.core import ParameterError, default_world, log, parallel_map, project_root, write_csv
 from .parts.data.layout import read_images, read_table, read_truth, splits
 from .parts.images.reading import ImageError, image_size, read_image
 from .parts.local.features import extract

@@ -21,18 +21,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import artifact, open_stage, stage_dir
-from landmark.parts.core import (
-    ParameterError,
-    hash8,
-    is_tiny,
-    log,
-    make_config,
-    project_root,
-    runs_dir,
-    stage_config,
-    stage_main,
-    write_csv,
-)
+from .parts.config import make_config, stage_config, stage_main
+from .parts.core import ParameterError, hash8, is_tiny, log, project_root, runs_dir, write_csv
 from .parts.descriptors.store import write_store
 from .parts.images.reading import ImageError
 from .parts.local.cleaning import clean_table

@@ -18,16 +18,8 @@ import pandas as pd
 import torch
 
 from .parts.artifacts import artifact, open_stage, stage_dir
-from landmark.parts.core import (
-    ParameterError,
-    is_tiny,
-    parallel_map,
-    pick_device,
-    sha256_of,
-    stage_config,
-    stage_main,
-    write_csv,
-)
+from .parts.config import stage_config, stage_main
+from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, sha256_of, write_csv
 from .parts.data.layout import splits as world_splits
 from .parts.data.worlds import make_world
 from .parts.descriptors.extraction import extract as describe

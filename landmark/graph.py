@@ -19,17 +19,10 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from .parts.artifacts import changed, code_hash, identity, stage_dir
-from landmark.parts.core import (
-    ParameterError,
-    hash8,
-    make_config,
-    project_root,
-    read_json,
-    read_yaml,
-    runs_dir,
-    write_text,
-)
+from .parts.artifacts import changed, identity, stage_dir
+from .parts.config import make_config, read_yaml
+from .parts.core import ParameterError, hash8, project_root, read_json, runs_dir, write_text
+from .parts.provenance import code_hash
 
 # %% ../nbs/graph.ipynb #2ed3f73e
 STAGES = dict(

@@ -14,17 +14,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import artifact, digest_of, open_stage
-from landmark.parts.core import (
-    ParameterError,
-    is_tiny,
-    log,
-    pick_device,
-    project_root,
-    read_json,
-    stage_config,
-    stage_main,
-    write_csv,
-)
+from .parts.config import stage_config, stage_main
+from .parts.core import ParameterError, is_tiny, log, pick_device, project_root, read_json, write_csv
 from landmark.parts.data.layout import (
     landmark_names,
     read_images,

@@ -15,17 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
-from landmark.parts.core import (
-    ParameterError,
-    atomic_path,
-    is_tiny,
-    log,
-    progress,
-    stage_config,
-    stage_main,
-    write_csv,
-)
+from .parts.artifacts import artifact, open_stage, stage_dir
+from .parts.config import stage_config, stage_main
+from .parts.core import ParameterError, atomic_path, is_tiny, log, progress, write_csv
 from landmark.parts.data.layout import (
     benchmarks,
     read_ids,
@@ -40,6 +32,7 @@ from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
 from .parts.metrics import map_at_k, mean_of, revisited
+from .parts.provenance import code_hash
 from .parts.rerank import beyond
 from .parts.rerank import methods as paper
 from .parts.rerank.problem import METHODS, Problem, method_parameters, rank

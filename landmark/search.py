@@ -23,16 +23,14 @@ import pandas as pd
 import torch
 
 from . import graph, train
-from .parts.artifacts import code_hash
+from .parts.config import make_config, read_yaml
 from landmark.parts.core import (
     ParameterError,
     hash8,
     log,
-    make_config,
     pick_device,
     project_root,
     read_json,
-    read_yaml,
     write_csv,
     write_json,
 )
@@ -40,6 +38,7 @@ from .parts.data.layout import read_images, read_retrieval_solution
 from .parts.data.worlds import find_world
 from .parts.metrics import map_at_k
 from .parts.nets.checkpoints import load_model
+from .parts.provenance import code_hash
 from .parts.search.knn import search as nearest
 from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import describe_images

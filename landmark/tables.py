@@ -17,16 +17,8 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import artifact, open_stage
-from landmark.parts.core import (
-    ParameterError,
-    is_tiny,
-    read_json,
-    stage_config,
-    stage_main,
-    write_csv,
-    write_json,
-    write_text,
-)
+from .parts.config import stage_config, stage_main
+from .parts.core import ParameterError, is_tiny, read_json, write_csv, write_json, write_text
 from .parts.paper import beside, in_order, mean_sd, measured, paper, paper_dir, pivot
 from .parts.plots import to_markdown
 from .parts.verdicts import bootstrap_interval, differences, verdict

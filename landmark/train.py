@@ -22,17 +22,8 @@ import pandas as pd
 import torch
 
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
-from landmark.parts.core import (
-    ParameterError,
-    log,
-    own_parameters,
-    parallel_map,
-    pick_device,
-    read_json,
-    stage_config,
-    stage_main,
-    write_csv,
-)
+from .parts.config import own_parameters, stage_config, stage_main
+from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, write_csv
 from .parts.data.layout import train_set as read_train_set
 from .parts.data.worlds import make_world
 from .parts.images.batching import size_table

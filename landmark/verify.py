@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .parts.artifacts import artifact, code_hash, open_stage, stage_dir
+from .parts.artifacts import artifact, open_stage, stage_dir
+from .parts.config import stage_config, stage_main
 from landmark.parts.core import (
     ParameterError,
     atomic_path,
@@ -25,8 +26,6 @@ from landmark.parts.core import (
     progress,
     project_root,
     read_json,
-    stage_config,
-    stage_main,
     write_csv,
 )
 from .parts.data.layout import read_images, read_truth
@@ -50,6 +49,7 @@ from landmark.parts.local.separation import (
     spread_labels,
 )
 from .parts.local.verification import verify_pairs
+from .parts.provenance import code_hash
 
 # %% ../nbs/01_verify.ipynb #43f65eff
 @stage_config

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from landmark import graph
-from landmark.parts.artifacts import code_files
 from landmark.parts.core import project_root
 from landmark.parts.descriptors.store import l2n
 from landmark.parts.descriptors.whitening import learn_pca
@@ -44,6 +43,7 @@ from landmark.parts.metrics import judge, map_at_k, revisited
 from landmark.parts.nets import losses, pooling
 from landmark.parts.nets.backbones import freeze_batch_norm, make_model, train_mode
 from landmark.parts.nets.checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
+from landmark.parts.provenance import code_files
 from landmark.parts.rerank.expansion import alpha_qe, augment_index, expand
 from landmark.parts.rerank.graph import affinity, egt
 from landmark.parts.rerank.methods import Problem, rank, sort_insert

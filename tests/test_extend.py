@@ -9,7 +9,8 @@ from torch import nn
 
 from landmark import search, train
 from landmark.parts.artifacts import identity
-from landmark.parts.core import ParameterError, make_config, parameter_help
+from landmark.parts.config import make_config, parameter_help
+from landmark.parts.core import ParameterError
 from landmark.parts.data.worlds import make_world
 from landmark.parts.nets.backbones import BACKBONES, backbone, make_backbone
 from landmark.parts.nets.checkpoints import load_model

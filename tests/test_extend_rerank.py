@@ -8,7 +8,8 @@ import pytest
 
 from landmark import rerank
 from landmark.parts.artifacts import stage_dir
-from landmark.parts.core import ParameterError, make_config, parameter_help
+from landmark.parts.config import make_config, parameter_help
+from landmark.parts.core import ParameterError
 from landmark.parts.rerank.problem import METHODS, RerankError, method, needs_of
 
 told = []  # what the method was given

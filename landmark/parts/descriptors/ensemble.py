@@ -10,7 +10,8 @@ from dataclasses import field
 from pathlib import Path
 
 from ..artifacts import open_stage
-from ..core import ParameterError, stage_config
+from ..config import stage_config
+from ..core import ParameterError
 from landmark.parts.descriptors.store import (
     Store,
     concat_stores,

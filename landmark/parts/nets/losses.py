@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import own_parameters
+from ..config import own_parameters
 
 # %% ../../../nbs/parts/nets/losses.ipynb #7bb42453
 class _Cosine(torch.autograd.Function):

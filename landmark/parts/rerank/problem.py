@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from ..core import own_parameters
+from ..config import own_parameters
 from .labels import RerankError, soft_vote
 from ..search.kept_lists import Everything, find_neighbours
 
