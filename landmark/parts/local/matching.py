@@ -8,6 +8,7 @@ __all__ = ['ORIGINAL', 'RULES', 'BLOCK', 'TIES', 'compiled', 'Rule', 'rule_for',
 
 # %% ../../../nbs/parts/local/matching.ipynb #1cf53832
 import threading
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -68,18 +69,39 @@ def rule_for(
 
 # %% ../../../nbs/parts/local/matching.ipynb #3965dd39
 @lru_cache
-def _has_int8() -> bool:
-    "Whether this PyTorch multiplies int8 matrices on the CPU, correctly."
+def _int8_pays() -> bool:
+    "Whether this machine multiplies int8 matrices on the CPU correctly, and faster than float32."
     import torch
 
-    a = torch.arange(-60, 60, dtype=torch.int8).reshape(3, 40).repeat(8, 2)[:, :64].contiguous()
+    a = torch.arange(256 * 128).remainder(255).sub(127).to(torch.int8).reshape(256, 128)
+    bt = a.t().contiguous()
+
+    def seconds(multiply):
+        start = time.perf_counter()
+        multiply()
+        return time.perf_counter() - start
+
     try:
-        return bool((torch._int_mm(a, a.t().contiguous()) == a.int() @ a.int().t()).all())
+        right = bool((torch._int_mm(a, bt) == a.int() @ bt.int()).all())
     except Exception:
         return False
+    # without instructions for it (VNNI) PyTorch falls back to three nested loops, a hundred times slower
+    whole = min(seconds(lambda: torch._int_mm(a, bt)) for _ in range(3))
+    return right and whole < min(seconds(lambda: a.float() @ bt.float()) for _ in range(3))
 
 
-_own = threading.local()  # a buffer for the products, one per thread
+_own = threading.local()  # buffers for the products, one of each type per thread
+
+
+def _buffer(name: str, dtype, k: int, m: int):
+    "Room for k × m numbers, kept for this thread's next call."
+    flat = getattr(_own, name, None)
+    if flat is None or flat.numel() < k * m:
+        import torch
+
+        flat = torch.empty(k * m, dtype=dtype)
+        setattr(_own, name, flat)
+    return flat[: k * m].view(k, m)
 
 
 def dots(
@@ -89,12 +111,11 @@ def dots(
     "All inner products of two sets of whole-number descriptors."
     import torch
 
-    if not _has_int8() or len(a) <= 16:
-        return (a.float() @ bt.float()).int().numpy()
-    n = len(a) * bt.shape[1]
-    if getattr(_own, "dots", None) is None or _own.dots.numel() < n:
-        _own.dots = torch.empty(n, dtype=torch.int32)
-    return torch._int_mm(a, bt, out=_own.dots[:n].view(len(a), bt.shape[1])).numpy()
+    out = _buffer("whole", torch.int32, len(a), bt.shape[1])
+    if len(a) > 16 and _int8_pays():
+        return torch._int_mm(a, bt, out=out).numpy()
+    products = torch.mm(a.float(), bt.float(), out=_buffer("real", torch.float32, len(a), bt.shape[1]))
+    return out.copy_(products).numpy()  # float32 holds whole numbers up to 2²⁴: exact up to 1,040 dimensions
 
 # %% ../../../nbs/parts/local/matching.ipynb #649fb79d
 @compiled
