@@ -36,17 +36,17 @@ from .pipeline import world_of
 # %% ../nbs/report.ipynb #8c38e53b
 def pages_of(
     steps: list,  # steps of one seed
-) -> list:  # those that get a page, in the order of the stages; the run called `main` is a stage's first
+) -> list:  # those that get a page, in the order of the stages, the main world first
     "Every run on the main world, and the first control of every stage."
     worlds = [world_of(s) for s in steps]
     main = max(worlds, key=worlds.count, default="")
     seen, out = set(), []
     for s, w in zip(steps, worlds):
         if w == main or s.stage in ("data", "tables") or s.stage not in seen:
-            out.append(s)
+            out.append((STAGES[s.stage], w != main, s.name != "main", len(out), s))
         if w != main:
             seen.add(s.stage)
-    return sorted(out, key=lambda s: (STAGES[s.stage], s.name != "main"))
+    return [s for *_, s in sorted(out)]
 
 # %% ../nbs/report.ipynb #f36fa257
 def quote(
@@ -78,12 +78,13 @@ def index_stages(
     home: Path,  # the report
 ) -> list:  # one dictionary a stage, as `index.html` wants it
     "What the index says of every stage."
-    out, pages = [], [url for url, _ in shown.values()]
+    out, pages, order = [], [url for url, _ in shown.values()], list(shown)
+
+    def place(s):
+        return order.index((s.stage, s.name)) if (s.stage, s.name) in shown else len(order)
+
     for stage in [s for s in STAGES if any(t.stage == s for t in steps)]:
-        of = sorted(
-            (s for s in steps if s.stage == stage),
-            key=lambda s: ((stage, s.name) not in shown, s.name != "main"),
-        )
+        of = sorted((s for s in steps if s.stage == stage), key=place)
         made = [read_json(s.dir / "manifest.json") for s in of]
         url, title = shown[stage, of[0].name]
         runs = [dict(name=s.name, url=shown.get((stage, s.name), ("",))[0]) for s in of]
