@@ -1,58 +1,76 @@
-"A headless browser opens every committed report page, and test_photos the report of a folder: no console error, no missing image. Skips where there is no Chromium."
+"A browser opens every page of a report, on a phone and on a desk, in light and dark; without one it skips."
 
+import atexit
+import functools
+import importlib.util
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_report import steps  # noqa: F401 - a fixture
+
+from landmark import report
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if not importlib.util.find_spec("playwright"):
+    CHROMIUM = None
 PAGES = sorted((ROOT / "reports").glob("*/*.html"))
+WIDTHS = dict(phone=400, desk=1400)
 pytestmark = pytest.mark.skipif(
-    not CHROMIUM, reason="no Chromium on this machine (on Debian: apt install chromium)"
+    not CHROMIUM, reason="no Chromium on this machine (apt install chromium), or no Playwright (pip install)"
 )
 
 
-def complaints(page, tmp_path):
-    "What the browser's console says about a page."
-    r = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=2000",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "<h1" in r.stdout, "the page was not drawn"
-    return [l for l in r.stderr.splitlines() if "CONSOLE" in l] + [
-        u for u in pictures(r.stdout) if not readable(page.parent / u)
-    ]
+@functools.cache
+def browser():
+    "One browser for all pages."
+    from playwright.sync_api import sync_playwright
+
+    play = sync_playwright().start()
+    args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    chromium = play.chromium.launch(executable_path=CHROMIUM, args=args)
+    atexit.register(lambda: (chromium.close(), play.stop()))
+    return chromium
+
+
+class Opened:
+    "A page in the browser, and what went wrong while it was opened."
+
+    def __init__(self, path):
+        self.path, self.said = path, []
+        self.tab = browser().new_page(viewport=dict(width=WIDTHS["desk"], height=900))
+        self.tab.on("console", lambda m: self.said.append(m.text) if m.type == "error" else None)
+        self.tab.on("pageerror", lambda e: self.said.append(str(e)))
+        self.tab.on("request", lambda r: self.said.append(r.url) if r.url.startswith("http") else None)
+
+    def __enter__(self):
+        self.tab.goto(self.path.as_uri())
+        return self
+
+    def __exit__(self, *_):
+        self.tab.close()
+
+
+def complaints(page, tmp_path=None):
+    "What the browser's console says about a page, what it loads from a network, and its broken pictures."
+    with Opened(page) as o:
+        return heard(o)
+
+
+def heard(o):
+    "The same of a page that is open."
+    text = o.tab.content()
+    assert "<h1" in text, "the page was not drawn"
+    return o.said + [u for u in pictures(text) if not readable(o.path.parent / u)]
 
 
 def pictures(text):
     "Files that a page shows as pictures, in HTML and inside SVG."
-    return [
-        u
-        for u in re.findall(r'<img\b[^>]*?\bsrc="([^"]+)"|<image\b[^>]*?\bhref="([^"]+)"', text)
-        for u in u
-        if u and not u.startswith("data:")
-    ]
+    found = re.findall(r'<img\b[^>]*?\bsrc="([^"]+)"|<image\b[^>]*?\bhref="([^"]+)"', text)
+    return [u for us in found for u in us if u and not u.startswith("data:")]
 
 
 def readable(path):
@@ -64,21 +82,107 @@ def readable(path):
         return False
 
 
+# what sticks out of the window, scrolls sideways, or hides a part of its words; details are opened for it
+STICKS_OUT = """() => {
+  document.querySelectorAll("details").forEach(d => d.open = true);
+  const { clientWidth: room, scrollWidth: wide } = document.documentElement, out = [];
+  if (wide > room) out.push(`the page is ${wide} pixels wide`);
+  for (const e of document.querySelectorAll("main *")) {
+    if (!e.getClientRects().length || e.closest("math, svg") && !e.matches("math, svg")) continue;
+    const name = `${e.tagName} “${e.textContent.trim().slice(0, 40)}”`;
+    if (e.getBoundingClientRect().right > room + 1) out.push(`${name} sticks out`);
+    const holds = e.clientWidth && e.matches("td, th, pre, p, table, div, math");
+    if (holds && e.scrollWidth > e.clientWidth + 1) out.push(`${name} is clipped`);
+  }
+  return out.slice(0, 5);
+}"""
+# how much brighter the paper is than the ink
+BRIGHTER = """() => {
+  const style = getComputedStyle(document.body);
+  const grey = c => c.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 3;
+  return grey(style.backgroundColor) - grey(style.color);
+}"""
+# the cells of each column of the first table that can be sorted, after a click on that column's head
+SORTED = """() => [...document.querySelectorAll("table.sortable")].slice(0, 1).flatMap(table =>
+  [...table.tHead.rows[0].cells].map((head, j) => {
+    head.click();
+    return [head.ariaSort, ...[...table.tBodies[0].rows].map(r => r.cells[j]?.textContent.trim())];
+  }))"""
+
+
+def look(page):
+    "What is wrong with a page and how it looks, on both widths and in both lights."
+    with Opened(page) as o:
+        found = heard(o)
+        for light, sign in (("light", 1), ("dark", -1)):
+            o.tab.emulate_media(color_scheme=light)
+            if sign * o.tab.evaluate(BRIGHTER) < 100:
+                found.append(f"in the {light} paper and ink are hard to tell apart")
+        for name, width in WIDTHS.items():
+            o.tab.set_viewport_size(dict(width=width, height=900))
+            found += [f"{name}: {said}" for said in o.tab.evaluate(STICKS_OUT)]
+        turned = ("ascending", "descending")
+        return found + [f"column {c} does not sort" for c in o.tab.evaluate(SORTED) if c[0] not in turned]
+
+
 def test_the_browser_complains_about_a_broken_page(tmp_path):
     page = tmp_path / "broken.html"
     page.write_text(
-        '<h1>x</h1><img src="gone.png"><img alt="x" src="cut.png"><svg><image href="lost.jpg"/></svg><script>console.error("oh"); nosuch()</script>'
+        '<h1>x</h1><main><img src="gone.png"><img alt="x" src="cut.png"><svg><image href="lost.jpg"/></svg>'
+        '<table style="width:2000px"><tr><td>wide</td></tr></table></main>'
+        '<script>console.error("oh"); nosuch()</script>'
     )
     Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
     said = complaints(page, tmp_path)
-    assert (
-        any("oh" in s for s in said)
-        and any("nosuch" in s for s in said)
-        and {"gone.png", "cut.png", "lost.jpg"} <= set(said)
-    )
+    assert any("oh" in s for s in said) and any("nosuch" in s for s in said)
+    assert {"gone.png", "cut.png", "lost.jpg"} <= set(said)
+    seen = look(page)
+    assert any("TABLE “wide” sticks out" in s for s in seen) and any("in the dark" in s for s in seen)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_page_loads_without_complaint(page, tmp_path):
-    assert complaints(page, tmp_path) == []
+def test_committed_page(page):
+    assert look(page) == []
+
+
+def test_fresh_report(steps, tmp_path):  # noqa: F811 - the fixture of that name
+    "The same for pages made by the code as it is."
+    out = tmp_path / "out"
+    out.mkdir()
+    report.render_pages("mini", (1, 2), steps, out)
+    wrong = {p.name: look(p) for p in sorted(out.glob("*.html"))}
+    assert not any(wrong.values()), {k: v for k, v in wrong.items() if v}
+
+
+def test_a_click_on_a_head_sorts(tmp_path):
+    from landmark.page import dress
+    from landmark.parts.templates import fill
+
+    rows = [
+        "b | 9.50 ± 1 | 5 ms",
+        "a10 | – | 1 s",
+        "*beyond* | | ",
+        "c | 1,200 ± 3 | 2 min",
+        "a9 | -3 | 80 ms",
+    ]
+    table = "<table><thead><tr><th>word</th><th>number</th><th>time</th></tr></thead>"
+    for row in rows:
+        table += "<tr>" + "".join(f"<td>{c.strip()}</td>" for c in row.split("|")) + "</tr>"
+    page, nothing = tmp_path / "table.html", dict(nav="", after="", stages=[], sections=[], machine="")
+    page.write_text(fill("index.html", title="x", seeds=[1], tables=dress(table + "</table>"), **nothing))
+    with Opened(page) as o:
+        first = o.tab.evaluate(SORTED)
+        again = o.tab.evaluate(SORTED)
+    assert first[0] == ["ascending", "a10", "b", "*beyond*", "a9", "c"], (
+        "words from a to z, each side of the line"
+    )
+    assert first[1] == ["descending", "9.50 ± 1", "–", None, "1,200 ± 3", "-3"], "numbers from high to low"
+    assert first[2][1:] == ["1 s", "5 ms", None, "2 min", "80 ms"], "times as times"
+    assert again[1] == ["descending", "9.50 ± 1", "–", None, "1,200 ± 3", "-3"]
+    with Opened(page) as o:
+        head = o.tab.locator("th").nth(1)
+        head.click()
+        head.click()
+        column = o.tab.locator("tr:not(.rule) td:nth-child(2)").all_inner_texts()
+    assert column == ["9.50 ± 1", "–", "-3", "1,200 ± 3"], "a second click turns the order round"

@@ -1,4 +1,4 @@
-"A report is whole: every stage has a page, pages link to each other, controls share one, long things fold up."
+"A report is whole: every stage has a page, pages link to each other, what is long folds up."
 
 import re
 from types import SimpleNamespace
@@ -15,43 +15,53 @@ from landmark.parts.core import write_json, write_text
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 
 
+LONG = "| a |\n|---|\n" + "| 1 |\n" * 40
+HEADS = ["loss", "Private", "Public", "RNorth", "RSouth", "ROxford", "RParis", "paper"]
+WIDE = "\n".join(
+    f"| {' | '.join(row)} |"
+    for row in (HEADS, ["---"] * 8, ["softmax", *["12.34 ± 1.23"] * 7], ["arcface", *["–"] * 7])
+)
+
+
+def cells_of(stage):
+    "An executed notebook with everything that a page can hold."
+    md, code, out = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell, nbformat.v4.new_output
+    figure = out("display_data", data={"image/png": PNG, "text/plain": "<Figure>"})
+    bars = out("stream", name="stderr", text="a 10%\x1b[A\rb 100%")
+    config = "| parameter | value | default |\n|---|---|---|\n| seed | **2** | 1 |\n| lr | 0.1 |  |"
+    tables = [out("display_data", data={"text/markdown": t}) for t in (LONG, WIDE)]
+    where = out("stream", name="stdout", text=f"wrote {report.project_root()}/runs/{'x' * 200}\n")
+    head = f"# {stage.title()}\n\n> What {stage} does."
+    formula = r"\bar x = \frac{1}{n} \sum_i x_i + \frac{1}{n} \sum_i y_i + \frac{1}{n} \sum_i z_i"
+    long_line = "return 'a long line of code, ' * 10 + 'which has to be broken on a phone'"
+    return [
+        md(f"{head}\n\nSee [the next](03_train.ipynb) and [a part](parts/store.ipynb)."),
+        md(f"## One\n\n$${formula}$$"),
+        code(f"#| export\ndef f():\n    {long_line}"),
+        md("## Two"),
+        code("seed = 2", metadata=dict(tags=["parameters"])),
+        code("cfg = read_parameters()", outputs=[out("execute_result", data={"text/markdown": config})]),
+        code("#| label: sheet\nshow()", outputs=[figure, figure, bars, *tables, where]),
+        md("## Three & more"),
+    ]
+
+
 @pytest.fixture
 def steps(tmp_path):
     "Finished steps of three worlds, each with an executed notebook."
     made = {}
 
     def step(stage, name, *upstream):
-        d, nb = (
-            tmp_path / "runs" / stage / name,
-            tmp_path / "notebooks" / f"{report.STAGES[stage]}-{name}.ipynb",
-        )
+        d = tmp_path / "runs" / stage / name
+        nb = tmp_path / "notebooks" / f"{report.STAGES[stage]}-{name}.ipynb"
         nb.parent.mkdir(exist_ok=True)
-        cell = nbformat.v4.new_code_cell(
-            "show()",
-            outputs=[
-                nbformat.v4.new_output("display_data", data={"image/png": PNG, "text/plain": "<Figure>"}),
-                nbformat.v4.new_output("stream", name="stderr", text="a 10%\x1b[A\rb 100%"),
-                nbformat.v4.new_output(
-                    "display_data", data={"text/markdown": "| a |\n|---|\n" + "| 1 |\n" * 40}
-                ),
-            ],
-        )
-        text = [
-            f"# {stage.title()}\n\n> What {stage} does.\n\nSee [the next](03_train.ipynb) and [a part](parts/store.ipynb).",
-            "## One",
-            "## Two",
-            "## Three & more",
-        ]
-        nbformat.write(nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_markdown_cell, text), cell]), nb)
-        write_json(
-            d / "manifest.json",
-            dict(seconds=2, peak_mib=1234, environment=dict(python="3.11", cores=2, gpu="")),
-        )
+        nbformat.write(nbformat.v4.new_notebook(cells=cells_of(stage)), nb)
+        environment = dict(python="3.11", cores=2, gpu="")
+        write_json(d / "manifest.json", dict(seconds=2, peak_mib=1234, environment=environment))
         if stage == "tables":
-            write_text(d / "tables.md", "## Grid\n\n| a |\n|---|\n" + "| 1 |\n" * 40)
-        made[stage, name] = SimpleNamespace(
-            stage=stage, name=name, seed=1, dir=d, notebook=nb, upstream=[made[u] for u in upstream]
-        )
+            write_text(d / "tables.md", f"## Grid\n\n{LONG}\n\n## Wide\n\n{WIDE}")
+        ups = [made[u] for u in upstream]
+        made[stage, name] = SimpleNamespace(stage=stage, name=name, seed=1, dir=d, notebook=nb, upstream=ups)
         return made[stage, name]
 
     return [
@@ -90,19 +100,26 @@ def test_pages_index_and_links(steps, tmp_path):
                 assert (out / target).is_file(), (name, target)
         for anchor in re.findall(r'href="#([^"]+)"', text):
             assert f'id="{anchor}"' in text
-    one = pages["03_train-v2.html"]
+    one, other = pages["03_train-v1.html"], pages["03_train-v2.html"]
+    assert 'href="03_train-v1.html">the next' in one and "../../nbs/parts/store.ipynb" in one
+    assert "← 03_train-no_noise1" not in one and "→ 03_train-v2" in one and 'href="#three-more"' in one
+    assert "a table of 40 rows" in one and "<summary>log</summary><pre>b 100%" in one and "\x1b" not in one
+    assert one.count('src="figures/03_train-v1-sheet.png"') == 1, "the same figure is shown once"
+    assert '<img src="figures/03_train-v1-sheet.png"' in index
+    assert "How it works" in one and "How it works" not in other and "03_train-v1.html#how-it-works" in other
     assert (
-        'href="03_train-v1.html">the next' in one
-        and "../../nbs/parts/store.ipynb" in one
-        and "← 03_train-v1" in one
-        and 'href="#three-more"' in one
+        one.index("Three &amp; more")
+        < one.index("1 of 2 parameters changed: seed = 2")
+        < one.index("How it works</h2>")
     )
-    assert (
-        "a table of 40 rows" in one
-        and "<summary>log</summary><pre>b 100%" in one
-        and "\x1b" not in one
-        and '<img src="figures/03_train-v1-' in index
-    )
+
+
+def test_pages_name_no_folder_of_the_machine(steps, tmp_path):
+    report.render_pages("mini", (1,), steps, tmp_path / "out")
+    for page in (tmp_path / "out").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "wrote runs/xxx" in text or page.stem == "index"
+        assert not any(str(p) in text for p in (report.project_root(), tmp_path))
 
 
 def test_a_report_of_unfinished_runs_is_refused(monkeypatch, tmp_path):
