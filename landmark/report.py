@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from .graph import STAGES, plan
 from .page import render
-from .parts.artifacts import code_hash, git_commit
 from landmark.parts.core import (
     ParameterError,
     log,
@@ -29,6 +28,7 @@ from landmark.parts.core import (
     write_text,
 )
 from .parts.plots import to_markdown
+from .parts.provenance import code_hash, git_commit
 from .parts.templates import fill
 from .pieces import Prose, dress
 from .pipeline import world_of

@@ -1,8 +1,8 @@
 """Golden numbers: inputs and outputs of the original's algorithms.
 
 `load(name)` reads `tests/golden/<name>.npz`, or the file of that name in the folder that LANDMARK_GOLDEN
-names, and remembers which keys were asked for; the last test of `test_golden.py` fails when a file holds a key
-that no test reads.
+names, and remembers which keys were asked for; the last test of `test_golden.py` fails when a file holds a
+key that no test reads.
 """
 
 import os
