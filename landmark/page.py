@@ -144,7 +144,7 @@ def render(
     story, settings, run = parts_of(nbformat.read(notebook, 4).cells)
     prose, figures = Prose(links), Figures(Path(out))
     for c in story[:1]:
-        prose.read(c.source)  # title and quote line
+        blocks_of([c], prose, figures)  # title and quote line
     prose.sections.clear()
     shown = blocks_of(run, prose, figures, code_first=not story)
     shown += [b for b in blocks_of(settings, prose, figures) if b.kind == "parameters"]

@@ -275,5 +275,9 @@ def nameless(
         (Path.home(), "~"),
     ):
         for p in {str(path), str(path.resolve())} - {"/"}:
-            text = text.replace(f"{p}/", f"{said}/" if said else "").replace(p, said or ".")
+            alone = (
+                rf"(?<![\w+/]){re.escape(p)}(?![\w+])"  # not letters that a picture's bytes happen to have
+            )
+            text = re.sub(f"{alone}/", f"{said}/" if said else "", text)
+            text = re.sub(alone, said or ".", text)
     return text

@@ -27,7 +27,17 @@
     return up;
   };
 
+  // on a phone the rows of wide tables are cards (see style.css): there each cell says which column it is of
+  for (const table of document.querySelectorAll("table.middling, table.broad")) {
+    if (!table.tHead) continue;
+    const heads = [...table.tHead.rows[0].cells].map(h => h.textContent.trim());
+    for (const row of table.tBodies[0].rows) {
+      if (!row.matches(".rule")) [...row.cells].forEach((cell, j) => { cell.dataset.head = heads[j]; });
+    }
+  }
+
   for (const table of document.querySelectorAll("table.sortable")) {
+    if (!table.tHead) continue;
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => {
       head.tabIndex = 0;
