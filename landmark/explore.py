@@ -10,7 +10,6 @@ __all__ = ['Config', 'photo_folder', 'trained', 'model_dir', 'run', 'config_of',
 import contextlib
 import html
 import importlib
-import inspect
 import re
 import shutil
 import sys
@@ -268,20 +267,6 @@ def _linked_tables(source: Path, folder: Path) -> str:  # HTML
     return section("tables", folder=folder.name, names=names)
 
 # %% ../nbs/09_explore.ipynb #638951d2
-def _render(notebook: Path, page: Path, title: str, after: str):
-    "Draw the page, with its style, under a title, with more HTML at its end."
-    render = importlib.import_module("landmark.report").render
-    if "after" in inspect.signature(render).parameters:
-        render(notebook, page, nav="", title=title, after=after)
-        return
-    render(notebook, page, nav="")
-    style = importlib.import_module("landmark.parts.photos.gallery").style()
-    head, _, body = page.read_text(encoding="utf-8").partition("</title>")
-    head = f"{head.partition('<title>')[0]}<title>{html.escape(title)}</title>{style}"
-    body = body.replace("<nav></nav>", "").replace("</body>", f"{after}</body>")
-    page.write_text(head + body, encoding="utf-8")
-
-
 def write_report(
     notebook: Path,  # this notebook, executed
     folder: Path,  # where the report goes; what was there is replaced
@@ -296,7 +281,9 @@ def write_report(
     slim = page.with_suffix(".ipynb")
     nbformat.write(_told(nbformat.read(notebook, 4), title, page.parent / "pictures"), slim)
     try:
-        _render(slim, page, title, _linked_tables(Path(tables), page.parent / "tables") if tables else "")
+        after = _linked_tables(Path(tables), page.parent / "tables") if tables else ""
+        # by name: how a page looks is no part of what a collection is made of
+        importlib.import_module("landmark.parts.pages.page").render(slim, page, title=title, after=after)
     finally:
         slim.unlink()
     return page

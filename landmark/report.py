@@ -16,7 +16,6 @@ import nbformat
 from markupsafe import Markup
 
 from .graph import STAGES, plan
-from .page import render
 from landmark.parts.core import (
     ParameterError,
     log,
@@ -27,10 +26,11 @@ from landmark.parts.core import (
     write_json,
     write_text,
 )
+from .parts.pages.page import render
+from .parts.pages.pieces import Prose, dress
 from .parts.plots import to_markdown
 from .parts.provenance import code_hash, git_commit
 from .parts.templates import fill
-from .pieces import Prose, dress
 from .pipeline import world_of
 
 # %% ../nbs/report.ipynb #8c38e53b

@@ -16,6 +16,13 @@ for p in (str(ROOT), str(ROOT / "tests")):
     if p not in sys.path:
         sys.path.insert(0, p)
 
+
+def contributing(name: str) -> str:
+    "The Python that CONTRIBUTING.md shows for something registered as `name`."
+    blocks = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    return next(b for b in (block.partition("```")[0] for block in blocks) if f'("{name}"' in b)
+
+
 left_out = pytest.StashKey()  # how many tests -k, -m or --deselect left out
 
 

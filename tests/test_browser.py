@@ -156,7 +156,7 @@ def test_fresh_report(steps, tmp_path):  # noqa: F811 - the fixture of that name
 
 
 def test_a_click_on_a_head_sorts(tmp_path):
-    from landmark.page import dress
+    from landmark.parts.pages.page import dress
     from landmark.parts.templates import fill
 
     rows = [

@@ -1,20 +1,20 @@
-"A new loss and a new backbone are a handful of lines in one place; these are the lines of CONTRIBUTING."
+"A new loss and a new backbone are a handful of lines in one place: those that CONTRIBUTING.md shows."
 
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from conftest import contributing
 
 from landmark import search, train
 from landmark.parts.artifacts import identity
 from landmark.parts.config import make_config, parameter_help
 from landmark.parts.core import ParameterError
 from landmark.parts.data.worlds import make_world
-from landmark.parts.nets.backbones import BACKBONES, backbone, make_backbone
+from landmark.parts.nets import backbones, losses
+from landmark.parts.nets.backbones import BACKBONES, make_backbone
 from landmark.parts.nets.checkpoints import load_model
-from landmark.parts.nets.losses import LOSSES, cosine_logits, loss, make_head
+from landmark.parts.nets.losses import LOSSES, make_head
 
 SMALL = dict(world="tiny", sizes="64", dim=16, epochs=1, n_workers=1, device="cpu", name="new")
 
@@ -34,37 +34,13 @@ def registries(tmp_path, monkeypatch):
 
 
 def register_normface():
-    @loss("normface", beyond=True)
-    class NormFace(nn.Module):
-        "Softmax over cosines, no margin."
-
-        def __init__(self, d, n_classes, temperature: float = 0.05):
-            super().__init__()
-            self.weight, self.temperature = nn.Parameter(torch.randn(n_classes, d)), temperature
-
-        def loss(self, x, labels):
-            "Mean cross-entropy, and how many rows are classified rightly."
-            logits = cosine_logits(x, self.weight) / self.temperature
-            return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
-
-    return NormFace
+    "As a cell of nets/losses would."
+    exec(contributing("normface"), dict(vars(losses)))
 
 
 def register_two_convs():
-    @backbone("two_convs")
-    class TwoConvs(nn.Module):
-        "Two strided convolutions."
-
-        channels = [16, 32]  # of the map of each stage
-
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 4, 1), nn.Conv2d(16, 32, 3, 4, 1)
-
-        def forward(self, x):
-            "The map of each stage."
-            first = self.conv1(x).relu()
-            return [first, self.conv2(first).relu()]
+    "As a cell of nets/backbones would."
+    exec(contributing("two_convs"), dict(vars(backbones)))
 
 
 def test_a_new_loss_trains_with_its_own_parameter(monkeypatch):
@@ -144,8 +120,8 @@ def test_a_new_backbone_trains(pooling):
 def test_a_name_is_given_once():
     register_two_convs()
     with pytest.raises(ValueError, match="There is a backbone 'two_convs' already"):
-        backbone("two_convs")(nn.Identity)
+        backbones.backbone("two_convs")(torch.nn.Identity)
     with pytest.raises(ValueError, match="There is a loss 'arcface' already"):
-        loss("arcface")(register_normface())
+        losses.loss("arcface")(losses.SoftmaxHead)
     with pytest.raises(ValueError, match="neither fishnet150 nor two_convs nor a model of timm"):
         make_backbone("three_convs")

@@ -1,15 +1,18 @@
-"What CONTRIBUTING shows: a re-ranker in a few lines, with a parameter of its own, and nothing else to touch."
+"A re-ranker in a few lines, with a parameter of its own: what CONTRIBUTING.md shows, and no line more."
 
+import functools
 import json
+from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
+from conftest import contributing
 
 from landmark import rerank
 from landmark.parts.artifacts import stage_dir
 from landmark.parts.config import make_config, parameter_help
 from landmark.parts.core import ParameterError
+from landmark.parts.rerank import beyond
 from landmark.parts.rerank.problem import METHODS, RerankError, method, needs_of
 
 told = []  # what the method was given
@@ -17,17 +20,16 @@ told = []  # what the method was given
 
 @pytest.fixture(autouse=True)
 def mine():
-    @method("mine", "shuffled a little", beyond=True)
-    def mine(problem, topk, strength: float = 1.0):
-        "The baseline's list, each place moved by noise."
-        told.append(strength)
-        ranks = problem.knn("queries", "index", topk)[1]
-        noise = np.random.default_rng(0).normal(scale=strength, size=ranks.shape)
-        order = np.argsort(np.arange(ranks.shape[1]) + noise, axis=1)
-        full = np.full((len(ranks), topk), -1)
-        full[:, : ranks.shape[1]] = np.take_along_axis(ranks, order, 1)
-        return full
+    "Registered as a cell of rerank/beyond would, watched for what it is given."
+    exec(contributing("mine"), dict(vars(beyond)))
+    registered = METHODS["mine"]
 
+    @functools.wraps(registered.fn)
+    def watched(problem, topk, **params):
+        told.append(params["strength"])
+        return registered.fn(problem, topk, **params)
+
+    METHODS["mine"] = replace(registered, fn=watched)
     yield
     told.clear()
     del METHODS["mine"]
