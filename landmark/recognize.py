@@ -48,17 +48,13 @@ class Config:
     weights: list[float] = field(default_factory=list)  # join the models into one; none: the last alone
     pca_dims: int = 0  # whiten with PCA learned on training descriptors, keep so many dimensions; 0: do not
     clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
-    verified: str = (
-        ""  # artifact of 01_verify: its local features are used again; empty: those of voters are made
-    )
+    verified: str = ""  # artifact of 01_verify whose local features are used again; empty: new ones
     delf: str = ""  # artifact of 01_verify that holds the trained DELF, for kind delf
     voting_k: int = 3  # training images that vote, and are verified
     vote: str = "original"  # original: 2·similarity − 1; similarity: the similarity itself
     enough: int = 70  # inliers that count as a full vote
     most: int = 0  # predictions a label may have (Google Landmarks: 30); 0 chooses it on Public
-    n_non_landmarks: int = (
-        5  # beyond the paper: nearest non-landmark images to subtract; 0: leave this row out
-    )
+    n_non_landmarks: int = 5  # beyond the paper: nearest non-landmark images to subtract; 0: none
     kind: str = "rootsift"  # kind of local features: rootsift or delf
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side
