@@ -9,7 +9,7 @@ import torch
 from landmark.parts.descriptors.store import l2n, rows_of
 from landmark.parts.descriptors.whitening import learn_pca, learn_whitening
 from landmark.parts.metrics import MetricError, accuracy, gap, map_at_k, revisited
-from landmark.parts.nets import losses  # noqa: F401  the first registers its methods
+from landmark.parts.nets import losses
 from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
 from landmark.parts.rerank.expansion import expand
 from landmark.parts.rerank.graph import affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
@@ -22,7 +22,7 @@ from landmark.parts.rerank.voting import (
     minus_non_landmarks,
     recognise,
 )
-from landmark.parts.training import recipe  # noqa: F401  the first registers its methods
+from landmark.parts.training import recipe
 
 rng = np.random.default_rng(0)
 SETS = dict(

@@ -524,7 +524,7 @@ def test_defect_13_counts_are_the_same_from_run_to_run(tmp_path):
     check(lambda: int(ransac(*columns, sample_stream(100), np.float32(400), False, 5.0, 4.0, 0)[0]))
     match = partial(sk_ransac, (p, q), AffineTransform, min_samples=3, residual_threshold=20, max_trials=100)
     np.random.seed(114514)
-    before = np.random.get_state()  # noqa: NPY002  the original's seed, which the library
+    before = np.random.get_state()
     match()  # never reads: it makes a generator of its own
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     assert np.random.get_state()[2:] == before[2:]
