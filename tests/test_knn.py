@@ -610,7 +610,7 @@ def test_devices_that_are_not_there():
     base = l2n(rng.normal(size=(10, 4)))
     for device, said in (
         ("all", "shows no CUDA GPU"),
-        ("cuda:0,cuda:1", "here are 0 CUDA GPUs"),
+        ("cuda:0,cuda:1", "this machine shows 0 CUDA GPUs"),
         ("cpu,gpu", "device is 'gpu'"),
     ):
         with pytest.raises(ParameterError, match=said):
