@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-LEFT_OUT = (".git", ".venv", "runs", "reports", "data", "__pycache__", ".snakemake", "*.egg-info", "golden")
+PACKAGE = ("nbs", "landmark", "settings.ini", "pyproject.toml", "setup.py")  # what an export reads and writes
 
 
 def run(*command, cwd=ROOT):
@@ -39,7 +39,11 @@ def export(fix):
         run("nbdev_export")
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        copy.mkdir()
+        for name in PACKAGE:
+            source = ROOT / name
+            put = shutil.copytree if source.is_dir() else shutil.copyfile
+            put(source, copy / name)
         for p in (copy / "landmark").rglob("*.py"):
             if p.name != "__init__.py":
                 p.unlink()
