@@ -264,4 +264,4 @@ def hub_file(
     if not (cfg and cfg.hf_hub_id):
         raise ValueError(f"The hub has no file of {name}; give a local file as `weights`.")
     path = hf_file(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
-    return check_sum(path, sha256, f"which the hub has for {name}; the parameters pin")
+    return check_sum(path, sha256, f"but for {name} the parameters pin")
