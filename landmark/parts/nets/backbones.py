@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .pooling import make_pooling, stage_letters
+from .stages import n_frozen, stages_of, start_key
 from .state_dicts import load_weights
 from .weights import WEIGHTS, hub_file, nearest, weights_file, weights_here
 
@@ -31,10 +32,13 @@ class Backbone(nn.Module):
         self.net, self.channels = net, channels
         self.mean, self.std = tuple(mean), tuple(std)
         self.tokens = False  # known from the first image on
+        self.frozen = 0  # stages that stay as they came
 
-    def forward(self, x):
-        "The last map [b, c, h, w], or a list with one of every stage."
+    def forward(self, x, start: int = 0):
+        "The last map [b, c, h, w], or a list with one of every stage; of images, or of maps of stage `start`."
         try:
+            if self.frozen or start:
+                return self.passed(x, start)
             return self._map(x) if isinstance(self.channels, int) else self.net(x)
         except (RuntimeError, AssertionError) as e:
             h, w = x.shape[2:]
@@ -42,6 +46,40 @@ class Backbone(nn.Module):
                 raise
             said = f"{w} × {h} pixels are too few for this network, which makes its maps in steps of up to 32"
             raise ValueError(f"{said}; enlarge the picture (`min_side`).") from None
+
+    def stages(self) -> list:
+        "The network's stages, one after another; the whole as one where they are not known."
+        known = stages_of(self.net) if isinstance(self.channels, int) else []
+        return known or [self._map if isinstance(self.channels, int) else self.net]
+
+    def passed(self, x, start: int = 0, end: int | None = None):
+        "What the stages from `start` to before `end` make of images or maps; no gradient for frozen ones."
+        for i, stage in enumerate(self.stages()[start:end], start):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= self.frozen):
+                x = stage(x)
+        return x
+
+    def freeze(self, n: int):
+        "Leave the first n stages as they are, −1 for all; they are then in evaluation mode for good."
+        self.frozen = n_frozen(n, self.stages())
+        for m in self.frozen_modules():
+            m.eval().requires_grad_(False)
+
+    def frozen_modules(self) -> list:
+        "Modules that do not learn."
+        known = stages_of(self.net) if isinstance(self.channels, int) else []
+        return known[: self.frozen] if known else [self.net][: self.frozen]
+
+    def start_key(self) -> str:
+        "Equal for networks whose frozen stages are equal; empty without any."
+        return start_key(self.frozen_modules()) if self.frozen else ""
+
+    def train(self, mode: bool = True):
+        "Training or evaluation mode; frozen stages stay in the latter."
+        super().train(mode)
+        for m in self.frozen_modules():
+            m.eval()
+        return self
 
     def _map(self, x):
         if self.tokens:  # the image's own, as a map
@@ -253,11 +291,19 @@ class RetrievalModel(nn.Module):
         for k in ("mean", "std"):
             self.register_buffer(k, torch.tensor(getattr(backbone, k)).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images):
-        "Descriptors, not normalised, of uint8 RGB images [b, 3, h, w]."
+    def forward(self, x, start: int = 0):
+        "Descriptors, not normalised, of uint8 RGB images [b, 3, h, w], or of `maps` where start is not 0."
+        x = x.float().contiguous(memory_format=torch.channels_last) if start else self._normalised(x)
+        return self.bn(self.fc(self.pool(self.backbone(x, start))))
+
+    @torch.no_grad()
+    def maps(self, images):
+        "What the frozen stages make of images: for `forward` with start = backbone.frozen."
+        return self.backbone.passed(self._normalised(images), 0, self.backbone.frozen)
+
+    def _normalised(self, images):
         x = (images.float() - self.mean) / self.std
-        x = x.contiguous(memory_format=torch.channels_last)  # twice as fast on CPUs too
-        return self.bn(self.fc(self.pool(self.backbone(x))))
+        return x.contiguous(memory_format=torch.channels_last)  # twice as fast on CPUs too
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #2888290a
 def make_model(
