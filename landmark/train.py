@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_name', 'load_photos', 'longest_side',
-           'start_model', 'start_training', 'train_model', 'card_of', 'run', 'launch', 'main']
+           'start_model', 'start_training', 'train_model', 'epochs_of', 'card_of', 'run', 'longest_first', 'launch',
+           'main']
 
 # %% ../nbs/03_train.ipynb #2df261a3
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +37,8 @@ from .parts.nets.losses import LOSSES, SHARED, check_head, make_head
 from .parts.training.engine import Trainer, Training
 from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import benchmark_maps, check_benchmarks
-from .parts.training.recipe import Recipe
+from .parts.training.frozen import FrozenMaps
+from .parts.training.recipe import Recipe, plan_batches
 from .parts.training.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
@@ -73,6 +76,8 @@ class Config:
     pooling: str = "gem"  # a pooling, or letters per stage such as SMG,MG,G,G
     dim: int = 128  # length of the descriptor
     frozen_bn: bool = False  # batch norm frozen from the start
+    frozen_stages: int = 0  # first stages of the network that stay as they came; -1: all of it but the head
+    views: int = 0  # views of a photo whose maps after the frozen stages are kept; 0: fresh ones in every epoch
 
     # loss
     loss: str | list[str] = "arcface"  # one of LOSSES, or several: one model each
@@ -89,6 +94,7 @@ class Config:
 
     # schedule
     epochs: int = 14  # passes over the training set
+    steps: int = 0  # batches of the whole run, to the nearest whole epoch; 0: as many as `epochs` have
     batch_size: int = 32  # photos in a batch, over all devices
     accumulate: int = 1  # batches whose gradients are added before a step
     drop_uneven: bool = False  # leave out batches that are not full
@@ -165,7 +171,10 @@ def recipe_of(
             "train: `sizes` is empty; give a size group, or several that rise over the epochs"
         )
     same = {f: getattr(cfg, f) for f in Recipe.__dataclass_fields__ if hasattr(cfg, f)}
-    return Recipe(**same, rising=tuple(sizes) if len(sizes) > 1 else ())
+    try:
+        return Recipe(**same, rising=tuple(sizes) if len(sizes) > 1 else ())
+    except ValueError as e:
+        raise ParameterError(f"train: {e}") from None
 
 # %% ../nbs/03_train.ipynb #7406150d
 def split_name(
@@ -272,7 +281,9 @@ def start_training(
     own = {k: v for k, v in cfg.options.items() if k in LOSSES[loss].own}
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        return Training(start_model(cfg, name), make_head(loss, cfg.dim, counts, *of_stage, **own))
+        model = start_model(cfg, name)
+        model.backbone.freeze(cfg.frozen_stages)
+        return Training(model, make_head(loss, cfg.dim, counts, *of_stage, **own))
 
 # %% ../nbs/03_train.ipynb #dd01a340
 def train_model(
@@ -291,10 +302,36 @@ def train_model(
         torch.set_num_threads(threads)
 
 
+def _kept_maps(cfg, photos, net, maps_dir):
+    "What the frozen stages make of the photos, shared by the models of a run that start alike."
+    if cfg.decode == "gpu":
+        raise ParameterError("train: `views` are kept decoded already; set `decode: cpu`, or `views: 0`")
+    model = net.model.to(pick_device(cfg.device)).to(memory_format=torch.channels_last)
+    try:
+        return FrozenMaps(photos, model, maps_dir, cfg.views, cfg.batch_size)
+    except ValueError as e:
+        raise ParameterError(f"train: {e}") from None
+
+
+def epochs_of(
+    cfg: Config,  # a config
+    photos,  # the training set, `Photos`
+    recipe: Recipe,  # with batch size and seed
+) -> int:  # passes over this training set
+    "As many epochs as make `steps`, or `epochs`."
+    if not cfg.steps:
+        return cfg.epochs
+    return max(1, round(cfg.steps / max(1, len(plan_batches(photos, recipe, 0)))))
+
+
 def _train(cfg, name, out):
     "Load, train, write."
-    photos, classes, landmarks = load_photos(cfg, split_name(name)[1].removeprefix("v1+"))
+    set_name = split_name(name)[1].removeprefix("v1+")
+    photos, classes, landmarks = load_photos(cfg, set_name)
     net, recipe = start_training(cfg, name, classes), recipe_of(cfg)
+    recipe = replace(recipe, epochs=epochs_of(cfg, photos, recipe))
+    if cfg.views:
+        photos = _kept_maps(cfg, photos, net, out / ".maps" / set_name)
     watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
 
     def look(model, epoch):
@@ -345,7 +382,7 @@ def card_of(
     elsewhere = UNHASHED | {"world", "parent", "clean", "loss", "train_set"}
     return dict(
         dict(name=name, loss=loss, train_set=train_set),
-        **{k: getattr(cfg, k) for k in ("backbone", "pooling", "dim", "sizes")},
+        **{k: getattr(cfg, k) for k in ("backbone", "pooling", "dim", "sizes", "frozen_stages")},
         params={k: v for k, v in asdict(cfg).items() if k not in elsewhere},
         recipe=asdict(recipe),
         data={k: digest_of(p) for k, p in used.items()},
@@ -400,13 +437,31 @@ def _upstream(cfg, names):
     return found
 
 
+def longest_first(
+    cfg: Config,  # a config
+    names: list,  # models of the run
+) -> list:  # the same names
+    "Models in the order in which they are begun: larger training sets first, and among equals mined tuples."
+
+    def work(name):
+        loss, set_name = split_name(name)
+        return n_photos[set_name.removeprefix("v1+")], LOSSES[loss].batches == "tuples"
+
+    world = make_world(cfg.world, cfg.seed)
+    sets = {split_name(name)[1].removeprefix("v1+") for name in names}
+    clean = artifact(cfg, cfg.clean) / "train_clean.csv" if "v2-clean" in sets else None
+    n_photos = {s: len(read_train_set(world, s, clean if s == "v2-clean" else None)) for s in sets}
+    return sorted(names, key=work, reverse=True)
+
+
 def _train_all(cfg, names, out, together):
     "One row per model: side by side on the CPU, those with the larger sets first, or one after another."
     alone = together == 1 and len(names) > 1
     side_by_side = alone and pick_device(cfg.device).type == "cpu" and cfg.n_workers != 1
-    jobs = [(cfg, name, str(out), side_by_side) for name in sorted(names, key=lambda n: "v1" in n)]
+    jobs = [(cfg, name, str(out), side_by_side) for name in longest_first(cfg, names)]
     with watching(out, names):
         results = parallel_map(train_model, jobs, cfg.n_workers if side_by_side else 1, "models")
+    shutil.rmtree(out / ".maps", ignore_errors=True)
     return pd.DataFrame(results).set_index("model").loc[names].reset_index()
 
 # %% ../nbs/03_train.ipynb #a1c0def2

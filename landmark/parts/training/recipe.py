@@ -61,6 +61,11 @@ class Recipe:
                 raise ValueError(f"`{k}` is {getattr(self, k)}; it must be at least {least}.")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
+        if self.views < 0 or (self.views and not self.frozen_stages):
+            raise ValueError(
+                f"`views` is {self.views} and `frozen_stages` {self.frozen_stages}: views keep what frozen stages"
+                " make of a photo, so there must be some; 0 views draw fresh ones in every epoch."
+            )
 
 # %% ../../../nbs/parts/training/recipe.ipynb #6b45b349
 def cosine_rate(
