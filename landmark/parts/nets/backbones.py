@@ -84,15 +84,15 @@ def _fishnet150():
     return fishnet150()
 
 
+_NO_HUB = "{} has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`."
+
+
 def _own_backbone(name, pretrained, weights, sha256, stages, changes):
     "A registered network, perhaps with weights from a file."
     make, mean, std = BACKBONES[name]
     net = make(**changes)
     if pretrained and not weights:
-        raise ValueError(
-            f"{name} has no weights on the hub; give its published checkpoint as `weights`,"
-            " or set `pretrained: false`."
-        )
+        raise ValueError(_NO_HUB.format(name))
     if weights:
         load_weights(net, weights, sha256)
     return Backbone(net, net.channels if stages else net.channels[-1], mean, std)
@@ -160,6 +160,8 @@ def pretrained_file(
     sha256: str = "",  # expected hash of the file, or its beginning
 ) -> Path:  # where it lies here
     "The pretrained weights of a network, from the registry or from the hub."
+    if name in BACKBONES:
+        raise ValueError(_NO_HUB.format(name))
     _check_name(name)
     try:
         return weights_file(known) if (known := _registered(name, sha256)) else hub_file(name, sha256)
