@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import atomic_path, read_json, write_json, write_text
+from ..core import ParameterError, atomic_path, read_json, write_json, write_text
 from .backbones import make_model, pretrained_file
 from .model_cards import readme_of
 from .state_dicts import read_state
@@ -126,7 +126,7 @@ def model_file(
         return pretrained_file(name) if kind == "pretrained" else hf_file(name, "weights.safetensors")
     path = Path(ref) / "weights.safetensors" if Path(ref).is_dir() else Path(ref)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no model in {ref}: {path.name} is missing.")
+        raise ParameterError(f"There is no model in {ref}: {path.name} is missing.")
     return path
 
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #c5a754f4
@@ -162,9 +162,9 @@ def read_card(
         card = _card_in(model_file(ref))
     if not card:
         others = "a model is a folder or file that training wrote, hf:owner/name, or pretrained:name"
-        raise FileNotFoundError(f"There is no model in {ref}: card.json is missing; {others}.")
+        raise ParameterError(f"There is no model in {ref}: card.json is missing; {others}.")
     if absent := [k for k in _PARTS if k not in card]:
-        raise ValueError(f"The card of {ref} does not say its {', '.join(absent)}: it is no model's.")
+        raise ParameterError(f"The card of {ref} does not say its {', '.join(absent)}: it is no model's.")
     return card
 
 
@@ -184,7 +184,7 @@ def load_model(
             asked, own = ", ".join(str(card[k]) for k in _PARTS), model.state_dict()
             other = [k for k in own.keys() | state.keys() if _shape(own, k) != _shape(state, k)]
             said = f"{len(other)} entries differ, such as {min(other)}"
-            raise ValueError(f"{path} does not fit its card ({asked}): {said}.") from None
+            raise ParameterError(f"{path} does not fit its card ({asked}): {said}.") from None
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
