@@ -193,9 +193,15 @@ def _seen_in(cfg, world, split, number):
     return world, split, cfg.sizes, cfg.bench_side, a, b, cache_dir
 
 
+@functools.lru_cache(maxsize=1)
+def _starts(world, split, number):
+    "What frozen stages make of a shard's images, while the models describe it one after another."
+    return {}
+
+
 def _describe_shard(job, notes):
     "Descriptors of a shard's images, their positions, and what could not be read."
-    cfg, world, folder, _, split, number, card, device, _, following = job
+    cfg, world, folder, _, split, number, card, device, _, following, several = job
     in_memory = cfg.in_memory and not cfg.n_loaders
     photos, paths, sizes = photos_of(*_seen_in(cfg, world, split, number), in_memory)
     if following and not cfg.in_memory:
@@ -207,6 +213,7 @@ def _describe_shard(job, notes):
         precision=cfg.precision,
         batch_size=cfg.batch_size,
         photos=photos,
+        kept=_starts(world, split, number) if in_memory and several else None,
         load=lambda left: batches_of(photos, left, cfg.n_loaders, device != "cpu"),
         notes=notes,
         made_by=fingerprint(card),
@@ -216,10 +223,10 @@ def _describe_shard(job, notes):
 
 
 def extract_shard(
-    job: tuple,  # what `jobs_of` made, and device, one thread only, (split, number) of the shard that follows
+    job: tuple,  # what `jobs_of` made, and device, one thread only, (split, number) of the shard that follows, several models
 ) -> list:  # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
-    cfg, world, _, store_dir, split, number, card, _, one_thread, _ = job
+    cfg, world, _, store_dir, split, number, card, _, one_thread, *_ = job
     all_ids, _ = read_split(world, split)
     ids = all_ids[number * cfg.shard_size : (number + 1) * cfg.shard_size]
     threads, notes = torch.get_num_threads(), Path(store_dir) / f"unfinished-{number:05d}.npz"
@@ -292,7 +299,8 @@ def _share_out(cfg, world, device, stores):
     many = len(todo) > 1 and n != 1 and (device.type == "cuda" or _n_left(cfg, world, todo) > MANY)
     shards = list(dict.fromkeys((job[4], job[5]) for job in todo))
     following = dict(zip(shards, shards[1:]))
-    jobs = [(*job, str(device), many, following.get(job[4:6])) for job in todo]
+    several = len({job[2] for job in todo}) > 1
+    jobs = [(*job, str(device), many, following.get(job[4:6]), several) for job in todo]
     try:
         parallel_map(extract_shard, jobs, n if many else 1, "shards")
     finally:
@@ -340,7 +348,7 @@ def run(
 ) -> Path:  # the artifact's directory
     "Describe every wanted split with every wanted model."
     device, world = pick_device(cfg.device), make_world(cfg.world, cfg.seed)
-    for remembered in (read_split, photos_of, _model):
+    for remembered in (read_split, photos_of, _model, _starts):
         remembered.cache_clear()  # a kernel may be older than a model or world
     _check_machine(cfg, device)
     models = find_models(cfg)

@@ -185,6 +185,7 @@ def load_model(
             other = [k for k in own.keys() | state.keys() if _shape(own, k) != _shape(state, k)]
             said = f"{len(other)} entries differ, such as {min(other)}"
             raise ParameterError(f"{path} does not fit its card ({asked}): {said}.") from None
+    model.backbone.freeze(card.get("frozen_stages", 0))  # models that start alike can share their maps
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
