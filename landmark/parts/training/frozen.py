@@ -133,7 +133,10 @@ def _compute(self: FrozenMaps, view, home):
         tmp.mkdir()
         for g in np.unique(groups[self.photos.readable]):
             here = np.flatnonzero((groups == g) & self.photos.readable)
-            maps = [self._maps(here[a : a + self.batch_size], view, rows) for a in range(0, len(here), self.batch_size)]
+            maps = [
+                self._maps(here[a : a + self.batch_size], view, rows)
+                for a in range(0, len(here), self.batch_size)
+            ]
             at = np.flatnonzero((groups == g) & (rows >= 0))
             rows[at] = np.arange(len(at))
             np.save(tmp / f"{g}.npy", np.concatenate(maps))
