@@ -199,8 +199,14 @@ def pretrained_file(
     if name in BACKBONES:
         raise ParameterError(_NO_HUB.format(name))
     _check_name(name)
-    known = _registered(name, sha256)
-    return weights_file(known) if known else hub_file(name, sha256)
+    if known := _registered(name, sha256):
+        return weights_file(known)
+    try:
+        return hub_file(name, sha256)
+    except ParameterError as e:
+        if known := _registered(name, ""):
+            e = ParameterError(f"{e} The registered file of {known} has sha256 {WEIGHTS[known].sha256}.")
+        raise e from None
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #855bd602
 @torch.no_grad()

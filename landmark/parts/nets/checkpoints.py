@@ -43,8 +43,8 @@ def load_checkpoint(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise ValueError(
-            f"{path} is no readable checkpoint (truncated?, {type(e).__name__}). Remove it to start this model"
-            " again."
+            f"{path} is no readable checkpoint (truncated?): {type(e).__name__}."
+            " Remove it to start this model again."
         ) from None
     version = state.get("version")
     if version != CHECKPOINT_VERSION:

@@ -8,6 +8,7 @@ __all__ = ['read_state', 'load_weights']
 # %% ../../../nbs/parts/nets/state_dicts.ipynb #913a823a
 import argparse
 import re
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,10 @@ from .weights import check_sum
 
 # %% ../../../nbs/parts/nets/state_dicts.ipynb #a7841de3
 _STRANGERS = (  # how files begin that hold no weights, in lower case
-    (b"version https://git-lfs", "is a pointer of Git LFS, not the file it points to; `git lfs pull` fetches it"),
+    (
+        b"version https://git-lfs",
+        "is a pointer of Git LFS, not the file it points to; `git lfs pull` fetches it",
+    ),
     (b"<", "is a web page (an error page of a download?), not weights"),
     (b"{", "is JSON, not weights"),
     (b"\x89hdf", "is HDF5, as Keras writes it, not weights of PyTorch"),
@@ -76,19 +80,19 @@ def _open(path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         if kind := re.search(r"(?:GLOBAL|Unsupported class|Type) `?([\w.]*\.\w+)", str(e)):
             what = f"holds a pickled object ({kind[1]}), which is not read since that would run its code"
             raise ParameterError(f"{path} {what}; whoever made it can save its `state_dict()`.") from None
-        raise ParameterError(f"{path} is damaged or cut off: no weights can be read from it.") from None
+        what = "is damaged, cut off, or a pickle that PyTorch did not write"
+        raise ParameterError(f"{path} {what}: no weights can be read from it.") from None
 
 # %% ../../../nbs/parts/nets/state_dicts.ipynb #3bfec824
-_CONTAINERS = (  # averages first
-    "state_dict_ema model_ema ema_state_dict ema params_ema teacher "
-    "state_dict model_state_dict model_state model net network module student params weights"
-).split()
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema", "teacher")
+_PLAIN = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "student")
+_CONTAINERS = (*_AVERAGES, *_PLAIN, "params", "weights")  # in the order in which they are asked for
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 

