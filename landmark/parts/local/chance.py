@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['K_PRIOR', 'BEND', 'END', 'LEAST', 'different_pairs', 'both_ways', 'Chance', 'learn_chance', 'pair_share',
-           'above_chance', 'accident', 'chance_table', 'draw_chance']
+           'above_chance', 'needed_inliers', 'accident', 'chance_table', 'draw_chance']
 
 # %% ../../../nbs/parts/local/chance.ipynb #de8ad357
 from dataclasses import dataclass
@@ -82,6 +82,15 @@ class Chance:
         line = BEND * (np.maximum(z, self.bend) / self.bend) ** -self.slope
         return np.where(z > self.bend, line, np.maximum(seen, BEND))
 
+    def reached(
+        self,
+        share: np.ndarray,  # share of pairs of different labels
+    ) -> np.ndarray:  # the excess that so few reach
+        "The other way round."
+        share = np.asarray(share, float)
+        line = self.bend * (BEND / np.maximum(share, 1e-30)) ** (1 / self.slope)
+        return np.where(share <= BEND, line, np.quantile(self.excess, 1 - share))
+
 # %% ../../../nbs/parts/local/chance.ipynb #1fe99988
 def _spreads(image, partner, excess, n):
     "Spread of every image, and of the sampled pairs with the pair itself left out."
@@ -133,6 +142,15 @@ def above_chance(
     limit = pair_share(n_partners, max_false)[image]
     return chance.share(chance.z(image, partner, count)) <= limit
 
+# %% ../../../nbs/parts/local/chance.ipynb #9bf0ff6c
+def needed_inliers(
+    chance: Chance,  # of the collection
+    n_partners: np.ndarray,  # compared partners of each image [n]
+    max_false: float = 0.05,  # share of images without a true partner that chance may keep
+) -> np.ndarray:  # with a partner that is no wilder than the image itself [n]
+    "The threshold said in inliers: what a pair of each image needs."
+    return chance.mean + chance.reached(pair_share(n_partners, max_false)) * chance.spread
+
 # %% ../../../nbs/parts/local/chance.ipynb #a78f4d17
 def accident(
     chance: Chance,  # of the collection
@@ -167,6 +185,7 @@ def chance_table(
 def draw_chance(
     ax,  # matplotlib axes
     table: pd.DataFrame,  # see `chance_table`
+    chance: Chance,  # of the collection
     partners: list,  # numbers of compared partners to mark
     max_false: float,  # share of images without a true partner that chance may keep
 ):
@@ -176,7 +195,7 @@ def draw_chance(
     ax.loglog(table.z, table.line, color="tab:red", ls=":", label="as drawn")
     for m in partners:
         share = float(pair_share(m, max_false))
-        z = float(np.exp(np.interp(-np.log(share), -np.log(table.line), np.log(table.z))))
+        z = float(chance.reached(share))
         ax.plot(z, share, "o", color="black", ms=4)
         ax.annotate(f" {m}", (z, share), fontsize=8)
     ax.set(xlabel="inliers beyond chance, in spreads", ylabel="share of pairs that reach it", ylim=(1e-5, 1.5))
