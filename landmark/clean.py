@@ -141,7 +141,9 @@ def decisive(
             f"clean: min_inliers is 0, to be found from pairs of different labels, but the verification holds "
             f"{n:,} of them and {LEAST:,} are needed; give min_inliers, or n_different to 01_verify"
         )
-    return learn_chance(**e["different"], n=len(e["ids"]))
+    two = e["different"] | dict(n=len(e["ids"]))
+    *_, keep, _ = _decide(cfg, e, learn_chance(**two))
+    return learn_chance(**two, trusted=keep[two["image"]] & keep[two["partner"]])
 
 
 def verified_pairs(

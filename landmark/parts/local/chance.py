@@ -58,10 +58,10 @@ class Chance:
 
     mean: float  # inliers of such a pair
     spread: np.ndarray  # root mean square excess of each image's [n]
-    excess: np.ndarray  # excess over the spread of the sampled pairs, ascending [m]
+    excess: np.ndarray  # excess of the pairs behind the line, in spreads, ascending [m]
     bend: float  # excess that 5 % of them reach
     slope: float  # of the line from there, in logarithms
-    n_pairs: int  # how many were sampled
+    n_pairs: int  # how many stand behind the line
 
     def z(
         self,
@@ -92,9 +92,9 @@ class Chance:
         return np.where(share <= BEND, line, np.quantile(self.excess, 1 - share))
 
 # %% ../../../nbs/parts/local/chance.ipynb #1fe99988
-def _spreads(image, partner, excess, n):
+def _spreads(image, partner, excess, most, n):
     "Spread of every image, and of the sampled pairs with the pair itself left out."
-    square = np.minimum(excess, np.quantile(excess, 0.999)) ** 2
+    square = np.minimum(excess, most) ** 2
     of_all = max(square.mean(), 0.25)  # counts are whole numbers
     ends = np.concatenate([image, partner])
     n_own, own = np.bincount(ends, minlength=n), np.bincount(ends, np.tile(square, 2), minlength=n)
@@ -108,18 +108,22 @@ def learn_chance(
     partner: np.ndarray,  # of its partner [m]
     count: np.ndarray,  # inliers, see `both_ways` [m]
     n: int,  # images
+    trusted: np.ndarray | None = None,  # pairs from which the line is drawn [m] bool; None: all
 ) -> Chance:  # of this collection
     "What chance does, from pairs of different labels."
     if len(image) < LEAST:
         raise ValueError(f"{len(image)} pairs of different labels; chance is learned from {LEAST:,} at least")
     count = np.asarray(count, float)
+    if trusted is None or trusted.sum() < LEAST:
+        trusted = np.ones(len(count), bool)
     mean = count[count <= np.quantile(count, 0.99)].mean()
-    spread, of_pair = _spreads(np.asarray(image), np.asarray(partner), count - mean, n)
-    excess = np.sort((count - mean) / of_pair)
+    most = np.quantile(count[trusted], 0.999) - mean
+    spread, of_pair = _spreads(np.asarray(image), np.asarray(partner), count - mean, most, n)
+    excess = np.sort(((count - mean) / of_pair)[trusted])
     u, v = np.quantile(excess, [1 - BEND, 1 - END])
     u = max(u, 1.0)
     slope = np.log(BEND / END) / np.log(max(v / u, 1.1))
-    return Chance(float(mean), spread, excess, float(u), float(slope), len(count))
+    return Chance(float(mean), spread, excess, float(u), float(slope), int(trusted.sum()))
 
 # %% ../../../nbs/parts/local/chance.ipynb #597a47c7
 def pair_share(
