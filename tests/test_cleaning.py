@@ -109,7 +109,7 @@ def test_quality_counts_everything_once():
 
 
 def made_up(folder, n_labels=60, size=12, wrong=0.2, mistaken=0.5, seed=0):
-    "A verification without photos: counts by chance, and of photos of one landmark a half more; what is true."
+    "A verification without photos: counts by chance, half the pairs of one landmark have more; the truth."
     from landmark.parts.local.chance import different_pairs
     from landmark.parts.local.cleaning import write_pairs
     from landmark.parts.local.features import LocalFeatures, open_meta, write_shard

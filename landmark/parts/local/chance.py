@@ -195,12 +195,13 @@ def draw_chance(
 ):
     "Share of pairs beyond an excess, and where a pair is verified."
     ax.loglog(table.z, table.same, color="tab:blue", label="of one label")
-    ax.loglog(table.z, table.different, color="tab:red", label="of different labels")
-    ax.loglog(table.z, table.line, color="tab:red", ls=":", label="as drawn")
+    seen = table.different.where(table.different > 0)
+    ax.loglog(table.z, seen, color="tab:red", label="of different labels")
+    ax.loglog(table.z, table.line, color="tab:red", ls=":", label="the line")
     for m in partners:
         share = float(pair_share(m, max_false))
         z = float(chance.reached(share))
         ax.plot(z, share, "o", color="black", ms=4)
         ax.annotate(f" {m}", (z, share), fontsize=8)
-    ax.set(xlabel="inliers beyond chance, in spreads", ylabel="share of pairs that reach it", ylim=(1e-5, 1.5))
+    ax.set(xlabel="inliers beyond chance, in spreads", ylabel="share of pairs", ylim=(1e-5, 1.5))
     ax.legend(fontsize=8)

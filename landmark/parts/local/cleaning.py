@@ -282,7 +282,8 @@ def lost_table(
     view: np.ndarray | None = None,  # what it shows, label and aspect, where that is known [n]
 ) -> pd.DataFrame:  # reason, n; right, wrong; lonely
     "What was lost, and why."
-    reason = pd.Series(why).str.replace(r"^\d+ verified pairs, \d+ needed", "too few verified pairs", regex=True)
+    counted = r"^\d+ verified pairs, \d+ needed"
+    reason = pd.Series(why).str.replace(counted, "too few verified pairs", regex=True)
     facts = pd.DataFrame(dict(reason=reason, n=1))
     if right is not None:
         facts["right"], facts["wrong"] = right.astype(int), (~right).astype(int)
