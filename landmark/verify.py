@@ -32,6 +32,7 @@ from .parts.data.layout import read_images, read_truth
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
+from .parts.local.chance import different_pairs
 from landmark.parts.local.cleaning import (
     first_copies,
     partners_among_all,
@@ -79,6 +80,7 @@ class Config:
     reject: bool = True  # leave degenerate maps out; False is the original's way
     labels: int = 0  # only this many labels, evenly spread; 0: all
     compare_labels: int = 10  # labels whose photos tell how well counts separate; 0: not asked
+    n_different: int = 10_000  # pairs of different labels, verified both ways: what chance does; 0: none
     chunk_pairs: int = 5000  # pairs per file of results, about
     shard: int = -1  # this shard only; −1: everything that no shard has done
     n_shards: int = 1  # machines that share the work
@@ -399,6 +401,12 @@ def _restriction(cfg, out, df, p):
     asked = sorted({k for k in (20, 50, 100, 200, 500, 1000, cfg.n_neighbors) if k <= cfg.n_neighbors})
     write_csv(restriction_table(partner_ranks(pairs, x), counts, asked), out / "restriction.csv")
 
+# %% ../nbs/01_verify.ipynb #b02ab9d9
+def _different(cfg, out, df, store, rule):
+    "Counts of pairs of different labels."
+    pairs = different_pairs(df.landmark_id.to_numpy(), cfg.n_different, cfg.seed)
+    write_pairs(out / "different" / "00000.npz", pairs, *verify_pairs(store, pairs, rule, **_where(cfg)))
+
 # %% ../nbs/01_verify.ipynb #bf7710a8
 def _facts(df, store, p, n_copies):
     "What was done, in numbers."
@@ -435,6 +443,8 @@ def _summarise(cfg, out, df, world, rule, metrics):
     facts = _facts(df, store, p, len(copy))
     write_csv(pd.DataFrame(facts.items(), columns=["fact", "value"]), out / "summary.csv")
     metrics |= facts
+    if cfg.n_different:
+        _different(cfg, out, df, store, rule)
     if cfg.compare_labels:
         _separation(cfg, out, df, world, store, rule, metrics)
     _restriction(cfg, out, df, p)
