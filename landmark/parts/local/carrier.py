@@ -269,9 +269,10 @@ def without(
 def sample_photos(
     n: int,  # photos of the collection
     labels: np.ndarray | None,  # landmark_ids, −1 for none [n]
-    n_photos: int,  # at most so many
+    n_photos: int = 0,  # at most so many; 0: a sixteenth, but from 256 to 1,024
 ) -> np.ndarray:  # positions, ascending
     "Photos that stand for a collection: of every label the first, then of every label the second …"
+    n_photos = n_photos or max(256, min(1024, n // 16))
     groups = start_groups(labels, n)
     order = np.argsort(groups, kind="stable")
     sizes = np.unique(groups, return_counts=True)[1]
@@ -327,7 +328,7 @@ def _exemplars(photos, recurs, positions, near, min_groups, kind):
 def learn(
     store,  # local features of the collection: a `LocalStore`, or a list
     labels: np.ndarray | None = None,  # landmark_ids, −1 for none [n]; None: nobody knows
-    n_photos: int = 512,  # photos to learn from, at most
+    n_photos: int = 0,  # photos to learn from, at most; 0: see `sample_photos`
     min_groups: int = 3,  # labels in which something must recur
 ) -> StopList:  # the carriers of the collection
     "What recurs at the same place of the frame in photos of different labels."
@@ -396,6 +397,9 @@ def read_list(
 def _mask_shard(s, path, stop):
     "Worker: write the mask of one shard."
     store = LocalStore(path, masked=False)
+    if not stop.carriers:
+        store.write_mask(s, np.zeros(store.shard(s)["offsets"][-1]))
+        return
     size = store.meta["shard_size"]
     images = range(s * size, min(len(store), (s + 1) * size))
     none = np.zeros(0, np.int16)
