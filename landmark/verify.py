@@ -344,9 +344,9 @@ def _learn_carriers(cfg, out, df, world):
     some = sample_photos(len(df), labels)
     if all((out / "local" / f"{s:05d}").exists() for s in set((some // _SHARD).tolist())):
         return learn(open_local(out / "local"), labels)
-    few = df.iloc[some]
-    _extract_local(cfg, out / "sample", few, None, world)
-    stop = learn(open_local(out / "sample" / "local"), labels[some])
+    with tempfile.TemporaryDirectory(dir=out) as tmp:
+        _extract_local(cfg, Path(tmp), df.iloc[some], None, world)
+        stop = learn(open_local(Path(tmp) / "local"), labels[some])
     return replace(stop, carriers=[replace(c, image=int(some[c.image])) for c in stop.carriers])
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BORDER', 'MIN_FEATURES', 'FILE', 'frame_scales', 'frame_votes', 'near_distance', 'same_descriptors', 'start_groups',
-           'join_alike', 'Carrier', 'carried_places', 'StopList', 'without', 'sample_photos', 'recurring', 'learn',
-           'save_list', 'read_list', 'mask_store', 'carrier_table', 'where', 'keeps_border', 'count_scene', 'recount']
+           'join_alike', 'Carrier', 'carried_places', 'StopList', 'without', 'sample_photos', 'recurring', 'where',
+           'learn', 'save_list', 'read_list', 'mask_store', 'carrier_table', 'keeps_border', 'count_scene', 'recount']
 
 # %% ../../../nbs/parts/local/carrier.ipynb #e7804b1d
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +141,7 @@ def same_descriptors(
 
 # %% ../../../nbs/parts/local/carrier.ipynb #76116daa
 BORDER = 1 / 6  # what counts as the border strip, share of the side
+_SHARE = 0.8  # share of what two photos have in common that lies there, if it belongs to a carrier
 _ALIKE = 0.05  # share of local features that photos of different things do not have in common
 
 
@@ -283,6 +284,22 @@ def sample_photos(
         return np.sort(first[np.linspace(0, len(first) - 1, n_photos).astype(int)])
     return np.sort(np.lexsort((groups, turn))[:n_photos])
 
+# %% ../../../nbs/parts/local/carrier.ipynb #7dbdbce4
+def _alike(
+    number,  # pair of photos of each match [m]
+    inside,  # does it lie in no border strip? [m]
+    votes,  # does it keep the frame together with others? [m]
+    counts,  # local features of the smaller photo of every pair [n]
+    unlabelled,  # has one of the two no label? [n]
+):
+    "Pairs that share much away from the borders; without labels, or whose frame is kept there as well."
+
+    def of(matches):
+        return np.bincount(number, weights=matches, minlength=len(counts))
+
+    much = of(inside) > np.maximum(2 * MIN_FEATURES, _ALIKE * counts)
+    return much | (unlabelled & (of(votes & inside) > (1 - _SHARE) * of(votes)))
+
 # %% ../../../nbs/parts/local/carrier.ipynb #27adc704
 def recurring(
     photos: list,  # local features as stored, one per photo of the sample
@@ -297,18 +314,31 @@ def recurring(
     a, b = same_descriptors(desc, image, groups, near)
     pair = image[a] * len(photos) + image[b]
     inside = _inside(xy[a], size[image[a]]) & _inside(xy[b], size[image[b]])
+    votes = frame_votes(pair, xy[a], size[image[a]], xy[b], size[image[b]]) >= MIN_FEATURES
     pairs, number = np.unique(pair, return_inverse=True)
     i, j = pairs // len(photos), pairs % len(photos)
-    most = np.maximum(2 * MIN_FEATURES, _ALIKE * np.minimum(counts[i], counts[j]))
-    alike = np.bincount(number, weights=inside, minlength=len(pairs)) > most
+    alike = _alike(number, inside, votes, np.minimum(counts[i], counts[j]), unlabelled[i] | unlabelled[j])
     groups = join_alike(groups, unlabelled, i[alike], j[alike])
-    use = ~alike[number] & (groups[image[a]] != groups[image[b]])
-    a, b, pair = a[use], b[use], pair[use]
-    votes = frame_votes(pair, xy[a], size[image[a]], xy[b], size[image[b]])
-    a, b = a[votes >= MIN_FEATURES], b[votes >= MIN_FEATURES]
+    use = votes & ~alike[number] & (groups[image[a]] != groups[image[b]])
+    a, b = a[use], b[use]
     seen = np.concatenate([np.c_[a, groups[image[b]]], np.c_[b, groups[image[a]]]])
     n = np.bincount(np.unique(seen, axis=0)[:, 0], minlength=len(desc)) if len(seen) else np.zeros(len(desc))
     return np.split(n.astype(np.int64) + 1, np.cumsum(counts)[:-1]), groups
+
+# %% ../../../nbs/parts/local/carrier.ipynb #4b44646a
+def where(
+    f: LocalFeatures,  # of a carrier's exemplar
+) -> str:  # left, right, top, bottom, joined; or all over
+    "In which border strips most of a carrier lies."
+    at = f.xy / np.float32(f.size)
+    strips = dict(left=at[:, 0] < BORDER, right=at[:, 0] > 1 - BORDER)
+    strips = dict(top=at[:, 1] < BORDER, bottom=at[:, 1] > 1 - BORDER) | strips
+    names, covered = [], np.zeros(len(at), bool)
+    for name, inside in strips.items():
+        if covered.mean() < 0.8 and (inside & ~covered).mean() > 0.1:
+            names.append(name)
+            covered |= inside
+    return " and ".join(names) if covered.mean() >= 0.8 else "all over"
 
 # %% ../../../nbs/parts/local/carrier.ipynb #21cb498b
 def _exemplars(photos, recurs, positions, near, min_groups, kind):
@@ -349,7 +379,8 @@ def learn(
     rows = [k for k, r in enumerate(recurs) if (r >= min_groups).any()]
     for c in stop.carriers:
         c.n_groups = len({groups[k] for k in rows if len(c.find(photos[k], near)[0])})
-    return replace(stop, carriers=[c for c in stop.carriers if c.n_groups >= min_groups])
+    least = [min_groups * (1 + (where(c.features) == "all over")) for c in stop.carriers]
+    return replace(stop, carriers=[c for c, n in zip(stop.carriers, least) if c.n_groups >= n])
 
 # %% ../../../nbs/parts/local/carrier.ipynb #ef717aa5
 FILE = "carriers.npz"  # the stop list of a folder of local features
@@ -442,23 +473,7 @@ def carrier_table(
     names = ["carrier", "image_id", "where", "features", "labels", "photos", "masked"]
     return pd.DataFrame(rows, columns=names)
 
-# %% ../../../nbs/parts/local/carrier.ipynb #4b44646a
-def where(
-    f: LocalFeatures,  # of a carrier's exemplar
-) -> str:  # left, right, top, bottom, joined; or all over
-    "In which border strips most of a carrier lies."
-    at = f.xy / np.float32(f.size)
-    strips = dict(left=at[:, 0] < BORDER, right=at[:, 0] > 1 - BORDER)
-    strips = dict(top=at[:, 1] < BORDER, bottom=at[:, 1] > 1 - BORDER) | strips
-    names, covered = [], np.zeros(len(at), bool)
-    for name, inside in strips.items():
-        if covered.mean() < 0.8 and (inside & ~covered).mean() > 0.1:
-            names.append(name)
-            covered |= inside
-    return " and ".join(names) if covered.mean() >= 0.8 else "all over"
-
 # %% ../../../nbs/parts/local/carrier.ipynb #1b5be3d5
-_SHARE = 0.8  # share of the inliers that lie in border strips which the map keeps
 _KEEPS = 0.03  # so well a distance from the border is kept, share of the longest side
 _ROUNDS = 4  # times that a map is taken out and the rest fitted again
 
