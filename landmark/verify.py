@@ -32,6 +32,7 @@ from .parts.data.layout import read_images, read_truth
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
+from .parts.local.carrier import carrier_table, learn, mask_store, read_list, recount, sample_photos
 from .parts.local.chance import different_pairs
 from landmark.parts.local.cleaning import (
     first_copies,
@@ -78,6 +79,7 @@ class Config:
     residual: float | None = None  # largest residual, share of the partner's longest side; None: the kind's
     n_trials: int = 1000  # RANSAC samples
     reject: bool = True  # leave degenerate maps out; False is the original's way
+    carrier: bool = True  # leave out what belongs to the carrier: footers, stamps, bars of a phone
     labels: int = 0  # only this many labels, evenly spread; 0: all
     compare_labels: int = 10  # labels whose photos tell how well counts separate; 0: not asked
     n_different: int = 10_000  # pairs of different labels, verified both ways: what chance does; 0: none
@@ -337,6 +339,36 @@ def _extract_local(cfg, out, df, shards, world):
         _train_delf(cfg, out, backbone, device, world)
     d.extract_many_delf(d.load_delf(ready, backbone.net), *what, *sizes, device=device)
 
+# %% ../nbs/01_verify.ipynb #2f77bda7
+def _learn_carriers(cfg, out, df, world):
+    "The carriers of the whole collection; a machine that has only its own shards extracts the sample."
+    labels = df.landmark_id.to_numpy()
+    some = sample_photos(len(df), labels)
+    if all((out / "local" / f"{s:05d}").exists() for s in set((some // _SHARD).tolist())):
+        return learn(open_local(out / "local"), labels)
+    with tempfile.TemporaryDirectory(dir=out) as tmp:
+        _extract_local(cfg, Path(tmp), df.iloc[some], None, world)
+        stop = learn(open_local(Path(tmp) / "local"), labels[some])
+    return replace(stop, carriers=[replace(c, image=int(some[c.image])) for c in stop.carriers])
+
+
+def _leave_carriers_out(cfg, out, df, world):
+    "Mask every shard that is not masked yet."
+    there = sorted(int(d.name) for d in (out / "local").glob("[0-9]*"))
+    todo = [s for s in there if not (out / "local" / f"{s:05d}" / "masked.npy").exists()]
+    known = (out / "local" / "carriers.npz").exists()
+    if todo or not known:
+        stop = read_list(out / "local") if known else _learn_carriers(cfg, out, df, world)
+        mask_store(open_local(out / "local"), stop, todo, cfg.n_workers)
+
+
+def _count(cfg, store, pairs, rule):
+    "Matches and inliers of pairs; those that a carrier explains as well as a scene count nothing."
+    n_matches, n_inliers = verify_pairs(store, pairs, rule, **_where(cfg))
+    if cfg.carrier:
+        n_inliers = recount(store, pairs, n_inliers, rule, n_threads=cfg.n_workers)
+    return n_matches, n_inliers
+
 # %% ../nbs/01_verify.ipynb #a1c0def4
 def _verify_chunks(cfg, out, df, chunks, rule, world):
     "Local features and counts of some chunks; returns seconds spent on each."
@@ -347,13 +379,14 @@ def _verify_chunks(cfg, out, df, chunks, rule, world):
         first, end = np.searchsorted(labels, labels[a]), np.searchsorted(labels, labels[b - 1], "right")
         shards |= set(range(first // _SHARD, -(-end // _SHARD)))
     _extract_local(cfg, out, df, sorted(shards), world)
+    if cfg.carrier:
+        _leave_carriers_out(cfg, out, df, world)
     t = time.perf_counter()
     store = open_local(out / "local")
     partners = Partners(cfg, df.image_id.to_numpy(), labels) if todo else None
     for number, (a, b) in progress(todo, "verify", len(todo)):
         pairs = partners(np.arange(a, b))
-        counts = verify_pairs(store, pairs, rule, **_where(cfg))
-        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, *counts)
+        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, *_count(cfg, store, pairs, rule))
     return t - t0, time.perf_counter() - t
 
 
@@ -380,7 +413,7 @@ def _separation(cfg, out, df, world, store, rule, metrics):
     labels = df.landmark_id.to_numpy()
     rows = np.flatnonzero(np.isin(labels, spread_labels(labels, cfg.compare_labels)))
     two = pairs_to_separate(*_places(df, world), rows, seed=cfg.seed)
-    counts = [verify_pairs(store, x, rule, **_where(cfg))[1] for x in two]
+    counts = [_count(cfg, store, x, rule)[1] for x in two]
     row = separation_row(cfg.kind, *counts)
     write_csv(pd.DataFrame([dict(images=len(rows), **row)]), out / "separation.csv")
     metrics |= {f"separation_{k}": row[k] for k in ("found", "auc")}
@@ -441,6 +474,10 @@ def _summarise(cfg, out, df, world, rule, metrics):
     copies = dict(image_id=ids[copy], copy_of=ids[first[copy]], landmark_id=labels[copy])
     write_csv(pd.DataFrame(copies), out / "copies.csv")
     facts = _facts(df, store, p, len(copy))
+    if cfg.carrier:
+        masked = carrier_table(store)
+        write_csv(masked, out / "carrier.csv")
+        facts |= dict(carriers=len(masked), masked_features=int(masked.masked.sum()))
     write_csv(pd.DataFrame(facts.items(), columns=["fact", "value"]), out / "summary.csv")
     metrics |= facts
     if cfg.n_different:
