@@ -65,7 +65,7 @@ def frame_votes(
     return votes
 
 # %% ../../../nbs/parts/local/carrier.ipynb #74534af8
-_CHANCE = 0.03  # share of local features that find so near a one elsewhere in a strange photo
+_CHANCE = 0.01  # share of local features that find so near a one elsewhere in a strange photo
 _N_ASKED = 250  # local features of a photo that are asked
 
 
@@ -290,15 +290,14 @@ def _alike(
     inside,  # does it lie in no border strip? [m]
     votes,  # does it keep the frame together with others? [m]
     counts,  # local features of the smaller photo of every pair [n]
-    unlabelled,  # has one of the two no label? [n]
 ):
-    "Pairs that share much away from the borders; without labels, or whose frame is kept there as well."
+    "Pairs that share much away from the borders, or whose frame is kept there as well."
 
     def of(matches):
         return np.bincount(number, weights=matches, minlength=len(counts))
 
     much = of(inside) > np.maximum(2 * MIN_FEATURES, _ALIKE * counts)
-    return much | (unlabelled & (of(votes & inside) > (1 - _SHARE) * of(votes)))
+    return much | (of(votes & inside) > (1 - _SHARE) * of(votes))
 
 # %% ../../../nbs/parts/local/carrier.ipynb #27adc704
 def recurring(
@@ -317,7 +316,7 @@ def recurring(
     votes = frame_votes(pair, xy[a], size[image[a]], xy[b], size[image[b]]) >= MIN_FEATURES
     pairs, number = np.unique(pair, return_inverse=True)
     i, j = pairs // len(photos), pairs % len(photos)
-    alike = _alike(number, inside, votes, np.minimum(counts[i], counts[j]), unlabelled[i] | unlabelled[j])
+    alike = _alike(number, inside, votes, np.minimum(counts[i], counts[j]))
     groups = join_alike(groups, unlabelled, i[alike], j[alike])
     use = votes & ~alike[number] & (groups[image[a]] != groups[image[b]])
     a, b = a[use], b[use]
@@ -379,8 +378,8 @@ def learn(
     rows = [k for k, r in enumerate(recurs) if (r >= min_groups).any()]
     for c in stop.carriers:
         c.n_groups = len({groups[k] for k in rows if len(c.find(photos[k], near)[0])})
-    least = [min_groups * (1 + (where(c.features) == "all over")) for c in stop.carriers]
-    return replace(stop, carriers=[c for c, n in zip(stop.carriers, least) if c.n_groups >= n])
+    sure = [c for c in stop.carriers if c.n_groups >= min_groups and where(c.features) != "all over"]
+    return replace(stop, carriers=sure)
 
 # %% ../../../nbs/parts/local/carrier.ipynb #ef717aa5
 FILE = "carriers.npz"  # the stop list of a folder of local features
