@@ -15,7 +15,7 @@ from landmark.parts.data.worlds import make_world
 from landmark.parts.images.reading import read_image
 from landmark.parts.local.delf import load_delf
 from landmark.parts.local.features import LocalFeatures, pack
-from landmark.parts.local.matching import rule_for
+from landmark.parts.local.kinds import rule_for
 from landmark.parts.local.verification import verify as verify_one
 from landmark.parts.nets.backbones import make_model
 from landmark.parts.nets.checkpoints import load_model, save_model
@@ -110,10 +110,3 @@ def test_what_does_not_fit_is_refused_before_the_search(cleaning, monkeypatch, t
     ):
         with pytest.raises(ValueError, match=says):
             recognize.run(replace(given, **change))
-    (verified / "delf" / "card.json").write_text(
-        json.dumps(
-            json.loads((verified / "delf" / "card.json").read_text()) | dict(trunk=str(tmp_path / "gone"))
-        )
-    )  # the last test that needs it
-    with pytest.raises(ParameterError, match="gone holds no trained model"):
-        recognize.run(given)
