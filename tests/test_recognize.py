@@ -1,6 +1,5 @@
 "Recognition with the paper's local features: one DELF for queries and voters, nothing that does not fit it."
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 from test_ensemble import made
 
 from landmark import recognize, verify
-from landmark.parts.core import ParameterError
 from landmark.parts.data.layout import read_images
 from landmark.parts.data.worlds import make_world
 from landmark.parts.images.reading import read_image
@@ -18,7 +16,7 @@ from landmark.parts.local.features import LocalFeatures, pack
 from landmark.parts.local.kinds import rule_for
 from landmark.parts.local.verification import verify as verify_one
 from landmark.parts.nets.backbones import make_model
-from landmark.parts.nets.checkpoints import load_model, save_model
+from landmark.parts.nets.checkpoints import save_model
 
 SIZE = dict(world="tiny", max_keypoints=100, max_side=160)
 
@@ -60,7 +58,7 @@ def test_queries_and_voters_are_described_by_the_delf_of_cleaning(cleaning):
     world = make_world("tiny")
     paths = {s: read_images(world, s).set_index("image_id").path for s in ("test", "v2_train")}
     delf, rule = (
-        load_delf(verified / "delf", load_model(cfg.trunk).backbone.net),
+        load_delf(verified / "delf"),
         rule_for("delf", residual=0.04),
     )
 
