@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_before_the_search(cleaning, monkeypatch, t
     with pytest.raises(AssertionError, match="searched"):
         recognize.run(given)
     for change, says in (
-        (dict(kind="sift"), "kind is 'sift'; allowed: rootsift, delf"),
+        (dict(kind="sift"), "kind 'sift'; allowed: rootsift, delf"),
         (dict(delf=""), "kind is delf, which needs a trained one: give `delf`"),
         (dict(kind="rootsift"), "set `kind: delf`, or leave `delf` empty"),
         (dict(delf=str(sift)), "give the artifact of a verification that trained its DELF"),
