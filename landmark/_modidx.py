@@ -2824,7 +2824,6 @@ d = { 'settings': { 'branch': 'main',
                                  'landmark.verify._summarise': ('verify.html#_summarise', 'landmark/verify.py'),
                                  'landmark.verify._take_over': ('verify.html#_take_over', 'landmark/verify.py'),
                                  'landmark.verify._train_delf': ('verify.html#_train_delf', 'landmark/verify.py'),
-                                 'landmark.verify._trunk_network': ('verify.html#_trunk_network', 'landmark/verify.py'),
                                  'landmark.verify._upstream': ('verify.html#_upstream', 'landmark/verify.py'),
                                  'landmark.verify._verify_chunks': ('verify.html#_verify_chunks', 'landmark/verify.py'),
                                  'landmark.verify._where': ('verify.html#_where', 'landmark/verify.py'),
@@ -2839,4 +2838,4 @@ d = { 'settings': { 'branch': 'main',
                                  'landmark.verify.own_chunks': ('verify.html#own_chunks', 'landmark/verify.py'),
                                  'landmark.verify.run': ('verify.html#run', 'landmark/verify.py'),
                                  'landmark.verify.shard_config': ('verify.html#shard_config', 'landmark/verify.py'),
-                                 'landmark.verify.trunk_dir': ('verify.html#trunk_dir', 'landmark/verify.py')}}}
+                                 'landmark.verify.trunk_model': ('verify.html#trunk_model', 'landmark/verify.py')}}}
