@@ -66,9 +66,7 @@ class Config:
     n_neighbors: int = 1000  # nearest of all images to look at, itself included
     max_partners: int = 99  # partners of an image
     kind: str = "rootsift"  # kind of local features: rootsift, xfeat, aliked, delf
-    trunk: str = (
-        ""  # trunk of DELF: a model trained on v1, or pretrained:tf_efficientnet_lite0; only for kind delf
-    )
+    trunk: str = ""  # of DELF: a model trained on v1, or from elsewhere: pretrained:tf_efficientnet_lite0
     stride: int = 16  # pixels per step of the trunk's map, DELF's block 3
     delf_epochs: int = 3  # epochs of its attention on v1
     delf: str = ""  # verification whose DELF is used, as shards on several machines must; empty: train one
