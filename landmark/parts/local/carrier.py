@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..core import atomic_path, parallel_map
 from .features import LocalFeatures, LocalStore
-from .matching import Prepared, Rule, match, ransac, rule_for, sample_stream
+from .kinds import Rule, rule_for
+from .matching import Prepared, match, ransac, sample_stream
 
 # %% ../../../nbs/parts/local/carrier.ipynb #fce2c359
 _ANCHORS = np.array([(x, y) for y in (0, 0.5, 1) for x in (0, 0.5, 1)], np.float32)  # shares of the frame
