@@ -50,7 +50,7 @@ class InlierCounts:
         return self.sets[name]
 
     def _path(self, a, b):
-        "The file of a pair of sets: named by their folders, which are named by what is in them, and the rule."
+        "The file of a pair of sets, named by their folders (named by what is in them) and the rule."
         names = [self.local(x).path.name for x in (a, b)]
         return Path(self.folder) / f"{hash8([*names, asdict(self.rule)])}.npz"
 

@@ -73,7 +73,7 @@ def local_scores(
     sims: np.ndarray,  # their similarities [e]
     d: int = 8,  # dimensions of the embedding
 ) -> np.ndarray:  # scores of the list [m], 6 decimals
-    "Similarity with the query, plus the cosine of both in the embedding; below zero it is no worse than zero."
+    "Similarity with the query, plus the cosine of both in the embedding where that is above zero."
     matrix = np.eye(len(own) + 1)
     matrix[0, 1:] = matrix[1:, 0] = own
     i, j = pairs.T + 1
