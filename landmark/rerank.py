@@ -42,8 +42,8 @@ from .parts.data.submission import write_retrieval
 from .parts.data.worlds import find_world, make_world
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
-from .parts.local.features import LocalStore, extract_many, open_local
-from .parts.local.matching import rule_for
+from .parts.local.features import LocalStore, extract_many, made_with, open_local, untrained_kind
+from .parts.local.kinds import rule_for
 from .parts.metrics import map_at_k, mean_of, revisited
 from .parts.provenance import code_hash
 from .parts.rerank import beyond, local_first
@@ -85,6 +85,7 @@ class Config:
     kind: str = ""  # kind of local features, such as rootsift; empty: methods that verify do not run
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side before local features
+    min_side: int = 0  # smaller images are enlarged to this least side before them; 0: none
     device: str = "auto"  # where to search: auto, cpu, cuda
     memory_mib: int = 1024  # memory of a search beside its data
     shard: int = 0  # with n_shards: the part of the searches that this machine does first
@@ -203,12 +204,8 @@ def check_local(cfg: Config):
         if left_out:
             log(f"rerank: no `kind` of local features is given, so {', '.join(left_out)} does not run")
         return
-    if cfg.kind == "delf":
-        raise ParameterError(
-            "rerank: kind is 'delf', which has to be trained first; give another, such as rootsift"
-        )
     try:
-        rule_for(cfg.kind)
+        untrained_kind(cfg.kind)
     except ValueError as e:
         raise ParameterError(f"rerank: {e}") from None
 
@@ -221,11 +218,13 @@ def local_features(
     home: Path,  # where local features are kept
 ) -> LocalStore:  # of these images
     "Local features of some images of a split, found once."
-    how = dict(kind=cfg.kind, max_keypoints=cfg.max_keypoints, max_side=cfg.max_side)
-    folder = home / f"{split}-{hash8([digest_of(world), how, ids])}"
-    paths = read_images(world, split).set_index("image_id").path.reindex(ids)
+    how = {k: getattr(cfg, k) for k in ("kind", "max_keypoints", "max_side", "min_side")}
+    made_by = made_with(**how), code_hash(untrained_kind(cfg.kind).find.__module__)
+    folder = home / f"{split}-{hash8([digest_of(world), made_by, ids])}"
+    paths = read_images(world, split).set_index("image_id").path.reindex(ids).tolist()
     with locked(folder):
-        return open_local(extract_many(paths.tolist(), ids, folder, **how, n_workers=cfg.n_workers))
+        work = dict(n_workers=cfg.n_workers, device=str(pick_device(cfg.device)))
+        return open_local(extract_many(paths, ids, folder, **how, **work))
 
 
 def local_counts(

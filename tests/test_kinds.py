@@ -6,7 +6,14 @@ from PIL import Image
 from test_verification import VIEWS, moved, wall
 
 from landmark.parts.core import read_json, write_json
-from landmark.parts.local.features import LocalFeatures, extract, extract_many, open_local, open_meta, write_shard
+from landmark.parts.local.features import (
+    LocalFeatures,
+    extract,
+    extract_many,
+    open_local,
+    open_meta,
+    write_shard,
+)
 from landmark.parts.local.kinds import kind_of, rule_for
 from landmark.parts.local.verification import verify, verify_pairs
 from landmark.parts.nets.weights import WEIGHTS, weights_here
@@ -19,7 +26,11 @@ def drawn(kind, k, seed, xy=None, same=False):
     "Local features at random, or all of them one."
     rng = np.random.default_rng(seed)
     d = kind_of(kind).d
-    desc = np.abs(rng.normal(size=(1 if same else k, d))) if kind == "rootsift" else rng.normal(size=(1 if same else k, d))
+    desc = (
+        np.abs(rng.normal(size=(1 if same else k, d)))
+        if kind == "rootsift"
+        else rng.normal(size=(1 if same else k, d))
+    )
     desc = np.broadcast_to(desc / np.linalg.norm(desc, axis=1, keepdims=True), (k, d))
     xy = rng.uniform(0, 300, (k, 2)) if xy is None else xy
     return LocalFeatures(np.float32(xy), np.float32(desc), np.ones(k), (320, 240), kind)
@@ -69,7 +80,9 @@ def test_thousands_of_identical_keypoints_verify_nothing(kind, tmp_path):
 @needs_xfeat
 def test_a_folder_of_all_sorts(tmp_path):
     "Walls, a blank wall, a picture smaller than the stride, a text file; one process or two."
-    photos = dict(a=wall(0), b=moved(wall(0), VIEWS[1]), blank=np.full((64, 64, 3), 99, np.uint8), tiny=wall(1)[:20])
+    photos = dict(
+        a=wall(0), b=moved(wall(0), VIEWS[1]), blank=np.full((64, 64, 3), 99, np.uint8), tiny=wall(1)[:20]
+    )
     for name, im in photos.items():
         Image.fromarray(im).save(tmp_path / f"{name}.png")
     (tmp_path / "text.png").write_text("no image")
@@ -103,7 +116,10 @@ def test_other_weights_are_refused(tmp_path):
 
 def test_what_does_not_fit_gets_a_sentence(tmp_path):
     Image.fromarray(wall(0)).save(tmp_path / "a.png")
-    for kind, says in (("surf", "no local features of kind 'surf'; allowed: rootsift"), ("delf", "trained here")):
+    for kind, says in (
+        ("surf", "no local features of kind 'surf'; allowed: rootsift"),
+        ("delf", "trained here"),
+    ):
         with pytest.raises(ValueError, match=says):
             extract_many([tmp_path / "a.png"], ["a"], tmp_path / "no", kind, n_workers=1)
     assert not (tmp_path / "no").exists()

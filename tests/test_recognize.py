@@ -57,10 +57,7 @@ def test_queries_and_voters_are_described_by_the_delf_of_cleaning(cleaning):
     # one after the other, by the definition: read, describe, store, verify
     world = make_world("tiny")
     paths = {s: read_images(world, s).set_index("image_id").path for s in ("test", "v2_train")}
-    delf, rule = (
-        load_delf(verified / "delf"),
-        rule_for("delf", residual=0.04),
-    )
+    delf, rule = (load_delf(verified / "delf"), rule_for("delf", residual=0.04))
 
     def one(path):
         f = delf.extract(read_image(path, max_side=160), 100)

@@ -384,7 +384,9 @@ def load_delf(
         delf.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
     except Exception as e:
         why = str(e).splitlines()[0]
-        raise ValueError(f"{folder}/weights.safetensors does not fit its card ({c['backbone']}): {why}") from None
+        raise ValueError(
+            f"{folder}/weights.safetensors does not fit its card ({c['backbone']}): {why}"
+        ) from None
     return delf.to(device).eval()
 
 # %% ../../../nbs/parts/local/delf.ipynb #5a466660

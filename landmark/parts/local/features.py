@@ -89,7 +89,9 @@ def untrained_kind(
 ) -> Kind:  # what is registered
     "A kind that finds local features without having been trained here."
     if (of := kind_of(name)).trained_here:
-        raise ValueError(f"local features of kind {name!r} need a network that is trained here: {name}.extract")
+        raise ValueError(
+            f"local features of kind {name!r} need a network that is trained here: {name}.extract"
+        )
     return of
 
 

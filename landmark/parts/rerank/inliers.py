@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import atomic_path, hash8, locked
 from ..local.features import LocalStore
-from ..local.matching import Rule
+from ..local.kinds import Rule
 from ..local.verification import check_pairs, verify_pairs
 
 # %% ../../../nbs/parts/rerank/inliers.ipynb #b8326623
