@@ -31,6 +31,17 @@ def one_thread():
             torch.set_num_threads(before)
 
 
+def _kornia():
+    "The package that has the networks' code."
+    try:
+        import kornia.feature
+    except ImportError:
+        raise ModuleNotFoundError(
+            "xfeat, aliked and lighterglue need the package kornia: pip install kornia"
+        ) from None
+    return kornia.feature
+
+
 def _filled(net, name, prefix="", derived=()):
     "A network with registered weights, every one of them in its place; `derived` are made by the network."
     import torch
@@ -56,8 +67,7 @@ def _renamed(name):
 # %% ../../../nbs/parts/local/learned.ipynb #0bec0acd
 @lru_cache(maxsize=2)
 def _lighterglue_net(device):
-    from kornia.feature import LightGlue
-
+    LightGlue = _kornia().LightGlue
     # points are never pruned: kornia does it from other numbers of points on a GPU than on a CPU
     how = LightGlue.features["xfeat"] | dict(weights=None, width_confidence=-1)
     net = LightGlue(None, **how)
@@ -90,9 +100,7 @@ def lighterglue(
 # %% ../../../nbs/parts/local/learned.ipynb #a851c4ca
 @lru_cache(maxsize=4)
 def _xfeat_net(device):
-    from kornia.feature import XFeat
-
-    net = XFeat().to(device)
+    net = _kornia().XFeat().to(device)
     _filled(net.net, "xfeat")
     return net.eval()
 
@@ -130,10 +138,8 @@ def xfeat(
 # %% ../../../nbs/parts/local/learned.ipynb #cdcc9c19
 @lru_cache(maxsize=4)
 def _aliked_net(max_keypoints, device):
-    from kornia.feature import ALIKED
-
     # a threshold of 0 takes the strongest, whatever their scores
-    net = ALIKED("aliked-n16", max_num_keypoints=max_keypoints, detection_threshold=0)
+    net = _kornia().ALIKED("aliked-n16", max_num_keypoints=max_keypoints, detection_threshold=0)
     return _filled(net, "aliked", derived=("dkd.hw_grid",)).to(device)
 
 

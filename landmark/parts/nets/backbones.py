@@ -85,9 +85,7 @@ def _fishnet150():
     return fishnet150()
 
 
-_NO_HUB = (
-    "{} has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`."
-)
+_NO_HUB = "{} has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`."
 
 
 def _own_backbone(name, pretrained, weights, sha256, stages, changes):
@@ -114,9 +112,7 @@ def _check_name(name):
         raise ParameterError(f"`backbone` is {name!r}, which is neither {ours} nor a model of timm; {near}.")
     if tag:
         tags = [n.partition(".")[2] for n in timm.list_models(f"{base}.*", pretrained=True)]
-        raise ParameterError(
-            f"`backbone` is {name!r}, but the weights of {base} are {', '.join(tags) or 'none'}."
-        )
+        raise ParameterError(f"`backbone` is {name!r}, but the weights of {base} are {', '.join(tags) or 'none'}.")
 
 
 def _timm(name, **how):

@@ -21,10 +21,7 @@ from .weights import check_sum
 
 # %% ../../../nbs/parts/nets/state_dicts.ipynb #a7841de3
 _STRANGERS = (  # how files begin that hold no weights, in lower case
-    (
-        b"version https://git-lfs",
-        "is a pointer of Git LFS, not the file it points to; `git lfs pull` fetches it",
-    ),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file it points to; `git lfs pull` fetches it"),
     (b"<", "is a web page (an error page of a download?), not weights"),
     (b"{", "is JSON, not weights"),
     (b"\x89hdf", "is HDF5, as Keras writes it, not weights of PyTorch"),
