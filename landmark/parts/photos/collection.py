@@ -49,6 +49,7 @@ def verify_both_ways(
     out_dir: Path,  # numbered files of pairs
     n_threads: int = 0,  # 0 is one per core
     block: int = 20_000,  # pairs per file
+    known: np.ndarray | None = None,  # n_matches, n_inliers of each pair, −1 where they are to be found [m, 2]
 ) -> dict:  # image, partner, n_matches, n_inliers: arrays [m]
     "The smaller of the two counts of every pair; files that exist are kept."
     out_dir = Path(out_dir)
@@ -57,9 +58,12 @@ def verify_both_ways(
         path, some = out_dir / f"{k // block:05d}.npz", pairs[k : k + block]
         if path.exists():
             continue
-        m1, n1 = verify_pairs(store, some, n_threads=n_threads, desc="")
-        m2, n2 = verify_pairs(store, some[:, ::-1].copy(), n_threads=n_threads, desc="")
-        write_pairs(path, some, np.minimum(m1, m2), np.minimum(n1, n2))
+        counts = np.full((len(some), 2), -1) if known is None else known[k : k + block].copy()
+        new = counts[:, 1] < 0
+        there = verify_pairs(store, some[new], n_threads=n_threads, desc="")
+        back = verify_pairs(store, some[new][:, ::-1].copy(), n_threads=n_threads, desc="")
+        counts[new] = np.minimum(there, back).T
+        write_pairs(path, some, *counts.T)
     if not len(pairs):
         return {k: np.zeros(0, np.int64) for k in ("image", "partner", "n_matches", "n_inliers")}
     return read_pairs(out_dir)
