@@ -9,6 +9,7 @@ __all__ = ['page_dropped', 'page_strictness', 'page_lenient', 'page_trust', 'pag
 import pandas as pd
 from markupsafe import Markup
 
+from .answering import LOOKS, POINTS, trust_table
 from .gallery import Card, Strip, frame_of, pretty, section
 
 # %% ../../../nbs/parts/photos/reasons.ipynb #7e64fba9
@@ -78,19 +79,18 @@ def page_lenient(
 
 # %% ../../../nbs/parts/photos/reasons.ipynb #94fd6e5e
 def page_trust(
-    t: pd.DataFrame,  # label, answer, right: one row per photo, as `ask_itself` returns them
+    t: pd.DataFrame,  # label, answer, how, right …: one row per photo, as `leave_one_out` returns them
 ) -> Markup:  # HTML
-    "How many photos get their name from the others, label by label."
-    named = t.answer != ""
+    "How many photos get their name from the others, by kind of name and label by label."
     rows = []
-    for label, p in t.assign(named=named).groupby("label"):
-        right, wrong = int(p.right.sum()), int((p.named & ~p.right).sum())
-        if right + wrong:
-            rows.append((pretty(label), len(p), right, wrong, int((~p.named).sum())))
-    rows.sort(key=lambda r: (-r[2], -r[1]))
-    right = int(t.right.sum())
-    wrong, unknown = int(named.sum()) - right, int((~named).sum())
-    return section("trust", n=len(t), right=right, wrong=wrong, unknown=unknown, rows=rows)
+    for label, p in t.groupby("label"):
+        shown, alike = (int((p.right & (p.how == how)).sum()) for how in (POINTS, LOOKS))
+        none = int((p.answer == "").sum())
+        if none < len(p):
+            rows.append((pretty(label), len(p), shown, alike, len(p) - shown - alike - none, none))
+    rows.sort(key=lambda r: (-r[2] - r[3], -r[1]))
+    kinds = list(trust_table(t).itertuples(index=False, name=None))
+    return section("trust", n=len(t), kinds=[(*k[:4], f"{k[4]} of {k[5]}") for k in kinds], rows=rows)
 
 # %% ../../../nbs/parts/photos/reasons.ipynb #02e5ae5f
 def page_copies(
