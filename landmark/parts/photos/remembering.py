@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..core import atomic_path
 from ..local.cleaning import read_pairs
