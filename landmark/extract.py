@@ -39,7 +39,7 @@ from landmark.parts.descriptors.store import (
     write_shard,
 )
 from .parts.nets.backbones import make_model
-from .parts.nets.checkpoints import load_model, save_model
+from .parts.nets.checkpoints import is_reference, load_model, model_file, model_name, save_model
 
 # %% ../nbs/04_extract.ipynb #4d778861
 @stage_config
@@ -50,7 +50,7 @@ class Config:
     name: str = "default"  # names this run
     seed: int = 1  # seed of world and training
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    models: str | list[str] = ""  # artifacts of 03_train
+    models: str | list[str] = ""  # artifacts of 03_train, hf:owner/name, pretrained:tf_efficientnet_lite0
     select: list[str] = field(default_factory=list)  # names of the models that are wanted; empty: all
     splits: list[str] = field(default_factory=lambda: ["index", "test"])  # image sets of the world
     sizes: str = "96"  # size group at scale 1 (L2 in the original), or pixels
@@ -97,20 +97,21 @@ def _called(card, by_run):
 
 def find_models(
     cfg: Config,  # a config
-) -> dict:  # name → folder
-    "The wanted models among the artifacts of 03_train."
+) -> dict:  # name → folder, or what else `load_model` takes
+    "The wanted models: those in artifacts of 03_train, and those from elsewhere."
     if not cfg.models and is_tiny(cfg):
         return made_up_model(stage_dir("extract", cfg).parent / ".made_up")
     refs = [cfg.models] if isinstance(cfg.models, str) else list(cfg.models)
-    cards = [card for ref in refs for card in sorted(artifact(cfg, ref).glob("*/card.json"))]
+    elsewhere = [(model_name(ref), ref) for ref in refs if is_reference(ref)]
+    trained = [artifact(cfg, ref) for ref in refs if not is_reference(ref)]
+    cards = [card for folder in trained for card in sorted(folder.glob("*/card.json"))]
     twice = pd.Series([c.parent.name for c in cards], dtype=object).duplicated(keep=False)
     found = {}
-    for card, by_run in zip(cards, twice.to_numpy()):
-        name = _called(card, by_run)
+    for name, model in [*elsewhere, *((_called(c, t), c.parent) for c, t in zip(cards, twice.to_numpy()))]:
         if name in found:
             said = f"two of `models` hold a model called {name}; choose one of the artifacts"
             raise ParameterError(f"extract: {said}")
-        found[name] = card.parent
+        found[name] = model
     if absent := [n for n in cfg.select if n not in found]:
         raise ParameterError(f"extract: `select` names {', '.join(absent)}, but there are {', '.join(found)}")
     return {n: found[n] for n in (cfg.select or found)}
@@ -130,13 +131,13 @@ def settings_of(
 
 def card_of(
     cfg: Config,  # a config
-    folder: Path,  # the model's
+    folder: Path,  # the model's, or what else `load_model` takes
     split: str,  # name of the split
 ) -> dict:  # what a store says of its making
     "What made the descriptors: model, weights, protocol."
     card = dict(
-        model=Path(folder).name,
-        weights=sha256_of(Path(folder) / "weights.safetensors"),
+        model=model_name(folder),
+        weights=sha256_of(model_file(folder)),
         split=split,
         sizes=cfg.bench_side if is_bench(split) else cfg.sizes,
         precision=cfg.precision,
@@ -241,7 +242,7 @@ def extract_shard(
 def plan(
     cfg: Config,  # a config
     world: Path,  # the world's folder
-    models: dict,  # name → folder
+    models: dict,  # name → folder, or what else `load_model` takes
     out: Path,  # the run's directory
 ) -> list:  # (store folder, model folder, split, number of shards, card)
     "Every store that is wanted."
@@ -343,7 +344,8 @@ def run(
         remembered.cache_clear()  # a kernel may be older than a model or world
     _check_machine(cfg, device)
     models = find_models(cfg)
-    frame = functools.partial(open_stage, "extract", cfg, inputs=[world, *models.values()], code=__name__)
+    made_of = [model_file(m) if is_reference(m) else m for m in models.values()]
+    frame = functools.partial(open_stage, "extract", cfg, inputs=[world, *made_of], code=__name__)
     several = cfg.n_shards > 1
     if several:
         with contextlib.suppress(_Others), frame() as st:

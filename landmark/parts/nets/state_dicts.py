@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import log
+from ..core import ParameterError, log
 from .weights import check_sum
 
 # %% ../../../nbs/parts/nets/state_dicts.ipynb #a7841de3
@@ -81,8 +81,8 @@ def _open(path):
     except Exception as e:
         if kind := re.search(r"(?:GLOBAL|Unsupported class|Type) `?([\w.]*\.\w+)", str(e)):
             what = f"holds a pickled object ({kind[1]}), which is not read since that would run its code"
-            raise ValueError(f"{path} {what}; whoever made it can save its `state_dict()`.") from None
-        raise ValueError(f"{path} is damaged or cut off: no weights can be read from it.") from None
+            raise ParameterError(f"{path} {what}; whoever made it can save its `state_dict()`.") from None
+        raise ParameterError(f"{path} is damaged or cut off: no weights can be read from it.") from None
 
 # %% ../../../nbs/parts/nets/state_dicts.ipynb #3bfec824
 _CONTAINERS = (  # averages first
@@ -113,17 +113,17 @@ def _state_of(path, sha256):
     "Names and tensors of a file, and what was taken off."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise ParameterError(
             f"There are no weights at {path}; give a .safetensors or .pth file, or train from scratch"
             " with `pretrained: false`."
         )
     if why := _no_weights(path):
-        raise ValueError(f"{path} {why}.")
+        raise ParameterError(f"{path} {why}.")
     check_sum(path, sha256)
     held, said = _unwrap(_open(path))
     if not _has_tensors(held):
         inside = ", ".join(map(str, list(held)[:5])) if isinstance(held, dict) else type(held).__name__
-        raise ValueError(f"{path} holds no state dict, but {inside or 'nothing'}.")
+        raise ParameterError(f"{path} holds no state dict, but {inside or 'nothing'}.")
     state = {_WRAPPERS.sub("", str(k)).removeprefix("."): v for k, v in held.items()}
     wrapped = sorted({w for k in held for _, w in _WRAPPERS.findall(str(k))})
     return state, said + [f"`{w}.` was taken off" for w in wrapped]
@@ -210,7 +210,7 @@ def _check_fit(path, own, state, drop):
     ]
     missing = [k for k in needed if k not in state and not k.endswith("num_batches_tracked")]
     if wrong or missing:
-        raise ValueError(
+        raise ParameterError(
             f"{path} belongs to another architecture: {len(missing)} of {len(own)} entries are missing,"
             f" {len(wrong)} have other shapes ({', '.join((wrong or missing)[:3])})."
         )
