@@ -212,8 +212,9 @@ class LocalStore:
         self,
         path: Path,  # folder of `extract_many`
         keep_open: int = 64,  # shards held open
+        masked: bool = True,  # leave out what a `masked.npy` beside the features says; False: all of them
     ):
-        self.path, self.keep_open, self._open = Path(path), keep_open, {}
+        self.path, self.keep_open, self._open, self.masked = Path(path), keep_open, {}, masked
         if not (self.path / "meta.json").exists():
             raise FileNotFoundError(f"{path} has no meta.json: no local features here, or not finished")
         self.meta = read_json(self.path / "meta.json")
@@ -242,6 +243,8 @@ class LocalStore:
                 )
             large = {k: np.load(d / f"{k}.npy", mmap_mode="r") for k in ("desc", "xy", "scores")}
             small = {k: np.load(d / f"{k}.npy") for k in ("offsets", "size", "hash")}
+            if self.masked and (d / "masked.npy").exists():
+                small["masked"] = np.load(d / "masked.npy")
             a = self._open[s] = large | small
             for old in list(self._open)[: -self.keep_open]:
                 self._open.pop(old, None)
@@ -255,7 +258,29 @@ class LocalStore:
         lo, hi = a["offsets"][r : r + 2]
         xy = a["xy"][lo:hi].astype(np.float32) / GRID
         desc, scores = np.asarray(a["desc"][lo:hi]), np.asarray(a["scores"][lo:hi])
+        if "masked" in a:
+            stays = a["masked"][lo:hi] == 0
+            xy, desc, scores = xy[stays], desc[stays], scores[stays]
         return LocalFeatures(xy, desc, scores, tuple(a["size"][r].tolist()), self.kind)
+
+    def write_mask(
+        self,
+        s: int,  # number of a shard
+        masked: np.ndarray,  # 0 for what stays, else a number that says why [k of all its images]
+    ):
+        "Leave local features of a shard out from now on; nothing is lost."
+        a = self.shard(s)
+        if len(masked) != a["offsets"][-1]:
+            raise ValueError(
+                f"a mask of {len(masked)} for the {a['offsets'][-1]} local features of shard {s}"
+            )
+        with atomic_path(self.path / f"{s:05d}" / "masked.npy") as tmp, open(tmp, "wb") as file:
+            np.save(file, np.asarray(masked, np.int16))
+        self.forget()
+
+    def forget(self):
+        "Close all shards, so that they are read anew."
+        self._open.clear()
 
     def column(
         self,
@@ -269,6 +294,9 @@ class LocalStore:
                 parts.append(np.full((n, 2) if name == "size" else n, -1))
                 continue
             a = self.shard(s)
+            if name == "n_features" and "masked" in a:
+                parts.append(np.diff(np.r_[0, np.cumsum(a["masked"] == 0)][a["offsets"]]))
+                continue
             parts.append(np.diff(a["offsets"]) if name == "n_features" else a[name])
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
