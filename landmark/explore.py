@@ -26,9 +26,9 @@ from .parts.config import make_config, stage_config, stage_main
 from .parts.core import ParameterError, hash8, is_tiny, log, project_root, read_json, runs_dir, write_csv
 from .parts.descriptors.store import write_store
 from .parts.images.reading import ImageError
+from .parts.local.carrier import carrier_table, learn, mask_store
 from .parts.local.cleaning import clean_table
-from .parts.nets.checkpoints import load_model
-from .parts.nets.weights import WEIGHTS, weights_file
+from .parts.nets.checkpoints import is_reference, load_model, model_file
 from .parts.photos.answering import Answer, answer, leave_one_out, trust_table
 from .parts.photos.collection import choose_pairs, clean_labels, groups_of, verify_both_ways
 from .parts.photos.copies import copy_groups, find_copies
@@ -38,7 +38,7 @@ from .parts.photos.importing import import_folder, scan_folder, shown_name
 from .parts.photos.looking import likeness_table
 from .parts.photos.opening import Collection, photo_paths, read_csv
 from .parts.photos.pictures import move_pictures
-from .parts.photos.remembering import Memory, known_counts, known_rows, local_of
+from .parts.photos.remembering import Memory, known_counts, known_rows, local_of, same_features
 from .parts.photos.tables import collection_facts, label_table, nearest_photos, pair_table, place_names
 
 # %% ../nbs/09_explore.ipynb #910b4aad
@@ -109,25 +109,25 @@ def model_dir(cfg: Config) -> Path | None:
         holds = f"{len(inside)} models ({', '.join(p.name for p in inside)}); name one"
     raise ParameterError(f"explore: weights is {cfg.weights!r}, and {path} holds {holds}")
 
-# %% ../nbs/09_explore.ipynb #e0f07227
+# %% ../nbs/09_explore.ipynb #2b74d7f0
 def network_of(
     cfg: Config,  # whose `weights` are meant
 ) -> tuple:  # what `load_model` takes, or None; the file that tells it from others, or None; why there is none
     "The network that describes photos, if there is one."
-    name = cfg.weights.removeprefix("pretrained:")
-    if name == cfg.weights:
-        model = model_dir(cfg)
-        return model, model and model / "weights.safetensors", ""
+    model = cfg.weights if is_reference(cfg.weights) else model_dir(cfg)
+    if model is None:
+        return None, None, ""
     try:
-        load_model(cfg.weights)
-        return cfg.weights, weights_file(name) if name in WEIGHTS else None, ""
+        file = model_file(model)
+        load_model(model)
+        return model, file, ""
     except OSError as e:
         log(f"explore: photos are described by VLAD alone: {e}")
         return None, None, str(e)
     except ValueError as e:
         raise ParameterError(f"explore: weights is {cfg.weights!r}: {e}") from None
 
-# %% ../nbs/09_explore.ipynb #f1b8c3ef
+# %% ../nbs/09_explore.ipynb #0c3707a8
 def _remembered(out: Path) -> Memory:
     "What the run before this one found out."
     aside = out.with_name(f".{out.name}.aside")  # where `make_room` puts it
@@ -175,6 +175,7 @@ def _described(cfg: Config, photos: pd.DataFrame, model, memory: Memory, out: Pa
     how = dict(kind=cfg.kind, max_keypoints=cfg.max_keypoints, max_side=cfg.local_side, n_workers=n_workers)
     store, n_new = local_of(memory, photos, paths, out / "local", few, **how)
     log(f"explore: {n_new} of {len(photos)} photos are new")
+    mask_store(store, learn(store, photos.landmark_id.to_numpy()), n_workers=1)
     x, made_by = describe_by_words(store, out / "words.npy", cfg.n_words, cfg.seed, drawn_photos), "VLAD"
     if model:
         network = _by_network(cfg, photos, paths, model, memory, out)
@@ -253,12 +254,13 @@ def run(cfg: Config) -> Path:
         copies = find_copies(photos, looks, cfg.alike)
         store, x, n_new = _described(cfg, photos, model, memory, st.dir)
         chosen = choose_pairs(x, photos.landmark_id.to_numpy(), cfg.n_neighbours, cfg.max_partners)
-        known = known_counts(memory, photos.sha256, chosen)
+        known = known_counts(memory, photos.sha256, chosen, same_features(memory, photos.sha256, store))
         n_known = int((known[:, 1] >= 0).sum())
         log(f"explore: {len(chosen) - n_known:,} of {len(chosen):,} pairs are new")
         counts = verify_both_ways(store, chosen, st.dir / "pairs", cfg.n_workers, known=known)
         photos = _judged(cfg, photos, copies, store, counts)
         pairs = pair_table(photos, counts, x, cfg.min_inliers)
+        write_csv(carrier_table(store), st.dir / "carriers.csv")
         st.metrics |= _write_tables(cfg, st.dir, photos, pairs, copies, x)
         st.metrics |= dict(network=str(model or ""), no_network=why)
         st.metrics |= dict(new_photos=n_new, new_pairs=len(chosen) - n_known)
@@ -271,7 +273,7 @@ def config_of(
 ) -> Config:
     "The settings under which a folder is explored by name."
     folder, weights = Path(folder).expanduser().resolve(), str(params.get("weights", ""))
-    if weights and not weights.startswith(("@", "pretrained:")) and Path(weights).expanduser().exists():
+    if weights and not (weights.startswith("@") or is_reference(weights)) and Path(weights).expanduser().exists():
         params["weights"] = str(Path(weights).expanduser().resolve())
     name = re.sub(r"[^\w.-]+", "-", folder.name).strip("-.") or "photos"
     return make_config(Config, params | dict(profile="photos", name=name, photos=str(folder)))

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..images.reading import read_image
-from ..local.features import extract_many, open_local
-from ..local.verification import verify_pairs
-from .collection import vote
+from ..local.carrier import mask_store, read_list
+from ..local.features import LocalFeatures, extract_many, open_local
+from .collection import both_counts, vote
 from .describing import describe_both, describe_by_network, describe_by_words
 from .importing import look
 from .looking import left_out, nearest_name, p_value
@@ -36,6 +36,7 @@ class Answer:
     matches: pd.DataFrame  # every photo compared: image_id, file, landmark, n_inliers, verified, votes …
     looks: pd.DataFrame  # landmark, p, similarity, image_id, file: what it looks like, one row or none
     note: str = ""  # what stood in the way
+    local: LocalFeatures | None = None  # the photo's local features that were matched
 
     @property
     def how(self) -> str:
@@ -77,7 +78,8 @@ class Answer:
             return "\n".join([f"{name}:", *lines])
         most = self.matches.n_inliers.max() if len(self.matches) else 0
         said = f"{len(self.matches)} photos compared, at most {most} inliers"
-        return f"{name}: no known landmark ({self.note or said})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{name}: no known landmark ({said}{note})"
 
 # %% ../../../nbs/parts/photos/answering.ipynb #c2d74058
 def _described(photo: str, mine, c) -> np.ndarray:  # [1, d]
@@ -90,24 +92,24 @@ def _described(photo: str, mine, c) -> np.ndarray:  # [1, d]
 
 
 def _compared(photo: str, c, n_neighbours: int) -> tuple:
-    "All photos of a collection, nearest first: ids, similarities; inliers of the nearest; own local features."
+    "Ids and similarities of all photos, nearest first; inliers of the nearest; own local features; those masked."
     cfg = c.cfg
     with tempfile.TemporaryDirectory() as d:
         home, sizes = Path(d) / "local", (cfg.max_keypoints, cfg.local_side)
         mine = open_local(extract_many([photo], ["query"], home, cfg.kind, *sizes, n_workers=1))
+        n_all = len(mine[0])
+        mask_store(mine, read_list(c.dir / "local"), n_workers=1)
         x = _described(photo, mine, c)
         sims, near = np.zeros((1, 0)), np.zeros((1, 0), int)
         if len(c.descriptors) and x.any():
             sims, near = search(x, c.descriptors, len(c.descriptors), device="cpu")
         ids = c.descriptors.ids[near[0]]
         pairs = np.array([(0, c.row[i]) for i in ids[:n_neighbours]], int).reshape(-1, 2)
-        back = pairs[:, ::-1].copy()
-        _, there = verify_pairs(mine, pairs, store_b=c.store, desc="", n_threads=cfg.n_workers)
-        _, back = verify_pairs(c.store, back, store_b=mine, desc="", n_threads=cfg.n_workers)
-        n_features = int(mine.column("n_features")[0])
-    return ids, sims[0], np.minimum(there, back), n_features
+        n_inliers = np.minimum(*both_counts(mine, c.store, pairs, cfg.n_workers))[1]
+        local = mine[0]
+    return ids, sims[0], n_inliers, local, n_all - len(local)
 
-# %% ../../../nbs/parts/photos/answering.ipynb #436c1421
+# %% ../../../nbs/parts/photos/answering.ipynb #837c740b
 def looks_like(
     c,  # an opened collection
     ids,  # its photos [n]
@@ -159,13 +161,15 @@ def answer(
     "What is this photo of?"
     need = min_inliers or c.cfg.min_inliers
     seen = look(read_image(photo, max_side=c.cfg.max_side))  # an unreadable photo says so here
-    ids, sims, n_inliers, n_features = _compared(str(photo), c, n_neighbours)
+    ids, sims, n_inliers, local, n_masked = _compared(str(photo), c, n_neighbours)
     alike = c.looks[[c.row[i] for i in ids]] @ seen >= c.cfg.alike
     k = len(n_inliers)
     m = _matches(c, ids[:k], sims[:k], n_inliers, alike[:k], need)
     looks = looks_like(c, ids, sims, set(ids[alike]))
-    note = "" if n_features else "the photo has no local features, so nothing can be matched"
-    return Answer(str(photo), vote(m[m.votes], need), m, looks, note)
+    note = f"{n_masked} local features belong to a footer or the like, and were left out" if n_masked else ""
+    if not len(local):
+        note = "the photo has no local features, so nothing can be matched"
+    return Answer(str(photo), vote(m[m.votes], need), m, looks, note, local)
 
 # %% ../../../nbs/parts/photos/answering.ipynb #b388d863
 def _voters(c) -> pd.DataFrame:  # image, own, landmark, n_inliers, kept, copy_of
@@ -206,7 +210,7 @@ def leave_one_out(
     t["stranger_looks"] = t.pop("as_stranger").eq(True)
     return t
 
-# %% ../../../nbs/parts/photos/answering.ipynb #6b376ce6
+# %% ../../../nbs/parts/photos/answering.ipynb #38084936
 def trust_table(
     t: pd.DataFrame,  # as `leave_one_out` returns it
 ) -> pd.DataFrame:  # kind, right, wrong, none, strangers_named, strangers: three rows

@@ -46,6 +46,7 @@ class Collection:
     "An explored folder of photos, opened for reading."
 
     tables = ("photos", "pairs", "neighbours", "dropped", "labels", "skipped", "copies", "likeness")
+    tables += ("carriers",)
 
     def __init__(
         self,

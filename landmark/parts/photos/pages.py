@@ -14,7 +14,6 @@ import pandas as pd
 from markupsafe import Markup
 
 from ..images.reading import read_image
-from ..local.features import extract
 from ..local.verification import draw_matches, verify
 from .gallery import Card, Strip, frame_of, photo_graph, pretty, said, section, style
 from .pictures import data_uri, same_height
@@ -234,7 +233,7 @@ def _witness(c, r, size: str) -> Card:
 
 def _deciding_match(c, a, image, best) -> dict:
     "The lines between the photo that was asked about and the best one that verifies."
-    mine, other = extract(image, c.cfg.kind, c.cfg.max_keypoints), c.store[c.row[best.image_id]]
+    mine, other = a.local, c.store[c.row[best.image_id]]
     images = same_height(image, read_image(c.path[best.image_id]))
     drawn = draw_matches(*images, mine, other, verify(mine, other), "inliers", 100)
     files = f"{Path(a.photo).name} — {best.file}"
