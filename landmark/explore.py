@@ -15,15 +15,23 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
-from types import SimpleNamespace
-
 from .parts.artifacts import artifact, open_stage, stage_dir
 from .parts.config import make_config, stage_config, stage_main
-from .parts.core import ParameterError, hash8, is_tiny, log, project_root, read_json, runs_dir, write_csv
+from landmark.parts.core import (
+    ParameterError,
+    hash8,
+    is_tiny,
+    log,
+    project_root,
+    read_json,
+    runs_dir,
+    write_csv,
+)
 from .parts.descriptors.store import write_store
 from .parts.images.reading import ImageError
 from .parts.local.carrier import carrier_table, learn, mask_store
@@ -39,7 +47,13 @@ from .parts.photos.looking import likeness_table
 from .parts.photos.opening import Collection, photo_paths, read_csv
 from .parts.photos.pictures import move_pictures
 from .parts.photos.remembering import Memory, known_counts, known_rows, local_of, same_features
-from .parts.photos.tables import collection_facts, label_table, nearest_photos, pair_table, place_names
+from landmark.parts.photos.tables import (
+    collection_facts,
+    label_table,
+    nearest_photos,
+    pair_table,
+    place_names,
+)
 
 # %% ../nbs/09_explore.ipynb #910b4aad
 @stage_config
@@ -51,7 +65,7 @@ class Config:
     seed: int = 1  # seed of the vocabulary
     photos: str = ""  # the folder of photos; sub-folders are labels
     query: str = ""  # one photo to name; not needed for the collection
-    weights: str = "pretrained:tf_efficientnet_lite0"  # or a model: its folder, @train/name/model; empty: VLAD
+    weights: str = "pretrained:tf_efficientnet_lite0"  # or a folder, @train/name/model; empty: VLAD alone
     network_side: int = 512  # longest side for the network
     kind: str = "rootsift"  # kind of local features
     max_photos: int = 5000  # photos to read, equal shares for all labels; 0: all
@@ -112,7 +126,7 @@ def model_dir(cfg: Config) -> Path | None:
 # %% ../nbs/09_explore.ipynb #2b74d7f0
 def network_of(
     cfg: Config,  # whose `weights` are meant
-) -> tuple:  # what `load_model` takes, or None; the file that tells it from others, or None; why there is none
+) -> tuple:  # what `load_model` takes, or None; its file, or None; why there is none
     "The network that describes photos, if there is one."
     model = cfg.weights if is_reference(cfg.weights) else model_dir(cfg)
     if model is None:
@@ -273,7 +287,8 @@ def config_of(
 ) -> Config:
     "The settings under which a folder is explored by name."
     folder, weights = Path(folder).expanduser().resolve(), str(params.get("weights", ""))
-    if weights and not (weights.startswith("@") or is_reference(weights)) and Path(weights).expanduser().exists():
+    named = not weights or weights.startswith("@") or is_reference(weights)
+    if not named and Path(weights).expanduser().exists():
         params["weights"] = str(Path(weights).expanduser().resolve())
     name = re.sub(r"[^\w.-]+", "-", folder.name).strip("-.") or "photos"
     return make_config(Config, params | dict(profile="photos", name=name, photos=str(folder)))

@@ -72,7 +72,9 @@ def _say_if_few(n, d):
     if n >= 4 * d:
         return
     stretched = f"{1 / (1 - np.sqrt(d / n)):.1f} times too far" if n > d else "without bound"
-    said = f"{n:,} descriptors are few for {d:,} dimensions: the quietest directions are noise, stretched {stretched}"
+    said = (
+        f"{n:,} descriptors are few for {d:,} dimensions, the quietest directions are stretched {stretched}"
+    )
     log(f"PCA whitening: {said}; keep fewer dims, or subtract the mean alone")
 
 

@@ -92,7 +92,7 @@ def _described(photo: str, mine, c) -> np.ndarray:  # [1, d]
 
 
 def _compared(photo: str, c, n_neighbours: int) -> tuple:
-    "Ids and similarities of all photos, nearest first; inliers of the nearest; own local features; those masked."
+    "Ids and similarities of all, nearest first; inliers of the nearest; own local features; how many masked."
     cfg = c.cfg
     with tempfile.TemporaryDirectory() as d:
         home, sizes = Path(d) / "local", (cfg.max_keypoints, cfg.local_side)
@@ -176,8 +176,8 @@ def _voters(c) -> pd.DataFrame:  # image, own, landmark, n_inliers, kept, copy_o
     "Who speaks for which name about each labelled photo."
     p = c.photos
     both = both_ways(c.pairs[c.pairs.verified & ~c.pairs.is_copy])
-    labelled = (p.state[both.image] != "no label").to_numpy() & (p.state[both.partner] != "no label").to_numpy()
-    both = both[labelled]
+    known = p.state != "no label"
+    both = both[known[both.image].to_numpy() & known[both.partner].to_numpy()]
     return pd.DataFrame(
         dict(
             image=both.image,
@@ -192,7 +192,7 @@ def _voters(c) -> pd.DataFrame:  # image, own, landmark, n_inliers, kept, copy_o
 
 def leave_one_out(
     c,  # an opened collection
-) -> pd.DataFrame:  # image_id, label, points, confidence, looks, p, answer, how, right …: a row per labelled photo
+) -> pd.DataFrame:  # image_id, label, points, confidence, looks, p, answer, how, right …: a row per photo
     "What the other photos say about each labelled photo, and about it without its label."
     p, m = c.photos[c.photos.state != "no label"], _voters(c)
     best = [(i, *vote(v, c.cfg.min_inliers).iloc[0, :2]) for i, v in m.groupby("image")]

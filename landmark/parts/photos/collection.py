@@ -66,7 +66,7 @@ def verify_both_ways(
     out_dir: Path,  # numbered files of pairs
     n_threads: int = 0,  # 0 is one per core
     block: int = 20_000,  # pairs per file
-    known: np.ndarray | None = None,  # n_matches, n_inliers of each pair, −1 where they are to be found [m, 2]
+    known: np.ndarray | None = None,  # n_matches, n_inliers of each pair, −1: to be found [m, 2]
 ) -> dict:  # image, partner, n_matches, n_inliers: arrays [m]
     "The smaller of the two counts of every pair; files that exist are kept."
     out_dir = Path(out_dir)

@@ -62,7 +62,7 @@ class Collection:
         self.cfg = SimpleNamespace(**manifest["config"])  # how it was explored
         self.facts = manifest["metrics"]
         if missing := [name for name in self.tables if not (self.dir / f"{name}.csv").exists()]:
-            raise ParameterError(f"{out} was explored by other code, without {missing[0]}.csv; explore it again")
+            raise ParameterError(f"{out} was explored by other code (no {missing[0]}.csv); explore it again")
         for name in self.tables:
             setattr(self, name, read_csv(self.dir / f"{name}.csv"))
         self.photos.index = self.photos.image_id

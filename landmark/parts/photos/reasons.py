@@ -99,7 +99,8 @@ def page_carriers(
     "What was masked, and in how many photos."
     strips = []
     for r in c.carriers.itertuples():
-        note = f"{said(r.masked, 'local feature')} masked in {said(r.photos, 'photo')}; found in {r.labels} labels"
+        note = f"{said(r.masked, 'local feature')} masked in {said(r.photos, 'photo')}; "
+        note += f"found in {r.labels} labels"
         card = Card(c.uri(r.image_id), "junk", (c.photos.file[r.image_id],), size="large")
         strips.append(Strip(f"at the {r.where}" if r.where != "all over" else r.where, note, [card]))
     return section("carriers", strips=strips)
