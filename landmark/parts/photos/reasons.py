@@ -87,7 +87,7 @@ def page_trust(
         shown, alike = (int((p.right & (p.how == how)).sum()) for how in (POINTS, LOOKS))
         none = int((p.answer == "").sum())
         if none < len(p):
-            rows.append((pretty(label), len(p), shown, alike, len(p) - shown - alike - none, none))
+            rows.append((pretty(label), len(p), shown, alike, len(p) - shown - alike - none))
     rows.sort(key=lambda r: (-r[2] - r[3], -r[1]))
     kinds = list(trust_table(t).itertuples(index=False, name=None))
     return section("trust", n=len(t), kinds=[(*k[:4], f"{k[4]} of {k[5]}") for k in kinds], rows=rows)
