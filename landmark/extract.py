@@ -223,7 +223,7 @@ def _describe_shard(job, notes):
 
 
 def extract_shard(
-    job: tuple,  # what `jobs_of` made, and device, one thread only, (split, number) of the shard that follows, several models
+    job: tuple,  # of `jobs_of`; device, one thread, (split, number) of the next shard, several models
 ) -> list:  # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
     cfg, world, _, store_dir, split, number, card, _, one_thread, *_ = job

@@ -31,7 +31,7 @@ from .parts.data.worlds import make_world
 from .parts.images.batching import size_table
 from .parts.images.decoding import EncodedPhotos, why_not
 from .parts.images.loading import Photos, read_all
-from .parts.nets.backbones import make_model
+from .parts.nets.backbones import make_model, pretrained_file
 from .parts.nets.checkpoints import load_model, save_model
 from .parts.nets.losses import LOSSES, SHARED, check_head, make_head
 from .parts.training.engine import Trainer, Training
@@ -70,9 +70,9 @@ class Config:
 
     # network
     backbone: str = "test_resnet"  # timm name, or one of BACKBONES
-    pretrained: bool = False  # start from weights of the hub
+    pretrained: bool = False  # start from the registered weights, or those of the hub
     weights: str = ""  # start from a local file of weights
-    sha256: str = ""  # expected hash of the file, local or of the hub
+    sha256: str = ""  # expected hash of the file: local, registered or of the hub
     pooling: str = "gem"  # a pooling, or letters per stage such as SMG,MG,G,G
     dim: int = 128  # length of the descriptor
     frozen_bn: bool = False  # batch norm frozen from the start
@@ -376,7 +376,9 @@ def card_of(
 ) -> dict:  # what a model remembers of its making
     "Parts, parameters and hashes of the data."
     loss, train_set = split_name(name)
-    used = dict(world=make_world(cfg.world, cfg.seed))
+    world = make_world(cfg.world, cfg.seed)
+    drawn = (world / "world.json").exists()
+    used = dict(world=world)
     if train_set.startswith("v1+"):
         used["parent"] = artifact(cfg, cfg.parent)
     if train_set.endswith("-clean"):
@@ -384,6 +386,7 @@ def card_of(
     elsewhere = UNHASHED | {"world", "parent", "clean", "loss", "train_set"}
     return dict(
         dict(name=name, loss=loss, train_set=train_set),
+        **(dict(licence="apache-2.0", datasets=[f"MiniGLD {train_set}"]) if drawn else {}),
         **{k: getattr(cfg, k) for k in ("backbone", "pooling", "dim", "sizes", "frozen_stages")},
         params={k: v for k, v in asdict(cfg).items() if k not in elsewhere},
         recipe=asdict(recipe),
@@ -431,6 +434,8 @@ def _upstream(cfg, names):
     found = [artifact(cfg, ref) for ref, used in references if ref and any(used in n for n in names)]
     if cfg.weights and Path(cfg.weights).is_file():
         found.append(Path(cfg.weights))  # other weights, another model
+    elif cfg.pretrained:
+        found.append(pretrained_file(cfg.backbone, cfg.sha256))
     for name in names:
         if "_v1+" in name and not cfg.parent:
             start_model(cfg, name)

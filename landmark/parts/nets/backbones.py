@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         self.frozen = 0  # stages that stay as they came
 
     def forward(self, x, start: int = 0):
-        "The last map [b, c, h, w], or a list with one of every stage; of images, or of maps of stage `start`."
+        "The last map [b, c, h, w], or one of every stage; of images, or of maps for the stage `start`."
         try:
             if self.frozen or start:
                 return self.passed(x, start)

@@ -44,9 +44,7 @@ class Recipe:
     stop_after: int = 0  # stop after this many epochs although the cosine is planned for more; 0: no
     frozen_bn: bool = False  # batch norm frozen all the time
     frozen_stages: int = 0  # first stages of the network that stay as they came; -1: all
-    views: int = (
-        0  # views of a photo whose maps after the frozen stages are kept; 0: none, fresh ones every epoch
-    )
+    views: int = 0  # views of a photo whose maps after these are kept; 0: fresh ones in every epoch
     n_negatives: int = 5  # per tuple (contrastive and tuple triplet)
     pool_share: float = 0.25  # share of the photos among which negatives are mined
     n_loaders: int = 0  # worker processes that load images
@@ -65,7 +63,7 @@ class Recipe:
             raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
         if self.views < 0 or (self.views and not self.frozen_stages):
             raise ValueError(
-                f"`views` is {self.views} and `frozen_stages` {self.frozen_stages}: views keep what frozen stages"
+                f"`views` is {self.views}, `frozen_stages` {self.frozen_stages}: views keep what frozen stages"
                 " make of a photo, so there must be some; 0 views draw fresh ones in every epoch."
             )
 
