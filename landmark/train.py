@@ -77,9 +77,7 @@ class Config:
     dim: int = 128  # length of the descriptor
     frozen_bn: bool = False  # batch norm frozen from the start
     frozen_stages: int = 0  # first stages of the network that stay as they came; -1: all of it but the head
-    views: int = (
-        0  # views of a photo whose maps after the frozen stages are kept; 0: fresh ones in every epoch
-    )
+    views: int = 0  # views of a photo whose maps after these are kept; 0: fresh ones in every epoch
 
     # loss
     loss: str | list[str] = "arcface"  # one of LOSSES, or several: one model each

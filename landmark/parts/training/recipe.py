@@ -63,8 +63,8 @@ class Recipe:
             raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
         if self.views < 0 or (self.views and not self.frozen_stages):
             raise ValueError(
-                f"`views` is {self.views}, `frozen_stages` {self.frozen_stages}: views keep what frozen stages"
-                " make of a photo, so there must be some; 0 views draw fresh ones in every epoch."
+                f"`views` is {self.views}, `frozen_stages` {self.frozen_stages}: views keep what those"
+                " stages make of a photo, so there must be some; 0 views draw fresh ones in every epoch."
             )
 
 # %% ../../../nbs/parts/training/recipe.ipynb #6b45b349
