@@ -7,6 +7,7 @@ __all__ = ['COSINE', 'one_thread', 'lighterglue', 'xfeat', 'aliked']
 
 # %% ../../../nbs/parts/local/learned.ipynb #eff452fa
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -143,7 +144,7 @@ def _aliked_net(max_keypoints, device):
     return _filled(net, "aliked", derived=("dkd.hw_grid",)).to(device)
 
 
-@kind("aliked", d=128, unit=127, rule=COSINE, least=32, weights="aliked")
+@kind("aliked", d=128, unit=127, rule=replace(COSINE, max_dist=cosine(0.65)), least=32, weights="aliked")
 def aliked(
     image: np.ndarray,  # RGB uint8 [h, w, 3]
     max_keypoints: int = 1000,  # the strongest are kept
