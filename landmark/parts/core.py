@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'runs_dir', 'default_world', 'is_tiny', 'atomic_path', 'write_text', 'write_json', 'read_json',
-           'write_csv', 'log', 'locked', 'sha256_of', 'hash8', 'ParameterError', 'set_seed', 'pick_device', 'progress',
-           'parallel_map']
+           'write_csv', 'log', 'locked', 'sha256_of', 'hash8', 'is_name', 'check_names', 'path_inside', 'one_spelling',
+           'ParameterError', 'set_seed', 'pick_device', 'progress', 'parallel_map']
 
 # %% ../../nbs/parts/core.ipynb #33b7dbd5
 import contextlib
@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -138,6 +139,62 @@ def hash8(
 ) -> str:  # 8 hex characters
     "A short, stable name for a value."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+# %% ../../nbs/parts/core.ipynb #9b7c95b6
+_NAME = re.compile(r"[^\s/\\.][^\s/\\]*")
+_NAME_RULE = (
+    "a name has letters, digits or signs, no blank, no `/` or `\\`, no dot in front, at most 240 bytes"
+)
+
+
+def is_name(
+    name,  # an image id, or a file name without its ending
+) -> bool:  # it names a file in the folder where it is looked for, and no other place
+    "Whether text can be a file name without leading anywhere else."
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and name.isprintable()):
+        return False
+    return len(name) <= 60 or len(name.encode("utf-8")) <= 240
+
+
+def check_names(
+    names,  # image ids, in order
+    where,  # file that they come from
+    place=lambda i: f"row {i + 2}",  # says where the i-th stands; the first row of a table is its head
+    what: str = "id",  # what a name is called there
+):
+    "Refuse names that lead out of a folder."
+    for i, name in enumerate(names):
+        if not is_name(name):
+            shown = repr(str(name)) if isinstance(name, str) else repr(name)
+            shown = shown if len(shown) < 90 else f"{shown[:80]}…"
+            raise ValueError(f"{where}, {place(i)}: the {what} {shown} cannot be a file name; {_NAME_RULE}")
+
+
+def path_inside(
+    folder: Path,  # a folder
+    name: str,  # file name without its ending, from a table or anywhere
+    suffix: str = "",  # its ending
+) -> Path:  # path of the file
+    "The path of a file that somebody's text names: always in its folder."
+    if not is_name(name):
+        raise ValueError(f"{name!r} names no file in {folder}; {_NAME_RULE}")
+    return Path(folder) / f"{name}{suffix}"
+
+# %% ../../nbs/parts/core.ipynb #36b5b4ee
+def one_spelling(
+    texts,  # labels
+    where,  # what they come from, for the sentence
+) -> list:  # the same in Unicode's composed form (NFC)
+    "Write labels that look the same in the same way, and say so where two become one."
+    texts = list(texts)
+    composed = [unicodedata.normalize("NFC", t) for t in texts]
+    spellings = {}
+    for old, new in set(zip(texts, composed)):
+        spellings.setdefault(new, set()).add(old)
+    if double := sorted(new for new, old in spellings.items() if len(old) > 1):
+        names = ", ".join(double[:5]) + (" …" if len(double) > 5 else "")
+        log(f"{where}: {len(double)} labels are written in two ways and are one each: {names}")
+    return composed
 
 # %% ../../nbs/parts/core.ipynb #0a1fae01
 class ParameterError(ValueError):

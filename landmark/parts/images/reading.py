@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..core import path_inside
+
 # %% ../../../nbs/parts/images/reading.ipynb #006c25b8
 def image_path(
     split_dir: Path,  # folder of a split, such as `v2/train`
     image_id: str,  # image id
 ) -> Path:  # path of the image
     "The path of an image in the Google Landmarks layout."
-    return Path(split_dir) / image_id[0] / image_id[1] / image_id[2] / f"{image_id}.jpg"
+    if len(image_id) < 3:
+        raise ValueError(f"the id {image_id!r} is too short: its first three characters name folders")
+    name = path_inside("", image_id, ".jpg")
+    return Path(split_dir) / image_id[0] / image_id[1] / image_id[2] / name
 
 # %% ../../../nbs/parts/images/reading.ipynb #d4289a0a
 # fmt: off
