@@ -5,11 +5,15 @@ import pickle
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from landmark.data import check_world
 from landmark.parts.data import layout
 from landmark.parts.data.submission import read_recognition, read_retrieval
 from landmark.parts.descriptors.hdf5 import read_h5
+from landmark.parts.images.kinds import KINDS, ImageError
+from landmark.parts.images.reading import image_size, read_image
+from landmark.parts.photos.importing import import_folder
 
 # ids and file names
 
@@ -17,8 +21,6 @@ from landmark.parts.descriptors.hdf5 import read_h5
 @pytest.fixture
 def world(tmp_path):
     "A world of one picture at its place, and one outside that an id could reach."
-    from PIL import Image
-
     home = tmp_path / "world"
     for place in (home / "v2/train/a/b/c/abc1.jpg", tmp_path / "x/y/a/a.jpg"):
         place.parent.mkdir(parents=True)
@@ -39,7 +41,7 @@ LEAVING = ["../x/y/a/a", "/etc/passwd", "a/../../../x", "..", ".../x", "a\\..\\x
 
 @pytest.mark.parametrize("name", LEAVING)
 def test_an_id_stays_in_its_folder(world, name):
-    "From every table, pickle, h5 file and submission; said with file, row and value, before a file is opened."
+    "From every table, pickle, h5 file and submission; file, row and value are said before anything is opened."
     shown = repr(name)[:40]
     rows = f"abc1,7\n{name},7\n"
     write(world, "v2/train.csv", f"id,landmark_id\n{rows}")
@@ -118,3 +120,121 @@ def test_none_in_other_words(world, value):
         layout.read_recognition_solution(world)
     allowed = "allowed are whole numbers separated by blanks, or `None`"
     assert str(e.value) == f"{path}, row 2: landmarks is {value!r}; {allowed}"
+
+
+# pictures
+
+
+@pytest.fixture
+def photo():
+    "A photo whose top is red, 360×240."
+    x = np.random.default_rng(0).integers(0, 90, (240, 360, 3), np.uint8)
+    x[:80, :, 0] = 230
+    return Image.fromarray(x)
+
+
+def imported(folder, tmp_path):
+    photos, skipped, _ = import_folder(folder, tmp_path / "world", n_workers=1)
+    return photos.set_index("file").changed.to_dict(), skipped.set_index("file").reason.to_dict()
+
+
+def test_the_bytes_decide_what_a_file_is(photo, tmp_path):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    kinds = dict(
+        JPEG="HEIC jfif jpe dat", PNG="jpg avif", WEBP="jpeg", TIFF="png", AVIF="jpg avif", JPEG2000="jp2"
+    )
+    for kind, names in kinds.items():
+        for name in names.split():
+            photo.save(folder / f"{kind}.{name}", kind)
+    photo.save(folder / "two.mpo", "MPO", save_all=True, append_images=[photo])
+    photo.save(folder / "no ending", "JPEG")
+    for name, text in {
+        "page.jpg": "<!DOCTYPE html>",
+        "a.jpg": "version https://git-lfs",
+        "b.ps": "%!PS",
+    }.items():
+        (folder / name).write_text(text)
+    (folder / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n")
+    (folder / "film.mp4").write_bytes(b"\0\0\0\x18ftypisom")
+    changed, skipped = imported(folder, tmp_path)
+    for kind, names in kinds.items():
+        for name in names.split():
+            said = changed[f"{kind}.{name}"]
+            fits = f".{name}" in KINDS[kind]
+            assert (f"named .{name}, is {kind}" in said) != fits, (kind, name, said)
+    assert changed["no ending"] == "named without ending, is JPEG" and "two.mpo" in changed
+    assert skipped == {
+        "page.jpg": "not an image: it is a web page",
+        "a.jpg": "not an image: it is a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+        "b.ps": "not a photo by its name (.ps)",
+        "script.jpg": "not an image: it is PostScript",  # Pillow would hand it to Ghostscript
+        "film.mp4": "not a photo by its name (.mp4)",
+    }
+
+
+def test_there_is_one_limit_in_megapixels_and_it_is_ours(tmp_path):
+    before = Image.MAX_IMAGE_PIXELS
+    Image.new("1", (20_000, 9_500)).save(tmp_path / "a.png")  # 190 megapixels: Pillow refuses them
+    assert image_size(tmp_path / "a.png") == (20_000, 9_500)
+    assert read_image(tmp_path / "a.png", 512).shape == (243, 512, 3)
+    wide = Image.new("L", (32_000, 8_000), 99)
+    wide.save(tmp_path / "a.jpg")  # 256 megapixels, an eighth of each side when it is read
+    assert read_image(tmp_path / "a.jpg", 512).shape == (128, 512, 3)
+    with pytest.raises(ImageError, match="32000×8000 are 256 megapixels; 250 are decoded at most"):
+        read_image(tmp_path / "a.jpg")
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif", "heic"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_size_and_pixels_agree_however_a_camera_was_held(photo, kind, turn, tmp_path):
+    if kind == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    exif, path = photo.getexif(), tmp_path / f"a.{kind}"
+    exif[0x0112] = turn
+    photo.save(path, exif=exif.tobytes() if kind == "heic" else exif)
+    x = read_image(path)
+    assert image_size(path) == x.shape[1::-1] == ((240, 360) if turn > 4 else (360, 240))
+    red = [side[..., 0].mean() for side in (x[:20], x[:, -20:], x[-20:], x[:, :20])]
+    assert int(np.argmax(red)) == [0, 0, 2, 2, 3, 1, 1, 3][turn - 1]  # top, right, bottom, left
+
+
+def test_deep_pictures_are_recognised_and_what_changed_is_said(photo, tmp_path):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    grey = np.asarray(photo.convert("L")).astype(np.float32) / 255
+    Image.fromarray(grey).save(folder / "float.tif")
+    Image.fromarray(grey * 40 - 20).save(folder / "height.tif")
+    Image.fromarray((grey * 4095).astype(np.uint16)).save(folder / "twelve.png")
+    Image.fromarray((grey * 65535).astype(np.uint16)).save(folder / "sixteen.png")
+    changed, skipped = imported(folder, tmp_path)
+    assert not skipped
+    want = np.asarray(photo.convert("L")).astype(int)
+    for name in changed:
+        assert np.corrcoef(read_image(folder / name)[..., 0].ravel(), want.ravel())[0, 1] > 0.99
+        assert np.abs(read_image(folder / name)[..., 0] - want).mean() < (
+            80 if name == "height.tif" else 12
+        ), name
+    assert {n: c.partition(",")[0] for n, c in changed.items()} == {
+        "float.tif": "numbers in 0…1 to 8 bits",
+        "height.tif": changed["height.tif"].partition(",")[0],
+        "sixteen.png": "16 bits to 8",
+        "twelve.png": "12 bits of 16 to 8",
+    }
+    assert "stretched to 8 bits" in changed["height.tif"]
+
+
+def test_a_jpeg_that_ends_early_is_read_and_one_with_a_hole_is_named(photo, tmp_path):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    photo.save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "no end.jpg").write_bytes(data[:-2])
+    (folder / "hole.jpg").write_bytes(data[:9000] + bytes(2048) + data[11048:])
+    (folder / "cut.jpg").write_bytes(data[:9000])
+    changed, skipped = imported(folder, tmp_path)
+    assert changed["whole.jpg"] == "" and changed["no end.jpg"] == "ends early"
+    assert changed["hole.jpg"].startswith("damaged inside: ")
+    assert "truncated" in skipped["cut.jpg"]
+    assert (read_image(folder / "no end.jpg") == read_image(folder / "whole.jpg")).all()

@@ -36,9 +36,7 @@ def _only(ids, wanted, path):
     "Refuse images that nobody asked about."
     if (unknown := ~ids.isin(set(wanted))).any():
         first = f"({ids[unknown].iloc[0]} first)"
-        raise SubmissionError(
-            f"{path}: {int(unknown.sum())} of {len(ids)} images are no test images {first}"
-        )
+        raise SubmissionError(f"{path}: {int(unknown.sum())} of {len(ids)} images are no test images {first}")
 
 
 def _write(df, path):

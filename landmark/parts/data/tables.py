@@ -37,7 +37,9 @@ def _like_a_number(text):
 def _odd_label(texts):
     "Position of the first label that is refused, and of another one that it would be merged with, or None."
     for i, text in enumerate(texts):
-        if text.strip() in ("", "None") or (not _INTEGER.fullmatch(text) and _like_a_number(text) is not None):
+        if text.strip() in ("", "None") or (
+            not _INTEGER.fullmatch(text) and _like_a_number(text) is not None
+        ):
             twins = (j for j, other in enumerate(texts) if other != text and text.strip())
             return i, next((j for j in twins if _like_a_number(texts[j]) == _like_a_number(text)), None)
     return None, None

@@ -43,7 +43,9 @@ def _dataset(f, name, ndim, kinds, path):
     x = f[name]
     if not isinstance(x, h5py.Dataset) or x.ndim != ndim or x.dtype.kind not in kinds:
         shown = f"{x.shape} of {x.dtype}" if isinstance(x, h5py.Dataset) else "a group"
-        raise StoreError(f"{path}: `{name}` is {shown}; allowed are {ndim} dimensions of kind {'/'.join(kinds)}")
+        raise StoreError(
+            f"{path}: `{name}` is {shown}; allowed are {ndim} dimensions of kind {'/'.join(kinds)}"
+        )
     if x.external or x.is_virtual:
         raise StoreError(f"{path}: the values of `{name}` lie in other files; they have to be in this one")
     held = Path(path).stat().st_size
