@@ -1,19 +1,28 @@
 "What phones, browsers, spreadsheets and strangers really write: read rightly, or refused in one sentence."
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from landmark import data
 from landmark.data import check_world
+from landmark.parts import config
+from landmark.parts.config import open_parameters, read_parameters, stage_main, typed_behind_papermill
 from landmark.parts.data import layout
 from landmark.parts.data.submission import read_recognition, read_retrieval
 from landmark.parts.descriptors.hdf5 import read_h5
 from landmark.parts.images.kinds import KINDS, ImageError
 from landmark.parts.images.reading import image_size, read_image
 from landmark.parts.photos.importing import import_folder
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ids and file names
 
@@ -95,7 +104,7 @@ def test_a_label_in_two_spellings_is_one_and_said_so(world, capsys):
 
 
 @pytest.mark.parametrize(
-    "data, said",
+    "content, said",
     [
         ("id,landmark_id\nabc1,7\n".encode("utf-16"), "it is UTF-16; allowed is CSV in UTF-8"),
         ("id,landmark_id\nÉglise,7\n".encode("latin-1"), "row 2 is not UTF-8"),
@@ -106,8 +115,8 @@ def test_a_label_in_two_spellings_is_one_and_said_so(world, capsys):
         (b"id;landmark_id\nabc1;7\n", "commas must separate the columns"),
     ],
 )
-def test_a_table_that_is_none(world, data, said):
-    path = write(world, "v2/train.csv", data)
+def test_a_table_that_is_none(world, content, said):
+    path = write(world, "v2/train.csv", content)
     with pytest.raises(ValueError) as e:
         layout.read_images(world, "v2_train")
     assert str(path) in str(e.value) and said in str(e.value) and "\n" not in str(e.value)
@@ -238,3 +247,49 @@ def test_a_jpeg_that_ends_early_is_read_and_one_with_a_hole_is_named(photo, tmp_
     assert changed["hole.jpg"].startswith("damaged inside: ")
     assert "truncated" in skipped["cut.jpg"]
     assert (read_image(folder / "no end.jpg") == read_image(folder / "whole.jpg")).all()
+
+
+# parameters
+
+
+def started(*command, runs):
+    env = {**os.environ, "LANDMARK_RUNS": str(runs), "LANDMARK_WORLD": "tiny", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("text", ["2024_07", "007", "no", "1e3"])
+def test_a_string_stays_the_string_that_was_typed(text, tmp_path, monkeypatch):
+    "From a command line, a parameter file and papermill's command line."
+    (tmp_path / "p.yaml").write_text(f"world: {text}\n")
+    words = ["python", "-m", "papermill", "in.ipynb", "out.ipynb"]
+    seen = open_parameters(ns := {}, data.Config)
+    ns["world"] = 7  # what papermill makes of it
+    for end in (["-p", "world", text], ["-f", str(tmp_path / "p.yaml")]):
+        (tmp_path / "cmdline").write_bytes("\0".join(words + end).encode())
+        given = typed_behind_papermill(data.Config, tmp_path)
+        monkeypatch.setattr(config, "typed_behind_papermill", lambda _, given=given: given)
+        assert read_parameters(ns, seen, data.Config).world == text
+        monkeypatch.setattr(sys, "argv", ["landmark_data", *end])
+        found = []
+        stage_main(data.Config, lambda cfg: found.append(cfg.world))
+        assert found == [text]
+
+
+def test_papermill_runs_with_what_was_typed(tmp_path):
+    "Started for real: its own reading would have given the number 202407."
+    words = ("nbs/00_data.ipynb", str(tmp_path / "out.ipynb"), "-k", "python3", "--no-progress-bar")
+    r = started("-m", "papermill", *words, "-p", "noise", "None", "-p", "world", "2024_07", runs=tmp_path)
+    assert r.returncode and "world is '2024_07': neither a drawn world" in r.stderr, r.stderr[-2000:]
+
+
+def test_values_that_are_no_numbers_or_no_files_are_refused(tmp_path, monkeypatch, capsys):
+    for words, said in {
+        ("-p", "noise", "nan"): "`noise` is 'nan': Input should be a finite number",
+        ("-p", "noise", ".inf"): "`noise` is '.inf'",
+        ("-p", "size", "[1"): "`size` is '[1': it is no YAML in line 1",
+        ("-f", str(tmp_path / "gone.yaml")): "there is no parameter file",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["landmark_data", *words])
+        with pytest.raises(SystemExit) as e:
+            stage_main(data.Config, lambda cfg: cfg)
+        assert said in str(e.value)
