@@ -293,3 +293,36 @@ def test_values_that_are_no_numbers_or_no_files_are_refused(tmp_path, monkeypatc
         with pytest.raises(SystemExit) as e:
             stage_main(data.Config, lambda cfg: cfg)
         assert said in str(e.value)
+
+
+# settings of the process
+
+
+SETTINGS = """if True:
+    import sys
+    import faiss, numba, numpy as np, torch
+    from landmark.parts.search.knn import search, slow_search
+    cuda, host = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    def state():
+        precision = [getattr(o, "fp32_precision", "") for o in (cuda, host, torch.backends)]
+        threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+        threads += (numba.get_num_threads(),) if "numba" in sys.argv[1] else ()  # asking starts its threads
+        return precision, cuda.allow_bf16_reduced_precision_reduction, threads
+    exec(sys.argv[1])
+    before, x = state(), np.random.default_rng(0).normal(size=(300, 32)).astype(np.float32)
+    wanted = slow_search(x[:20], x, 5)[1]
+    for method in ("faiss", "numpy", "torch", "torch32"):
+        assert (search(x[:20], x, 5, device="cpu", method=method)[1] == wanted).all(), method
+        assert state() == before, (method, before, state())
+"""
+CHOICES = [
+    "torch.set_float32_matmul_precision('medium'); numba.set_num_threads(1); faiss.omp_set_num_threads(1)",
+    "torch.backends.fp32_precision = 'tf32'; torch.set_num_threads(1)",
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_search_leaves_the_settings_of_its_caller_as_they_were(choice, tmp_path):
+    "Each in a process of its own: numba sets the threads of OpenMP once in its life."
+    r = started("-c", SETTINGS, choice, runs=tmp_path)
+    assert r.returncode == 0, r.stderr[-1500:]
