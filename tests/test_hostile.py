@@ -50,7 +50,7 @@ LEAVING = ["../x/y/a/a", "/etc/passwd", "a/../../../x", "..", ".../x", "a\\..\\x
 
 @pytest.mark.parametrize("name", LEAVING)
 def test_an_id_stays_in_its_folder(world, name):
-    "From every table, pickle, h5 file and submission; file, row and value are said before anything is opened."
+    "From every table, pickle, h5 file and submission; said with file, row and value before anything opens."
     shown = repr(name)[:40]
     rows = f"abc1,7\n{name},7\n"
     write(world, "v2/train.csv", f"id,landmark_id\n{rows}")

@@ -132,7 +132,8 @@ def _colours_again(path, im):
 
     if im.mode not in ("RGB", "RGBA") or max(top for _, top in im.convert("RGB").getextrema()) >= 64:
         return None
-    x = cv2.imread(str(path), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    data = np.fromfile(path, np.uint8)  # OpenCV opens no path that is not text
+    x = cv2.imdecode(data, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if x is None or x.dtype != np.uint16 or x.ndim != 3 or x.shape[1::-1] != im.size:
         return None
     colours = _to_bytes(x[..., 2::-1])
