@@ -1,5 +1,6 @@
 "What phones, browsers, spreadsheets and strangers really write: read rightly, or refused in one sentence."
 
+import errno
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 
 from landmark import data
 from landmark.data import check_world
-from landmark.parts import config
+from landmark.parts import config, core
 from landmark.parts.config import open_parameters, read_parameters, stage_main, typed_behind_papermill
 from landmark.parts.data import layout
 from landmark.parts.data.submission import read_recognition, read_retrieval
@@ -326,3 +327,46 @@ def test_a_search_leaves_the_settings_of_its_caller_as_they_were(choice, tmp_pat
     "Each in a process of its own: numba sets the threads of OpenMP once in its life."
     r = started("-c", SETTINGS, choice, runs=tmp_path)
     assert r.returncode == 0, r.stderr[-1500:]
+
+
+# odd places to live
+
+
+ODD = "it's my #1 “夜” $(exit 1) & 50% {x}"
+
+
+def test_runs_and_photos_may_lie_in_folders_of_any_name(photo, tmp_path):
+    home = tmp_path / ODD
+    (home / "photos" / ODD).mkdir(parents=True)
+    photo.save(home / "photos" / ODD / "a b'c#.jpg")
+    photos, skipped, _ = import_folder(home / "photos", home / "world", n_workers=1)
+    assert photos.label.tolist() == [ODD] and not len(skipped)
+    assert read_image(layout.read_images(home / "world", "v2_train").path[0]).shape == (240, 360, 3)
+    assert layout.landmark_names(home / "world") == {0: ODD}
+    words = ("-p", "world", str(home / "world"), "-p", "n_workers", "1")
+    r = started("-c", "from landmark.data import main; main()", *words, runs=home / "runs")
+    assert r.returncode == 0 and (Path(r.stdout.strip()) / "manifest.json").exists(), r.stderr[-1500:]
+
+
+def test_a_place_that_cannot_be_written_is_named_in_one_sentence(tmp_path, monkeypatch):
+    def forbidden(*args, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(core.Path, "mkdir", forbidden)
+    monkeypatch.setattr(sys, "argv", ["landmark_data", "-p", "world", "tiny"])
+    with pytest.raises(SystemExit) as e:
+        data.main()
+    assert "(Read-only file system); LANDMARK_RUNS names another folder" in str(e.value)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.ENOTSUP])
+def test_a_second_name_becomes_a_copy_where_a_disk_has_no_links(number, tmp_path, monkeypatch):
+    "`runs/` on another disk, on exFAT, or mounted from a NAS."
+
+    def no_link(*args):
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(os, "link", no_link)
+    (tmp_path / "a").write_text("kept")
+    core.link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "kept" and len(list(tmp_path.iterdir())) == 2
