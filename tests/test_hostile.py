@@ -370,3 +370,60 @@ def test_a_second_name_becomes_a_copy_where_a_disk_has_no_links(number, tmp_path
     (tmp_path / "a").write_text("kept")
     core.link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "kept" and len(list(tmp_path.iterdir())) == 2
+
+
+# what people reported of other tools
+
+
+def segment(mark, body):
+    return bytes([0xFF, mark]) + (len(body) + 2).to_bytes(2, "big") + body
+
+
+def test_what_people_reported_of_other_tools(photo, tmp_path):
+    "Damaged XMP and EXIF, a byte missing, a huge colour profile, a motion photo, commas and quotes in names."
+    folder, turned = tmp_path / "f", photo.getexif()
+    folder.mkdir()
+    turned[0x0112] = 6
+    photo.save(folder / "UPPER.JPEG", "JPEG")
+    photo.save(tmp_path / "turned.jpg", exif=turned)
+    plain, exif = (folder / "UPPER.JPEG").read_bytes(), (tmp_path / "turned.jpg").read_bytes()
+    note, xmp = exif.index(b"\xff\xe1"), b"http://ns.adobe.com/xap/1.0/\0<x>\xa8\xff</x>"
+    behind = note + 2 + int.from_bytes(exif[note + 2 : note + 4], "big")
+    files = {
+        "xmp.jpg": plain[:2] + segment(0xE1, xmp) + plain[2:],
+        "a gap.jpg": exif[:behind] + b"\1\2\3\4\5\6\7" + exif[behind:],
+        "one byte.jpg": plain[:-1],
+        "PXL.MP.jpg": plain + b"\0\0\0\x18ftypmp42" + bytes(5000),
+        "PXL.MP": b"\0\0\0\x18ftypmp42" + bytes(5000),
+        "l''Alguer_0,0;\".jpg": plain,
+        "._a.jpg": b"\0\5\x16\7" + bytes(4000),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    photo.save(folder / "profile.png", icc_profile=bytes(2_000_000))
+    photo.convert("P").save(folder / "Abyssinian_34.jpg", "GIF")
+    for name in ("@eaDir/a.jpg", "#recycle", "__MACOSX"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "THUMB.jpg").write_bytes(plain)
+    changed, skipped = imported(folder, tmp_path)
+    assert changed == {
+        "UPPER.JPEG": "",
+        "xmp.jpg": "",
+        "a gap.jpg": "turned upright",
+        "one byte.jpg": "ends early",
+        "PXL.MP.jpg": "",
+        "l''Alguer_0,0;\".jpg": "",
+        "profile.png": "PNG to JPEG",
+        "Abyssinian_34.jpg": "GIF to JPEG, named .jpg, is GIF",
+    }
+    assert sorted(skipped) == ["#recycle", "._a.jpg", "@eaDir", "PXL.MP", "__MACOSX"]
+
+
+def test_an_id_that_looks_like_a_number_stays_the_text_it_is(world):
+    "Hexadecimal digits with one e, or none: a number for many readers."
+    ids = ["47671950010092e5", "1234567890123456", "0000000000000007"]
+    rows = "".join(f"{i},7\n" for i in ids)
+    write(world, "v2/train.csv", f"id,landmark_id\n{rows}")
+    assert layout.read_images(world, "v2_train").image_id.tolist() == ids
+    write(world, "r.csv", f"id,landmarks\n{ids[0]},7 0.5\n")
+    assert read_recognition(world / "r.csv").image_id.tolist() == ids[:1]

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SUFFIXES', 'RAW', 'MAX_MEGAPIXELS', 'kind_of', 'what_else', 'named_otherwise', 'ImageError', 'check_size',
-           'kind_of_file', 'open_image']
+           'kind_of_file', 'without_notes', 'open_image']
 
 # %% ../../../nbs/parts/images/kinds.ipynb #cb484a80
 import importlib
+import io
 from pathlib import Path
 
 from PIL import Image
@@ -142,6 +143,19 @@ def kind_of_file(
     raise ImageError(path, f"not an image: it is {what}" if what else "not an image, or of an unknown kind")
 
 
+def without_notes(
+    data: bytes,  # a PNG
+) -> bytes:  # the same picture
+    "A PNG without its colour profile and texts, which can be larger than Pillow allows."
+    out, at = data[:8], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"):
+            out += data[at:end]
+        at = end
+    return out
+
+
 def open_image(
     path,  # a file
     source=None,  # the file as an object, where it was read already
@@ -156,4 +170,10 @@ def open_image(
     Image.init()
     if kind not in Image.OPEN:
         raise ImageError(path, f"the installed Pillow reads no {kind}")
-    return Image.OPEN[kind][0](source or str(path), str(path))
+    reader = Image.OPEN[kind][0]
+    try:
+        return reader(source or str(path), str(path))
+    except ValueError as e:
+        if kind != "PNG" or "too large" not in str(e) or source:
+            raise
+        return reader(io.BytesIO(without_notes(Path(path).read_bytes())), str(path))

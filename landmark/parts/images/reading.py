@@ -8,6 +8,7 @@ __all__ = ['DEEP', 'image_path', 'orientation_of', 'value_range', 'to_rgb', 'has
 
 # %% ../../../nbs/parts/images/reading.ipynb #85cababe
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ..core import path_inside
 from .jpeg import jpeg_damage
-from .kinds import ImageError, check_size, open_image
+from .kinds import ImageError, check_size, open_image, without_notes
 
 # %% ../../../nbs/parts/images/reading.ipynb #006c25b8
 def image_path(
@@ -202,16 +203,20 @@ def _read(path, max_side, box, exact, source=None):
 
 
 def _read_on(path, max_side, box, exact):
-    "The same, where a JPEG that lacks nothing but its end mark gets one."
+    "The same, where a JPEG lacks its end mark alone, or a PNG has notes that are too long."
     try:
         return _read(path, max_side, box, exact)
-    except OSError as e:
-        if "truncated" not in str(e):
+    except (OSError, ValueError) as e:
+        if isinstance(e, ImageError) or not re.search("truncated|too large", str(e)):
             raise
         data = Path(path).read_bytes()
-        if not data.startswith(b"\xff\xd8") or jpeg_damage(data) != "ends early":
+        if data.startswith(b"\x89PNG") and "too large" in str(e):
+            data = without_notes(data)
+        elif data.startswith(b"\xff\xd8") and jpeg_damage(data) == "ends early":
+            data += b"\xff\xd9"
+        else:
             raise
-        return _read(path, max_side, box, exact, io.BytesIO(data + b"\xff\xd9"))
+        return _read(path, max_side, box, exact, io.BytesIO(data))
 
 
 def read_image(

@@ -79,6 +79,18 @@ def _is_photo(path) -> bool:
         return False
 
 # %% ../../../nbs/parts/photos/importing.ipynb #d87fea17
+_SYSTEM = (  # thumbnails, deleted and earlier versions of photos that are elsewhere in the folder
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "$recycle.bin",
+    "__macosx",
+    "lost+found",
+    "system volume information",
+)
+
+
 class _Walk:
     "What a walk through a folder has found so far."
 
@@ -111,6 +123,9 @@ class _Walk:
         real = os.path.realpath(e.path)
         if e.name.startswith("."):
             self.skipped.append((self.name(e.path), "a hidden folder"))
+            return False
+        if e.name.lower() in _SYSTEM or e.name.lower().endswith(".lrdata"):
+            self.skipped.append((self.name(e.path), "a folder of a system or program, with its own pictures"))
             return False
         if real in self.seen:
             why = f"a link to a folder that is read already ({self.seen[real]})"
