@@ -957,7 +957,7 @@ def test_easy_pairs_reach_the_oracle(floats, whole):
 
 
 def test_false_pairs_stay_at_chance(floats):
-    "Which of two rules finds more by chance is chance; that neither comes near the paper's 30 inliers is not."
+    "Which rule finds more by chance is chance; that neither comes near the paper's 30 inliers is not."
     false = RANSAC["is_true"] == 0
     for rule in (ORIGINAL, rule_for("delf")):
         assert inlier_counts(floats, rule)[false].max() < 20

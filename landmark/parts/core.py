@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['project_root', 'runs_dir', 'default_world', 'is_tiny', 'ParameterError', 'atomic_path', 'link_or_copy', 'writing_in',
            'write_text', 'write_json', 'read_json', 'write_csv', 'log', 'locked', 'sha256_of', 'hash8', 'is_name',
-           'check_names', 'path_inside', 'one_spelling', 'set_seed', 'pick_device', 'progress', 'parallel_map']
+           'check_names', 'path_inside', 'one_spelling', 'one_line', 'set_seed', 'pick_device', 'progress',
+           'parallel_map']
 
 # %% ../../nbs/parts/core.ipynb #33b7dbd5
 import contextlib
@@ -228,6 +229,16 @@ def one_spelling(
         names = ", ".join(double[:5]) + (" …" if len(double) > 5 else "")
         log(f"{where}: {len(double)} labels are written in two ways and are one each: {names}")
     return composed
+
+# %% ../../nbs/parts/core.ipynb #0e48e4bb
+def one_line(
+    text,  # anything that is shown in a sentence
+    most: int = 200,  # characters
+) -> str:  # one line of what can be shown
+    "Text from anywhere as a part of one line."
+    text = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * most])
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}…"
 
 # %% ../../nbs/parts/core.ipynb #ef37de8d
 def set_seed(

@@ -11,7 +11,7 @@ import typing
 
 import yaml
 
-from .core import ParameterError
+from .core import ParameterError, one_line
 
 # %% ../../nbs/parts/values.ipynb #7d01dd23
 class _Plain(yaml.SafeLoader):
@@ -52,7 +52,7 @@ def load_plain(
     except (yaml.YAMLError, ValueError) as e:
         problem, mark = getattr(e, "problem", None) or str(e), getattr(e, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ParameterError(f"it is no YAML{where}: {' '.join(problem.split())[:200]}") from None
+        raise ParameterError(f"it is no YAML{where}: {one_line(problem)}") from None
 
 # %% ../../nbs/parts/values.ipynb #92c2537b
 NONE = ("None", "null", "~", "")  # words for None where a parameter may be None

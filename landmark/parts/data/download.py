@@ -15,7 +15,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..core import ParameterError, atomic_path, log, progress, write_text
+from ..core import ParameterError, atomic_path, log, one_line, progress, write_text
 
 # %% ../../../nbs/parts/data/download.ipynb #5d18b413
 BUCKET = "https://s3.amazonaws.com/google-landmark"
@@ -180,7 +180,9 @@ def unpack(
                 with atomic_path(path) as tmp, open(tmp, "wb") as f:
                     f.write(tar.extractfile(m).read())
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as e:
-        raise DownloadError(f"{tar_path} cannot be read as a tar: {e or type(e).__name__}") from None
+        raise DownloadError(
+            f"{tar_path} cannot be read as a tar: {one_line(e) or type(e).__name__}"
+        ) from None
     return len(members)
 
 # %% ../../../nbs/parts/data/download.ipynb #02891454

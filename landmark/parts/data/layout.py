@@ -63,9 +63,9 @@ def read_ids(
     v, k = _SPLITS[split]
     path = Path(world) / v / f"{k}.csv"
     ids = read_table(path, ["id"], only=True).id
+    check_names(ids, path)
     if ids.duplicated().any():
         raise ValueError(f"{path} lists {ids[ids.duplicated()].iloc[0]} twice")
-    check_names(ids, path)
     short = ids.str.len() < 3
     if short.any():
         raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import check_names
+from ..core import check_names, one_line
 
 # %% ../../../nbs/parts/data/revisited.ipynb #35a14555
 class _Kind:
@@ -105,7 +105,7 @@ def read_plain_pickle(
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
     except Exception as e:
-        raise ValueError(f"{path} cannot be read: {str(e) or type(e).__name__}") from None
+        raise ValueError(f"{path} cannot be read: {one_line(e) or type(e).__name__}") from None
 
 
 def _plain(x, left, deep=0):

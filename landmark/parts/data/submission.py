@@ -26,9 +26,9 @@ MOST = 100  # images that a list of the retrieval track may name
 def _unique(ids, what, path="ids"):
     "Ids as a column of text, each once."
     s = pd.Series(np.asarray(ids, str), dtype=object)
+    check_names(s, path, what=what)
     if s.duplicated().any():
         raise SubmissionError(f"{path}: {what} {s[s.duplicated()].iloc[0]} occurs twice")
-    check_names(s, path, what=what)
     return s
 
 

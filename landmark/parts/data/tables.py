@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import check_names, one_spelling
+from ..core import check_names, one_line, one_spelling
 
 # %% ../../../nbs/parts/data/tables.ipynb #f2390f41
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -101,7 +101,7 @@ def _read(path, **how):
     except pd.errors.EmptyDataError:
         raise
     except (ValueError, OSError, EOFError, pd.errors.ParserError) as e:
-        said = why_no_csv(path) or str(e).strip().splitlines()[-1]
+        said = why_no_csv(path) or one_line(e)
         raise ValueError(f"{path} cannot be read as a table: {said}; allowed is CSV in UTF-8") from None
 
 
@@ -115,9 +115,9 @@ def _head(path, columns):
         return
     if said := why_no_csv(path):
         raise ValueError(f"{path} cannot be read as a table: {said}; allowed is CSV in UTF-8")
-    has = ", ".join(there)
+    has = one_line(", ".join(there))
     hint = "" if len(there) > 1 or not re.search("[;\t|]", has) else " (commas must separate the columns)"
-    raise ValueError(f"{path} has no column {', '.join(missing)}; it has {has[:200]}{hint}")
+    raise ValueError(f"{path} has no column {', '.join(missing)}; it has {has}{hint}")
 
 
 def read_table(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import atomic_path, check_names
+from ..core import atomic_path, check_names, one_line
 from .store import Store, StoreError, write_store
 
 # %% ../../../nbs/parts/descriptors/hdf5.ipynb #d02dc724
@@ -86,4 +86,4 @@ def read_h5(
     except StoreError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as e:
-        raise StoreError(f"{path} cannot be read as HDF5 descriptors: {e}") from None
+        raise StoreError(f"{path} cannot be read as HDF5 descriptors: {one_line(e)}") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import path_inside
+from ..core import one_line, path_inside
 from .jpeg import jpeg_damage
 from .kinds import ImageError, check_size, open_image, without_notes
 
@@ -37,7 +37,7 @@ def _reason(path, e: Exception) -> str:
         return "there is no such file"
     if isinstance(e, MemoryError):
         return "there is not enough memory for it"
-    return f"not a readable image ({str(e) or type(e).__name__})"
+    return f"not a readable image ({one_line(e) or type(e).__name__})"
 
 # %% ../../../nbs/parts/images/reading.ipynb #af0bbc20
 _TURNS = {
