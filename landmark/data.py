@@ -75,7 +75,7 @@ def _look(job: tuple) -> str:
     if not Path(path).is_file():
         return "file is missing"
     if check == "files":
-        return ""
+        return "" if Path(path).stat().st_size else "the file is empty"
     try:
         image_size(path) if check == "sizes" else read_image(path)
     except ImageError as e:

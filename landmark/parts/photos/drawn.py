@@ -6,10 +6,9 @@
 __all__ = ['drawn_folder', 'drawn_photos']
 
 # %% ../../../nbs/parts/photos/drawn.ipynb #128b0cd0
-import os
 from pathlib import Path
 
-from ..core import runs_dir
+from ..core import link_or_copy, runs_dir
 from ..data.layout import read_images
 from ..data.worlds import make_world
 
@@ -17,7 +16,7 @@ from ..data.worlds import make_world
 def _link(src, dst: Path):
     "A second name for a file."
     if not dst.exists():
-        os.link(src, dst)
+        link_or_copy(src, dst)
 
 
 def drawn_folder(

@@ -16,8 +16,26 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import ParameterError, atomic_path, log, parallel_map, sha256_of, write_csv
-from ..images.reading import SUFFIXES, ImageError, image_path, image_size, read_image
+from landmark.parts.core import (
+    ParameterError,
+    atomic_path,
+    log,
+    one_spelling,
+    parallel_map,
+    sha256_of,
+    write_csv,
+)
+from ..images.jpeg import jpeg_damage
+from ..images.kinds import RAW, SUFFIXES, ImageError, kind_of, named_otherwise, open_image
+from landmark.parts.images.reading import (
+    DEEP,
+    has_deep_colours,
+    image_path,
+    image_size,
+    orientation_of,
+    read_image,
+    value_range,
+)
 from ..local.features import pixel_hash
 
 # %% ../../../nbs/parts/photos/importing.ipynb #7939aa30
@@ -43,13 +61,36 @@ def _why_not(e) -> str:  # reason, or nothing
         return "a hidden file"
     if e.is_symlink() and not os.path.exists(e.path):
         return "a link that leads nowhere, or in a circle"
-    if suffix not in SUFFIXES:
-        return f"not a photo by its name ({suffix or 'no ending'})"
     if not e.is_file():
         return "not a plain file"
+    if suffix in RAW:
+        return f"a raw photo ({suffix}): develop it, or export it as JPEG"
+    if suffix not in SUFFIXES and not _is_photo(e.path):
+        return f"not a photo by its name ({suffix or 'no ending'})"
     return "the file is empty" if e.stat().st_size == 0 else ""
 
+
+def _is_photo(path) -> bool:
+    "Whether a file begins like a picture, whatever it is called."
+    try:
+        with open(path, "rb") as f:
+            return bool(kind_of(f.read(64)))
+    except OSError:
+        return False
+
 # %% ../../../nbs/parts/photos/importing.ipynb #d87fea17
+_SYSTEM = (  # thumbnails, deleted and earlier versions of photos that are elsewhere in the folder
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "$recycle.bin",
+    "__macosx",
+    "lost+found",
+    "system volume information",
+)
+
+
 class _Walk:
     "What a walk through a folder has found so far."
 
@@ -83,6 +124,9 @@ class _Walk:
         if e.name.startswith("."):
             self.skipped.append((self.name(e.path), "a hidden folder"))
             return False
+        if e.name.lower() in _SYSTEM or e.name.lower().endswith(".lrdata"):
+            self.skipped.append((self.name(e.path), "a folder of a system or program, with its own pictures"))
+            return False
         if real in self.seen:
             why = f"a link to a folder that is read already ({self.seen[real]})"
             self.skipped.append((self.name(e.path), why))
@@ -104,6 +148,7 @@ def scan_folder(
     while todo:
         todo += reversed(walk.visit(todo.pop()))
     files = pd.DataFrame(walk.files, columns=["file", "path", "label", "bytes", "mtime"], dtype=object)
+    files["label"] = np.array(one_spelling(files.label, shown_name(folder)), object)
     return files, pd.DataFrame(walk.skipped, columns=["file", "reason"])
 
 # %% ../../../nbs/parts/photos/importing.ipynb #4ddfbb39
@@ -128,7 +173,9 @@ def choose(
 # %% ../../../nbs/parts/photos/importing.ipynb #66a68429
 def _depth(im) -> str:  # words, none for ordinary colours
     "What is unusual about the colours of a file."
-    if im.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+    if im.mode in DEEP:
+        return value_range(np.asarray(im))[2]
+    if has_deep_colours(im):
         return "16 bits to 8"
     if im.mode in ("L", "1", "LA"):
         return "greyscale"
@@ -138,10 +185,11 @@ def _depth(im) -> str:  # words, none for ordinary colours
 def _unusual(path, max_side: int) -> list:  # words, none for a plain upright JPEG
     "What has to change about a file."
     said = []
-    with Image.open(path) as im:
-        if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":
+    with open_image(path) as im:
+        turned = im.tag_v2.get(0x0112, 1) if im.format == "TIFF" else orientation_of(im)
+        if getattr(im, "n_frames", 1) > 1 and im.format not in ("MPO", "HEIF"):
             said.append(f"first of {im.n_frames} frames")
-        if im.getexif().get(0x0112, 1) in range(2, 9):  # the EXIF tag of the orientation
+        if turned in range(2, 9):
             said.append("turned upright")
         if depth := _depth(im):
             said.append(depth)
@@ -152,6 +200,14 @@ def _unusual(path, max_side: int) -> list:  # words, none for a plain upright JP
         if max(im.size) > max_side:
             said.append(f"reduced from {im.width}×{im.height}")
         return said or (["first picture of several"] if im.format == "MPO" else [])
+
+# %% ../../../nbs/parts/photos/importing.ipynb #fe8be9ba
+def _remarks(path) -> tuple:  # words; whether the file has to be written anew because of them
+    "What is odd about a file that can be read."
+    with open(path, "rb") as f:
+        kind = kind_of(f.read(64))
+    damage = jpeg_damage(Path(path).read_bytes()) if kind == "JPEG" else ""
+    return [w for w in (damage, named_otherwise(path, kind)) if w], damage == "ends early"
 
 # %% ../../../nbs/parts/photos/importing.ipynb #306e503b
 def look(
@@ -181,16 +237,16 @@ def import_photo(
         return e.reason
     if min(w, h) < min_side:
         return f"{w}×{h} pixels, too small to recognise anything (at least {min_side})"
-    changed = _unusual(src, max_side)
+    changed, (remarks, anew) = _unusual(src, max_side), _remarks(src)
     with atomic_path(dst) as tmp:
-        if changed:
+        if changed or anew:
             Image.fromarray(image).save(tmp, "JPEG", quality=95)
         else:
             shutil.copyfile(src, tmp)
     return dict(
         width=w,
         height=h,
-        changed=", ".join(changed),
+        changed=", ".join(changed + remarks),
         sha256=sha256_of(src),
         pixels=f"{pixel_hash(image):016x}",
         look=look(image),

@@ -9,6 +9,7 @@ __all__ = ['error_bound', 'taken_as_is', 'exact_dots', 'settle']
 import numpy as np
 from numba import njit, prange
 
+from .as_found import threads_as_found
 from .knn_torch import Seen
 
 # %% ../../../nbs/parts/search/knn_settle.ipynb #afed906f
@@ -68,6 +69,12 @@ def exact_dots(
     idxs: np.ndarray,  # base row of each pair [m]
 ) -> np.ndarray:  # float64 [m]
     "Inner products of pairs, accumulated in float64."
+    with threads_as_found():
+        return _exact_dots(queries, base, of, idxs)
+
+
+def _exact_dots(queries, base, of, idxs):
+    "What `exact_dots` does: rows are gathered where a base cannot be used as it lies."
     if taken_as_is(base):
         return _dots(queries, base, of, idxs)
     out, order = np.empty(len(idxs), np.float64), np.argsort(idxs, kind="stable")
