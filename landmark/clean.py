@@ -16,7 +16,7 @@ from .parts.artifacts import artifact, open_stage
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, read_json, write_csv
 from .parts.data.layout import read_images, read_truth
-from .parts.data.worlds import find_world, make_world
+from .parts.data.worlds import world_of
 from landmark.parts.local.chance import (
     LEAST,
     above_chance,
@@ -255,7 +255,7 @@ def run(
         raise ParameterError(f"clean: {given}; {allowed}")
     made_up = not cfg.verified and is_tiny(cfg)
     source = None if made_up else artifact(cfg, cfg.verified)
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     with open_stage("clean", cfg, inputs=[source, world], code=__name__) as st:
         if st.done:
             return st.dir

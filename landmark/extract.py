@@ -21,7 +21,7 @@ from .parts.artifacts import artifact, open_stage, stage_dir
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, sha256_of, write_csv
 from .parts.data.layout import splits as world_splits
-from .parts.data.worlds import make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.extraction import extract as describe
 from landmark.parts.descriptors.inputs import (
     batches_of,
@@ -347,7 +347,7 @@ def run(
     cfg: Config,  # a config
 ) -> Path:  # the artifact's directory
     "Describe every wanted split with every wanted model."
-    device, world = pick_device(cfg.device), make_world(cfg.world, cfg.seed)
+    device, world = pick_device(cfg.device), world_of(cfg)
     for remembered in (read_split, photos_of, _model, _starts):
         remembered.cache_clear()  # a kernel may be older than a model or world
     _check_machine(cfg, device)
@@ -381,7 +381,7 @@ def left_over(
     out = stage_dir("extract", cfg)
     if (out / "manifest.json").exists():
         return ""
-    n = _count_missing(plan(cfg, make_world(cfg.world, cfg.seed), find_models(cfg), out))
+    n = _count_missing(plan(cfg, world_of(cfg), find_models(cfg), out))
     return f"unfinished: {n} shard{'s' * (n != 1)} left; the last machine to come finishes {out}"
 
 

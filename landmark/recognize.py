@@ -24,7 +24,7 @@ from landmark.parts.data.layout import (
     train_set,
 )
 from .parts.data.submission import write_recognition
-from .parts.data.worlds import find_world, make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
 from .parts.local.features import extract_many, open_local
@@ -360,7 +360,7 @@ def run(
     cfg: Config,  # what to recognise, and how
 ) -> Path:  # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
     "Predict a landmark for every test image and judge it."
-    world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
+    world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     named = cfg.clean, cfg.verified, cfg.delf
     clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in named)

@@ -39,7 +39,7 @@ from landmark.parts.data.layout import (
     train_set,
 )
 from .parts.data.submission import write_retrieval
-from .parts.data.worlds import find_world, make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
 from .parts.local.features import LocalStore, extract_many, made_with, open_local, untrained_kind
@@ -477,7 +477,7 @@ def run(
     methods_of(cfg)
     check_local(cfg)
     _tell_options(cfg)
-    world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
+    world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     clean = artifact(cfg, cfg.clean) if cfg.clean else None
     params = parameters_of(cfg)

@@ -35,7 +35,7 @@ from landmark.parts.core import (
     write_json,
 )
 from .parts.data.layout import read_images, read_retrieval_solution
-from .parts.data.worlds import find_world
+from .parts.data.worlds import world_of
 from .parts.metrics import map_at_k
 from .parts.nets.checkpoints import load_model
 from .parts.provenance import code_hash
@@ -240,7 +240,7 @@ def run_trial(
 
 def _judged(cfg, out, n_index, side):
     "A row for each model of a finished run, with its score."
-    world, side = find_world(cfg.world, cfg.seed), side or train.longest_side(train.listed(cfg.sizes)[-1])
+    world, side = world_of(cfg), side or train.longest_side(train.listed(cfg.sizes)[-1])
     rows = []
     for r in pd.read_csv(out / "models.csv").itertuples(index=False):
         model = load_model(out / r.model, pick_device(cfg.device))

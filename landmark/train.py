@@ -27,7 +27,7 @@ from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_di
 from .parts.config import own_parameters, stage_config, stage_main
 from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, write_csv
 from .parts.data.layout import train_set as read_train_set
-from .parts.data.worlds import make_world
+from .parts.data.worlds import world_of
 from .parts.images.batching import size_table
 from .parts.images.decoding import EncodedPhotos, why_not
 from .parts.images.loading import Photos, read_all
@@ -193,7 +193,7 @@ def load_photos(
     set_name: str,  # v1, v2 or v2-clean
 ) -> tuple:  # Photos, class ids [n], landmark ids of the classes [c]
     "A training set, ready to be drawn from."
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     clean = artifact(cfg, cfg.clean) / "train_clean.csv" if set_name == "v2-clean" else None
     df = read_train_set(world, set_name, clean)
     if not len(df):
@@ -335,7 +335,7 @@ def _train(cfg, name, out):
     watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
 
     def look(model, epoch):
-        world, side = make_world(cfg.world, cfg.seed), longest_side(listed(cfg.sizes)[-1])
+        world, side = world_of(cfg), longest_side(listed(cfg.sizes)[-1])
         return benchmark_maps(model, world, side, cfg.batch_size, cfg.n_loaders, cfg.max_bad)
 
     told = dict(on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
@@ -374,7 +374,7 @@ def card_of(
 ) -> dict:  # what a model remembers of its making
     "Parts, parameters and hashes of the data."
     loss, train_set = split_name(name)
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     drawn = (world / "world.json").exists()
     used = dict(world=world)
     if train_set.startswith("v1+"):
@@ -401,7 +401,7 @@ def run(
     recipe_of(cfg)
     if int(os.environ.get("RANK", 0)):
         return _follow(cfg, names)
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     inputs = [world, *_upstream(cfg, names)]
     if cfg.devices > 1 and together == 1:
         return launch(cfg)
@@ -452,7 +452,7 @@ def longest_first(
         loss, set_name = split_name(name)
         return n_photos[set_name.removeprefix("v1+")], LOSSES[loss].batches == "tuples"
 
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     sets = {split_name(name)[1].removeprefix("v1+") for name in names}
     clean = artifact(cfg, cfg.clean) / "train_clean.csv" if "v2-clean" in sets else None
     n_photos = {s: len(read_train_set(world, s, clean if s == "v2-clean" else None)) for s in sets}

@@ -30,7 +30,7 @@ from landmark.parts.core import (
     write_csv,
 )
 from .parts.data.layout import read_images, read_truth
-from .parts.data.worlds import find_world, make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
 from .parts.local.carrier import carrier_table, learn, mask_store, read_list, recount, sample_photos
@@ -556,7 +556,7 @@ def run(
     if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards:
         allowed = "−1 (all) to n_shards − 1"
         raise ParameterError(f"verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: {allowed}")
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     mine = shard_config(cfg, cfg.shard) if cfg.shard >= 0 else cfg
     with open_stage("verify", mine, inputs=[world, *_inputs(cfg)], code=__name__) as st:
         if not st.done:
