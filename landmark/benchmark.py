@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'collect', 'chosen', 'run_benchmarks', 'line', 'read_rows', 'save_rows', 'table', 'growth', 'exponent',
-           'draw_growth', 'machine', 'run', 'main']
+           'draw_growth', 'machine', 'run', 'main', 'spent', 'spent_by_stage']
 
 # %% ../nbs/08_benchmark.ipynb #a81fe445
 import argparse
@@ -20,10 +20,19 @@ import numpy as np
 import pandas as pd
 
 import landmark.parts.bench
+from .graph import read_profile
 from .parts.artifacts import open_stage
 from .parts.bench.side_by_side import FAMILIES, REGISTRY, Row, device_name
 from .parts.config import stage_config
-from .parts.core import ParameterError, log, pick_device, project_root, write_text
+from landmark.parts.core import (
+    ParameterError,
+    log,
+    pick_device,
+    project_root,
+    read_json,
+    runs_dir,
+    write_text,
+)
 from .parts.plots import to_markdown
 from .parts.provenance import code_files
 
@@ -280,3 +289,30 @@ def main():
             home = project_root() / "reports" / "benchmark"
             save_rows(rows, home / f"{machine(str(pick_device(a.device)))}.jsonl", whole)
             write_text(home / "table.md", table(home) + "\n")
+
+# %% ../nbs/08_benchmark.ipynb #2265b6ae
+def spent(
+    profile: str,  # folder under `params`, and of runs
+    seed: int = 1,  # seed of world and training
+) -> pd.DataFrame:  # stage, step, seconds, share, peak_mib: the longest first
+    "Seconds of every step of a profile's newest run."
+    newest, steps = {}, read_profile(profile)
+    for path in sorted((runs_dir() / profile / f"seed{seed}").glob("*/*-????????/manifest.json")):
+        man = read_json(path)
+        key = man["stage"], man["name"]
+        if key in steps and man["finished"] >= newest.get(key, man)["finished"]:
+            newest[key] = man
+    rows = [(*key, man["seconds"], man["peak_mib"]) for key, man in newest.items()]
+    table = pd.DataFrame(rows, columns=["stage", "step", "seconds", "peak_mib"])
+    table.insert(3, "share", (table.seconds / max(table.seconds.sum(), 1e-9)).astype(float).round(3))
+    return table.sort_values("seconds", ascending=False, kind="stable", ignore_index=True)
+
+
+def spent_by_stage(
+    table: pd.DataFrame,  # as `spent` returns it
+) -> pd.DataFrame:  # stage, steps, minutes, share: the longest first
+    "The same, one row a stage."
+    by = table.groupby("stage", as_index=False)
+    out = by.agg(steps=("step", "size"), minutes=("seconds", "sum"), share=("share", "sum"))
+    out["minutes"] = (out.minutes / 60).round(2)
+    return out.sort_values("share", ascending=False, kind="stable", ignore_index=True)

@@ -21,7 +21,7 @@ from .parts.artifacts import artifact, open_stage, stage_dir
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, parallel_map, pick_device, sha256_of, write_csv
 from .parts.data.layout import splits as world_splits
-from .parts.data.worlds import make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.extraction import extract as describe
 from landmark.parts.descriptors.inputs import (
     batches_of,
@@ -39,7 +39,7 @@ from landmark.parts.descriptors.store import (
     write_shard,
 )
 from .parts.nets.backbones import make_model
-from .parts.nets.checkpoints import load_model, save_model
+from .parts.nets.checkpoints import is_reference, load_model, model_file, model_name, save_model
 
 # %% ../nbs/04_extract.ipynb #4d778861
 @stage_config
@@ -50,7 +50,7 @@ class Config:
     name: str = "default"  # names this run
     seed: int = 1  # seed of world and training
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    models: str | list[str] = ""  # artifacts of 03_train
+    models: str | list[str] = ""  # artifacts of 03_train, hf:owner/name, pretrained:tf_efficientnet_lite0
     select: list[str] = field(default_factory=list)  # names of the models that are wanted; empty: all
     splits: list[str] = field(default_factory=lambda: ["index", "test"])  # image sets of the world
     sizes: str = "96"  # size group at scale 1 (L2 in the original), or pixels
@@ -97,20 +97,21 @@ def _called(card, by_run):
 
 def find_models(
     cfg: Config,  # a config
-) -> dict:  # name → folder
-    "The wanted models among the artifacts of 03_train."
+) -> dict:  # name → folder, or what else `load_model` takes
+    "The wanted models: those in artifacts of 03_train, and those from elsewhere."
     if not cfg.models and is_tiny(cfg):
         return made_up_model(stage_dir("extract", cfg).parent / ".made_up")
     refs = [cfg.models] if isinstance(cfg.models, str) else list(cfg.models)
-    cards = [card for ref in refs for card in sorted(artifact(cfg, ref).glob("*/card.json"))]
+    elsewhere = [(model_name(ref), ref) for ref in refs if is_reference(ref)]
+    trained = [artifact(cfg, ref) for ref in refs if not is_reference(ref)]
+    cards = [card for folder in trained for card in sorted(folder.glob("*/card.json"))]
     twice = pd.Series([c.parent.name for c in cards], dtype=object).duplicated(keep=False)
     found = {}
-    for card, by_run in zip(cards, twice.to_numpy()):
-        name = _called(card, by_run)
+    for name, model in [*elsewhere, *((_called(c, t), c.parent) for c, t in zip(cards, twice.to_numpy()))]:
         if name in found:
             said = f"two of `models` hold a model called {name}; choose one of the artifacts"
             raise ParameterError(f"extract: {said}")
-        found[name] = card.parent
+        found[name] = model
     if absent := [n for n in cfg.select if n not in found]:
         raise ParameterError(f"extract: `select` names {', '.join(absent)}, but there are {', '.join(found)}")
     return {n: found[n] for n in (cfg.select or found)}
@@ -130,13 +131,13 @@ def settings_of(
 
 def card_of(
     cfg: Config,  # a config
-    folder: Path,  # the model's
+    folder: Path,  # the model's, or what else `load_model` takes
     split: str,  # name of the split
 ) -> dict:  # what a store says of its making
     "What made the descriptors: model, weights, protocol."
     card = dict(
-        model=Path(folder).name,
-        weights=sha256_of(Path(folder) / "weights.safetensors"),
+        model=model_name(folder),
+        weights=sha256_of(model_file(folder)),
         split=split,
         sizes=cfg.bench_side if is_bench(split) else cfg.sizes,
         precision=cfg.precision,
@@ -192,9 +193,15 @@ def _seen_in(cfg, world, split, number):
     return world, split, cfg.sizes, cfg.bench_side, a, b, cache_dir
 
 
+@functools.lru_cache(maxsize=1)
+def _starts(world, split, number):
+    "What frozen stages make of a shard's images, while the models describe it one after another."
+    return {}
+
+
 def _describe_shard(job, notes):
     "Descriptors of a shard's images, their positions, and what could not be read."
-    cfg, world, folder, _, split, number, card, device, _, following = job
+    cfg, world, folder, _, split, number, card, device, _, following, several = job
     in_memory = cfg.in_memory and not cfg.n_loaders
     photos, paths, sizes = photos_of(*_seen_in(cfg, world, split, number), in_memory)
     if following and not cfg.in_memory:
@@ -206,6 +213,7 @@ def _describe_shard(job, notes):
         precision=cfg.precision,
         batch_size=cfg.batch_size,
         photos=photos,
+        kept=_starts(world, split, number) if in_memory and several else None,
         load=lambda left: batches_of(photos, left, cfg.n_loaders, device != "cpu"),
         notes=notes,
         made_by=fingerprint(card),
@@ -215,10 +223,10 @@ def _describe_shard(job, notes):
 
 
 def extract_shard(
-    job: tuple,  # what `jobs_of` made, and device, one thread only, (split, number) of the shard that follows
+    job: tuple,  # of `jobs_of`; device, one thread, (split, number) of the next shard, several models
 ) -> list:  # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
-    cfg, world, _, store_dir, split, number, card, _, one_thread, _ = job
+    cfg, world, _, store_dir, split, number, card, _, one_thread, *_ = job
     all_ids, _ = read_split(world, split)
     ids = all_ids[number * cfg.shard_size : (number + 1) * cfg.shard_size]
     threads, notes = torch.get_num_threads(), Path(store_dir) / f"unfinished-{number:05d}.npz"
@@ -241,7 +249,7 @@ def extract_shard(
 def plan(
     cfg: Config,  # a config
     world: Path,  # the world's folder
-    models: dict,  # name → folder
+    models: dict,  # name → folder, or what else `load_model` takes
     out: Path,  # the run's directory
 ) -> list:  # (store folder, model folder, split, number of shards, card)
     "Every store that is wanted."
@@ -291,7 +299,8 @@ def _share_out(cfg, world, device, stores):
     many = len(todo) > 1 and n != 1 and (device.type == "cuda" or _n_left(cfg, world, todo) > MANY)
     shards = list(dict.fromkeys((job[4], job[5]) for job in todo))
     following = dict(zip(shards, shards[1:]))
-    jobs = [(*job, str(device), many, following.get(job[4:6])) for job in todo]
+    several = len({job[2] for job in todo}) > 1
+    jobs = [(*job, str(device), many, following.get(job[4:6]), several) for job in todo]
     try:
         parallel_map(extract_shard, jobs, n if many else 1, "shards")
     finally:
@@ -338,12 +347,13 @@ def run(
     cfg: Config,  # a config
 ) -> Path:  # the artifact's directory
     "Describe every wanted split with every wanted model."
-    device, world = pick_device(cfg.device), make_world(cfg.world, cfg.seed)
-    for remembered in (read_split, photos_of, _model):
+    device, world = pick_device(cfg.device), world_of(cfg)
+    for remembered in (read_split, photos_of, _model, _starts):
         remembered.cache_clear()  # a kernel may be older than a model or world
     _check_machine(cfg, device)
     models = find_models(cfg)
-    frame = functools.partial(open_stage, "extract", cfg, inputs=[world, *models.values()], code=__name__)
+    made_of = [model_file(m) if is_reference(m) else m for m in models.values()]
+    frame = functools.partial(open_stage, "extract", cfg, inputs=[world, *made_of], code=__name__)
     several = cfg.n_shards > 1
     if several:
         with contextlib.suppress(_Others), frame() as st:
@@ -371,7 +381,7 @@ def left_over(
     out = stage_dir("extract", cfg)
     if (out / "manifest.json").exists():
         return ""
-    n = _count_missing(plan(cfg, make_world(cfg.world, cfg.seed), find_models(cfg), out))
+    n = _count_missing(plan(cfg, world_of(cfg), find_models(cfg), out))
     return f"unfinished: {n} shard{'s' * (n != 1)} left; the last machine to come finishes {out}"
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .parts.artifacts import artifact, digest_of, open_stage
 from .parts.config import stage_config, stage_main
-from .parts.core import ParameterError, is_tiny, log, pick_device, project_root, read_json, write_csv
+from .parts.core import ParameterError, is_tiny, log, pick_device, read_json, write_csv
 from landmark.parts.data.layout import (
     landmark_names,
     read_images,
@@ -24,11 +24,11 @@ from landmark.parts.data.layout import (
     train_set,
 )
 from .parts.data.submission import write_recognition
-from .parts.data.worlds import find_world, make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
-from .parts.local.features import UNIT, extract_many, open_local
-from .parts.local.matching import rule_for
+from .parts.local.features import extract_many, open_local
+from .parts.local.kinds import kind_of, rule_for
 from .parts.local.verification import verify_pairs
 from .parts.metrics import gap
 from .parts.rerank.voting import choose_limit, distractor_rule, minus_non_landmarks, recognise
@@ -55,9 +55,10 @@ class Config:
     enough: int = 70  # inliers that count as a full vote
     most: int = 0  # predictions a label may have (Google Landmarks: 30); 0 chooses it on Public
     n_non_landmarks: int = 5  # beyond the paper: nearest non-landmark images to subtract; 0: none
-    kind: str = "rootsift"  # kind of local features: rootsift or delf
+    kind: str = "rootsift"  # kind of local features: rootsift, xfeat, aliked, delf
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side
+    min_side: int = 0  # smaller images are enlarged to this least side; 0: none
     max_dist: float | None = None  # largest distance of a match; None: as `verified` has it, or the kind
     ratio: float | None = None  # ratio test, 0 for none; None: likewise
     residual: float | None = None  # largest residual, share of the partner's longest side; None: likewise
@@ -111,12 +112,15 @@ def check_local(
     verified: Path,  # artifact of 01_verify with local features, or None
 ):
     "Refuse local features that cannot be made here, or do not fit those of cleaning."
-    if cfg.kind not in UNIT:
-        raise ParameterError(f"recognize: kind is {cfg.kind!r}; allowed: {', '.join(UNIT)}")
+    try:
+        kind_of(cfg.kind)
+    except ValueError as e:
+        raise ParameterError(f"recognize: {e}") from None
     _check_delf(cfg, delf)
     if not verified:
         return
-    meta, asked = open_local(verified / "local").meta, ("kind", "max_keypoints", "max_side")
+    meta = dict(min_side=0) | open_local(verified / "local").meta
+    asked = ("kind", "max_keypoints", "max_side", "min_side")
     theirs = {k: meta.get(k) for k in asked if meta.get(k) != getattr(cfg, k)}
     if theirs:
         ours = {k: getattr(cfg, k) for k in theirs}
@@ -156,7 +160,7 @@ def rule_of(
 ):  # a `Rule`
     "The thresholds of cleaning or, without it, of the kind, with what the config changes."
     theirs = read_json(verified / "manifest.json")["config"] if verified else {}
-    said = {k: theirs.get(k) for k in ("n_trials", "reject", "max_dist", "ratio", "residual")}
+    said = {k: theirs.get(k) for k in ("n_trials", "reject", "max_dist", "ratio", "residual", "matcher")}
     for name in ("max_dist", "ratio", "residual"):
         if (ours := getattr(cfg, name)) is not None:
             said[name] = ours
@@ -167,22 +171,16 @@ def describer(
     cfg: Config,  # the stage's
     delf: Path = None,  # artifact of 01_verify that holds the trained DELF; None: RootSIFT
 ):  # (image files, ids, folder to write to) → `LocalStore`
-    "What makes local features: RootSIFT, or the DELF of cleaning on its trunk's network."
-    how = dict(max_keypoints=cfg.max_keypoints, max_side=cfg.max_side)
+    "What makes local features: a kind that needs no training, or the DELF of cleaning."
+    how = dict(max_keypoints=cfg.max_keypoints, max_side=cfg.max_side, min_side=cfg.min_side)
     if not delf:
+        where = str(pick_device(cfg.device))
         return lambda paths, ids, out_dir: open_local(
-            extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers)
+            extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers, device=where)
         )
     from landmark.parts.local.delf import extract_many_delf, load_delf
-    from landmark.parts.nets.checkpoints import load_model
 
-    ref = read_json(delf / "delf" / "card.json")["trunk"]
-    trunk = artifact(cfg, ref) if ref.startswith("@") else project_root() / ref
-    if not (trunk / "card.json").exists():
-        raise ParameterError(
-            f"recognize: the DELF in {delf} stands on {ref}, but {trunk} holds no trained model (card.json)"
-        )
-    made = load_delf(delf / "delf", load_model(trunk).backbone.net)
+    made = load_delf(delf / "delf")
     return lambda paths, ids, out_dir: open_local(
         extract_many_delf(made, paths, ids, out_dir, **how, device=str(pick_device(cfg.device)))
     )
@@ -362,7 +360,7 @@ def run(
     cfg: Config,  # what to recognise, and how
 ) -> Path:  # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
     "Predict a landmark for every test image and judge it."
-    world, made_up = make_world(cfg.world, cfg.seed), is_tiny(cfg) and not cfg.descriptors
+    world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     named = cfg.clean, cfg.verified, cfg.delf
     clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in named)

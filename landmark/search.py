@@ -35,7 +35,7 @@ from landmark.parts.core import (
     write_json,
 )
 from .parts.data.layout import read_images, read_retrieval_solution
-from .parts.data.worlds import find_world
+from .parts.data.worlds import world_of
 from .parts.metrics import map_at_k
 from .parts.nets.checkpoints import load_model
 from .parts.provenance import code_hash
@@ -88,7 +88,7 @@ def expand(
     return [{k: draw(v, chance(i, k)) for k, v in specs.items()} for i in range(n)]
 
 # %% ../nbs/search.ipynb #52ecafd3
-KNOWN = ("base", "change", "grid", "random", "n_index")
+KNOWN = ("base", "change", "grid", "random", "n_index", "side")
 
 
 def read_search(
@@ -137,6 +137,7 @@ class Trial(graph.Step):
     "A step of a search: a training, and its score."
 
     n_index: int = 0  # index images it is judged on
+    side: int = 0  # longest side at which photos are described for that; 0: that of the training
 
     @property
     def score_path(self) -> Path:
@@ -154,11 +155,11 @@ def plan(
     base = graph.read_profile(profile)["train", search["base"]]
     more = {("train", t): base | search.get("change", {}) | change for t, change in found.items()}
     steps = graph.plan(profile, seeds, [f"train/{t}" for t in found], more)
-    n_index = search.get("n_index", 0)
-    how = [n_index, code_hash("landmark.search")]
+    judged = [search.get("n_index", 0), search.get("side", 0)]
+    how = [*judged, code_hash("landmark.search")]
 
     def as_trial(s):
-        return Trial(s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), n_index)
+        return Trial(s.stage, s.name, s.seed, s.cfg, s.upstream, hash8([s.fingerprint, how]), *judged)
 
     return [as_trial(s) if s.name in found and s.stage == "train" else s for s in steps]
 
@@ -174,7 +175,7 @@ def command(
         return shlex.quote(str(p))
 
     this = f'{q(sys.executable)} -c "from landmark.search import main; main()"'
-    trial = f"{this} trial {q(step.params_path)} {q(step.score_path)} {step.n_index}"
+    trial = f"{this} trial {q(step.params_path)} {q(step.score_path)} {step.n_index} {step.side}"
     run = graph.on_gpus(step.cfg, trial)
     return f"mkdir -p {q(step.stamp.parent)} && {run} && touch {q(step.stamp)}"
 
@@ -218,27 +219,28 @@ def run_trial(
     params_path: Path,  # parameters of the training
     score_path: Path,  # where the score goes
     n_index: int = 0,  # index images it is judged on
+    side: int = 0,  # longest side at which photos are described for that; 0: that of the training
 ) -> dict:  # what is written
     "Train and judge one trial."
     cfg, start = make_config(train.Config, read_yaml(params_path)), time.time()
     try:
         out = train.run(dataclasses.replace(cfg, n_workers=1))
         seconds = read_json(out / "manifest.json")["seconds"]
-        rows = _judged(cfg, out, n_index)
+        rows = _judged(cfg, out, n_index, side)
     except DivergenceError as e:  # that is an answer, too
         log(f"search: {cfg.name} has no score. {e}")
         seconds = round(time.time() - start, 2)
         nothing = dict(score=None, loss=None, accuracy=None, diverged=str(e))
         rows = [dict(model=m, **nothing) for m in train.model_names(cfg)]
     result = dict(trial=cfg.name, seed=cfg.seed, run=str(train.stage_dir("train", cfg)))
-    result |= dict(n_index=n_index, seconds=seconds, models=rows)
+    result |= dict(n_index=n_index, side=side, seconds=seconds, models=rows)
     write_json(score_path, result)
     return result
 
 
-def _judged(cfg, out, n_index):
+def _judged(cfg, out, n_index, side):
     "A row for each model of a finished run, with its score."
-    world, side = find_world(cfg.world, cfg.seed), train.longest_side(train.listed(cfg.sizes)[-1])
+    world, side = world_of(cfg), side or train.longest_side(train.listed(cfg.sizes)[-1])
     rows = []
     for r in pd.read_csv(out / "models.csv").itertuples(index=False):
         model = load_model(out / r.model, pick_device(cfg.device))
@@ -318,7 +320,7 @@ def main():
     import argparse
 
     if sys.argv[1:2] == ["trial"]:
-        run_trial(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+        run_trial(Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
         return
     ap = argparse.ArgumentParser(description=main.__doc__)
     ap.add_argument("what", choices=("run", "show"))

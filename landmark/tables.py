@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'ORIGINAL', 'TITLES', 'Config', 'read_all',
-           'table_datasets', 'table_losses', 'table_training', 'table_reranking', 'table_recognition', 'table_cleaning',
-           'table_grid', 'table_separation', 'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown',
-           'make_tables', 'run', 'main']
+           'table_datasets', 'table_losses', 'table_training', 'at_equal_steps', 'table_equal_steps', 'table_start',
+           'table_reranking', 'table_recognition', 'table_cleaning', 'table_grid', 'table_separation',
+           'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown', 'make_tables', 'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #ad8037a7
 import tempfile
@@ -43,6 +43,8 @@ class Config:
     models: list[str] = _artifacts()  # artifacts of 05_rerank: the baseline with every model
     rerank: list[str] = _artifacts()  # artifacts of 05_rerank: every method with the final model
     recognize: list[str] = _artifacts()  # artifacts of 06_recognize
+    equal_steps: list[str] = _artifacts()  # of 05_rerank: clean sets that had as many steps as the noisy
+    scratch: list[str] = _artifacts()  # of 05_rerank: a network trained on v1 from scratch
     one_aspect: list[str] = _artifacts()  # of 05_rerank on the world with one aspect per landmark
     no_noise: list[str] = _artifacts()  # of 05_rerank on the world without noise
     n_boot: int = 2000  # resamples of the bootstrap
@@ -107,6 +109,37 @@ def table_training(
     t = in_order(pivot(df, "data", measured(df, RETRIEVAL | REVISITED)), "data", TRAIN_SETS)
     theirs = paper("training_data").assign(data=lambda d: d.data.str.replace(" ", ""))
     return beside(t, theirs, "data", _PAPER)
+
+
+def at_equal_steps(
+    models: pd.DataFrame,  # a table of 05_rerank for every model, stacked
+    equal: pd.DataFrame,  # the same of the models of clean sets that had as many steps as the noisy
+) -> pd.DataFrame:  # a row for each of both, the noisy sets from the first
+    "Training sets that had the same number of steps each."
+    noisy = models[models.model.isin(["arcface_v2", "arcface_v1+v2"])] if len(models) else models
+    return pd.concat([noisy, equal], ignore_index=True) if len(equal) else equal
+
+
+def table_equal_steps(
+    models: pd.DataFrame,  # what `at_equal_steps` gives of metrics.csv
+) -> pd.DataFrame:  # a row a training set
+    "Training sets with ArcFace, all with as many steps as v2 has in its epochs."
+    return table_training(models).filter(regex=r"^(?!.*\(paper\))")
+
+
+def table_start(
+    scratch: pd.DataFrame,  # metrics.csv of 05_rerank: a network trained on v1 from scratch
+    models: pd.DataFrame,  # the same of every model, and of a network as ImageNet left it
+) -> pd.DataFrame:  # a row a beginning
+    "What ImageNet is worth: the network as it came, trained on v1 from there, and one from scratch."
+    untrained = ~models.model.str.contains(r"_v[12](?:\+|-|$)")
+    rows = {
+        "v1 alone, a small network": scratch[scratch.model == "arcface_v1"],
+        "ImageNet alone": models[untrained],
+        "ImageNet, then v1": models[models.model == "arcface_v1"],
+    }
+    df = pd.concat([d[d.method == "baseline"].assign(start=k) for k, d in rows.items()], ignore_index=True)
+    return in_order(pivot(df, "start", measured(df, RETRIEVAL | REVISITED)), "start", rows)
 
 # %% ../nbs/07_tables.ipynb #2c59d5d3
 METHODS = {  # ours → the paper's name
@@ -231,7 +264,7 @@ def table_verdicts(
     rows = []
     for c in paper("conclusions").itertuples():
         df = per_query.get(c.table, pd.DataFrame())
-        key = "model" if c.table in ("models", "no_noise") else "method"
+        key = "model" if c.table in ("models", "equal_steps", "no_noise") else "method"
         diffs = differences(df, key, c.better, c.worse) if len(df) else []
         if diffs:
             mean, low, high = bootstrap_interval(diffs, n_boot)
@@ -248,6 +281,8 @@ TITLES = dict(
     parameters="What differs from the paper",
     losses="Losses, trained on v1: mAP",
     training="Training sets, with ArcFace: mAP",
+    equal_steps="Training sets, as many steps for each: mAP",
+    start="What ImageNet is worth: mAP",
     cleaning="What cleaning kept",
     grid="Cleaning: min_inliers × min_verified",
     separation="Local features: what their counts tell apart",
@@ -272,6 +307,9 @@ def as_markdown(
     return "\n".join(lines)
 
 # %% ../nbs/07_tables.ipynb #b34c09f4
+_JUDGED = ("models", "equal_steps", "rerank", "one_aspect", "no_noise")
+
+
 def make_tables(
     read,  # (field of the config, file name) → that CSV, stacked over the seeds
     n_boot: int,  # resamples of the bootstrap
@@ -283,6 +321,8 @@ def make_tables(
         datasets=(data, table_datasets),
         losses=(models, table_losses),
         training=(models, table_training),
+        equal_steps=(at_equal_steps(models, read("equal_steps", "metrics.csv")), table_equal_steps),
+        start=(read("scratch", "metrics.csv"), lambda df: table_start(df, models)),
         cleaning=(read("clean", "quality.csv"), table_cleaning),
         grid=(read("clean", "grid.csv"), table_grid),
         separation=(read("verify", "separation.csv"), table_separation),
@@ -293,7 +333,8 @@ def make_tables(
         no_noise=(read("no_noise", "metrics.csv"), _table_no_noise),
     )
     tables = {k: make(df) for k, (df, make) in makers.items() if len(df)}
-    judged = {k: read(k, "per_query.csv") for k in ("models", "rerank", "one_aspect", "no_noise")}
+    judged = {k: read(k, "per_query.csv") for k in _JUDGED}
+    judged["equal_steps"] = at_equal_steps(judged["models"], judged["equal_steps"])
     verdicts = table_verdicts(judged, n_boot)
     return tables | (dict(verdicts=verdicts) if len(verdicts) else {})
 
@@ -349,9 +390,11 @@ def _made_up(home: Path, seed: int) -> dict:
     made = dict(
         data={"datasets.csv": sets},
         clean=_cleaned(),
-        models=_long(rng, _MODELS, ["baseline"]),
+        models=_long(rng, [*_MODELS, "tf_efficientnet_lite0"], ["baseline"]),
         rerank=_long(rng, ["arcface_v1+v2-clean"], [*METHODS, "superglobal"]),
         recognize=_recognized(rng),
+        equal_steps=_long(rng, ["arcface_v2-clean", "arcface_v1+v2-clean"], ["baseline"]),
+        scratch=_long(rng, ["arcface_v1"], ["baseline"]),
         one_aspect=_long(rng, ["arcface_v2"], ["baseline", "sort", "sort+insert"]),
         no_noise=_long(rng, ["arcface_v1+v2", "arcface_v1+v2-clean"], ["baseline"]),
     )
@@ -363,7 +406,7 @@ def _made_up(home: Path, seed: int) -> dict:
     return {name: [str(home / name)] for name in made}
 
 # %% ../nbs/07_tables.ipynb #46402f4c
-_FIELDS = ["data", "train", "verify", "clean", "models", "rerank", "recognize", "one_aspect", "no_noise"]
+_FIELDS = [k for k, v in Config.__dataclass_fields__.items() if v.type == list[str]]
 
 
 def run(

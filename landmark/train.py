@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SETS', 'Config', 'listed', 'model_names', 'recipe_of', 'split_name', 'load_photos', 'longest_side',
-           'start_model', 'start_training', 'train_model', 'card_of', 'run', 'launch', 'main']
+           'start_model', 'start_training', 'train_model', 'epochs_of', 'card_of', 'run', 'longest_first', 'launch',
+           'main']
 
 # %% ../nbs/03_train.ipynb #2df261a3
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,17 +27,18 @@ from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_di
 from .parts.config import own_parameters, stage_config, stage_main
 from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, write_csv
 from .parts.data.layout import train_set as read_train_set
-from .parts.data.worlds import make_world
+from .parts.data.worlds import world_of
 from .parts.images.batching import size_table
 from .parts.images.decoding import EncodedPhotos, why_not
 from .parts.images.loading import Photos, read_all
-from .parts.nets.backbones import make_model
+from .parts.nets.backbones import make_model, pretrained_file
 from .parts.nets.checkpoints import load_model, save_model
 from .parts.nets.losses import LOSSES, SHARED, check_head, make_head
 from .parts.training.engine import Trainer, Training
 from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import benchmark_maps, check_benchmarks
-from .parts.training.recipe import Recipe
+from .parts.training.frozen import FrozenMaps
+from .parts.training.recipe import Recipe, plan_batches
 from .parts.training.watching import Watch, watching
 
 # %% ../nbs/03_train.ipynb #dbba140f
@@ -67,12 +70,14 @@ class Config:
 
     # network
     backbone: str = "test_resnet"  # timm name, or one of BACKBONES
-    pretrained: bool = False  # start from weights of the hub
+    pretrained: bool = False  # start from the registered weights, or those of the hub
     weights: str = ""  # start from a local file of weights
-    sha256: str = ""  # expected hash of the file, local or of the hub
+    sha256: str = ""  # expected hash of the file: local, registered or of the hub
     pooling: str = "gem"  # a pooling, or letters per stage such as SMG,MG,G,G
     dim: int = 128  # length of the descriptor
     frozen_bn: bool = False  # batch norm frozen from the start
+    frozen_stages: int = 0  # first stages of the network that stay as they came; -1: all of it but the head
+    views: int = 0  # views of a photo whose maps after these are kept; 0: fresh ones in every epoch
 
     # loss
     loss: str | list[str] = "arcface"  # one of LOSSES, or several: one model each
@@ -89,6 +94,7 @@ class Config:
 
     # schedule
     epochs: int = 14  # passes over the training set
+    steps: int = 0  # batches of the whole run, to the nearest whole epoch; 0: as many as `epochs` have
     batch_size: int = 32  # photos in a batch, over all devices
     accumulate: int = 1  # batches whose gradients are added before a step
     drop_uneven: bool = False  # leave out batches that are not full
@@ -165,7 +171,10 @@ def recipe_of(
             "train: `sizes` is empty; give a size group, or several that rise over the epochs"
         )
     same = {f: getattr(cfg, f) for f in Recipe.__dataclass_fields__ if hasattr(cfg, f)}
-    return Recipe(**same, rising=tuple(sizes) if len(sizes) > 1 else ())
+    try:
+        return Recipe(**same, rising=tuple(sizes) if len(sizes) > 1 else ())
+    except ValueError as e:
+        raise ParameterError(f"train: {e}") from None
 
 # %% ../nbs/03_train.ipynb #7406150d
 def split_name(
@@ -184,7 +193,7 @@ def load_photos(
     set_name: str,  # v1, v2 or v2-clean
 ) -> tuple:  # Photos, class ids [n], landmark ids of the classes [c]
     "A training set, ready to be drawn from."
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     clean = artifact(cfg, cfg.clean) / "train_clean.csv" if set_name == "v2-clean" else None
     df = read_train_set(world, set_name, clean)
     if not len(df):
@@ -272,7 +281,9 @@ def start_training(
     own = {k: v for k, v in cfg.options.items() if k in LOSSES[loss].own}
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        return Training(start_model(cfg, name), make_head(loss, cfg.dim, counts, *of_stage, **own))
+        model = start_model(cfg, name)
+        model.backbone.freeze(cfg.frozen_stages)
+        return Training(model, make_head(loss, cfg.dim, counts, *of_stage, **own))
 
 # %% ../nbs/03_train.ipynb #dd01a340
 def train_model(
@@ -291,14 +302,40 @@ def train_model(
         torch.set_num_threads(threads)
 
 
+def _kept_maps(cfg, photos, net, maps_dir):
+    "What the frozen stages make of the photos, shared by the models of a run that start alike."
+    if cfg.decode == "gpu":
+        raise ParameterError("train: `views` are kept decoded already; set `decode: cpu`, or `views: 0`")
+    model = net.model.to(pick_device(cfg.device)).to(memory_format=torch.channels_last)
+    try:
+        return FrozenMaps(photos, model, maps_dir, cfg.views, cfg.batch_size)
+    except ValueError as e:
+        raise ParameterError(f"train: {e}") from None
+
+
+def epochs_of(
+    cfg: Config,  # a config
+    photos,  # the training set, `Photos`
+    recipe: Recipe,  # with batch size and seed
+) -> int:  # passes over this training set
+    "As many epochs as make `steps`, or `epochs`."
+    if not cfg.steps:
+        return cfg.epochs
+    return max(1, round(cfg.steps / max(1, len(plan_batches(photos, recipe, 0)))))
+
+
 def _train(cfg, name, out):
     "Load, train, write."
-    photos, classes, landmarks = load_photos(cfg, split_name(name)[1].removeprefix("v1+"))
+    set_name = split_name(name)[1].removeprefix("v1+")
+    photos, classes, landmarks = load_photos(cfg, set_name)
     net, recipe = start_training(cfg, name, classes), recipe_of(cfg)
+    recipe = replace(recipe, epochs=epochs_of(cfg, photos, recipe))
+    if cfg.views:
+        photos = _kept_maps(cfg, photos, net, out / ".maps" / set_name)
     watch = Watch(out / ".logs" / name, cfg.tensorboard and not int(os.environ.get("RANK", 0)))
 
     def look(model, epoch):
-        world, side = make_world(cfg.world, cfg.seed), longest_side(listed(cfg.sizes)[-1])
+        world, side = world_of(cfg), longest_side(listed(cfg.sizes)[-1])
         return benchmark_maps(model, world, side, cfg.batch_size, cfg.n_loaders, cfg.max_bad)
 
     told = dict(on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
@@ -337,7 +374,9 @@ def card_of(
 ) -> dict:  # what a model remembers of its making
     "Parts, parameters and hashes of the data."
     loss, train_set = split_name(name)
-    used = dict(world=make_world(cfg.world, cfg.seed))
+    world = world_of(cfg)
+    drawn = (world / "world.json").exists()
+    used = dict(world=world)
     if train_set.startswith("v1+"):
         used["parent"] = artifact(cfg, cfg.parent)
     if train_set.endswith("-clean"):
@@ -345,7 +384,8 @@ def card_of(
     elsewhere = UNHASHED | {"world", "parent", "clean", "loss", "train_set"}
     return dict(
         dict(name=name, loss=loss, train_set=train_set),
-        **{k: getattr(cfg, k) for k in ("backbone", "pooling", "dim", "sizes")},
+        **(dict(licence="apache-2.0", datasets=[f"MiniGLD {train_set}"]) if drawn else {}),
+        **{k: getattr(cfg, k) for k in ("backbone", "pooling", "dim", "sizes", "frozen_stages")},
         params={k: v for k, v in asdict(cfg).items() if k not in elsewhere},
         recipe=asdict(recipe),
         data={k: digest_of(p) for k, p in used.items()},
@@ -361,7 +401,7 @@ def run(
     recipe_of(cfg)
     if int(os.environ.get("RANK", 0)):
         return _follow(cfg, names)
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     inputs = [world, *_upstream(cfg, names)]
     if cfg.devices > 1 and together == 1:
         return launch(cfg)
@@ -392,6 +432,8 @@ def _upstream(cfg, names):
     found = [artifact(cfg, ref) for ref, used in references if ref and any(used in n for n in names)]
     if cfg.weights and Path(cfg.weights).is_file():
         found.append(Path(cfg.weights))  # other weights, another model
+    elif cfg.pretrained:
+        found.append(pretrained_file(cfg.backbone, cfg.sha256))
     for name in names:
         if "_v1+" in name and not cfg.parent:
             start_model(cfg, name)
@@ -400,13 +442,31 @@ def _upstream(cfg, names):
     return found
 
 
+def longest_first(
+    cfg: Config,  # a config
+    names: list,  # models of the run
+) -> list:  # the same names
+    "Models in the order in which they are begun: larger training sets first, and among equals mined tuples."
+
+    def work(name):
+        loss, set_name = split_name(name)
+        return n_photos[set_name.removeprefix("v1+")], LOSSES[loss].batches == "tuples"
+
+    world = world_of(cfg)
+    sets = {split_name(name)[1].removeprefix("v1+") for name in names}
+    clean = artifact(cfg, cfg.clean) / "train_clean.csv" if "v2-clean" in sets else None
+    n_photos = {s: len(read_train_set(world, s, clean if s == "v2-clean" else None)) for s in sets}
+    return sorted(names, key=work, reverse=True)
+
+
 def _train_all(cfg, names, out, together):
     "One row per model: side by side on the CPU, those with the larger sets first, or one after another."
     alone = together == 1 and len(names) > 1
     side_by_side = alone and pick_device(cfg.device).type == "cpu" and cfg.n_workers != 1
-    jobs = [(cfg, name, str(out), side_by_side) for name in sorted(names, key=lambda n: "v1" in n)]
+    jobs = [(cfg, name, str(out), side_by_side) for name in longest_first(cfg, names)]
     with watching(out, names):
         results = parallel_map(train_model, jobs, cfg.n_workers if side_by_side else 1, "models")
+    shutil.rmtree(out / ".maps", ignore_errors=True)
     return pd.DataFrame(results).set_index("model").loc[names].reset_index()
 
 # %% ../nbs/03_train.ipynb #a1c0def2

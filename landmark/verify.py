@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'cut_chunks', 'own_chunks', 'descriptor_dir', 'Partners', 'cost_table', 'measure_rates', 'shard_config',
-           'trunk_dir', 'delf_dir', 'config_rule', 'run', 'main']
+           'trunk_model', 'delf_dir', 'config_rule', 'run', 'main']
 
 # %% ../nbs/01_verify.ipynb #bc9d40c2
 import os
@@ -30,9 +30,11 @@ from landmark.parts.core import (
     write_csv,
 )
 from .parts.data.layout import read_images, read_truth
-from .parts.data.worlds import find_world, make_world
+from .parts.data.worlds import world_of
 from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
+from .parts.local.carrier import carrier_table, learn, mask_store, read_list, recount, sample_photos
+from .parts.local.chance import different_pairs
 from landmark.parts.local.cleaning import (
     first_copies,
     partners_among_all,
@@ -41,7 +43,7 @@ from landmark.parts.local.cleaning import (
     write_pairs,
 )
 from .parts.local.features import extract, extract_many, open_local, open_meta, write_shard
-from .parts.local.matching import rule_for
+from .parts.local.kinds import kind_of, rule_for
 from landmark.parts.local.separation import (
     pairs_to_separate,
     partner_ranks,
@@ -50,6 +52,7 @@ from landmark.parts.local.separation import (
     spread_labels,
 )
 from .parts.local.verification import verify_pairs
+from .parts.nets.checkpoints import is_reference
 from .parts.provenance import code_hash
 
 # %% ../nbs/01_verify.ipynb #43f65eff
@@ -65,21 +68,25 @@ class Config:
     neighbors: str = "all"  # all: partners among the nearest of all images; label: nearest within the label
     n_neighbors: int = 1000  # nearest of all images to look at, itself included
     max_partners: int = 99  # partners of an image
-    kind: str = "rootsift"  # kind of local features: rootsift or delf
-    trunk: str = ""  # folder of a model trained on v1, the trunk of DELF; only for kind delf
+    kind: str = "rootsift"  # kind of local features: rootsift, xfeat, aliked, delf
+    trunk: str = ""  # of DELF: a model trained on v1, or from elsewhere: pretrained:tf_efficientnet_lite0
     stride: int = 16  # pixels per step of the trunk's map, DELF's block 3
     delf_epochs: int = 3  # epochs of its attention on v1
     delf: str = ""  # verification whose DELF is used, as shards on several machines must; empty: train one
     min_score: float = 1.0  # attention a local feature of DELF needs; 1 is an average place of the v1 photos
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side
+    min_side: int = 0  # smaller images are enlarged to this least side; 0: none
+    matcher: str = "nearest"  # nearest, or a network of the kind: lighterglue for xfeat, on small sets
     max_dist: float | None = None  # largest distance of a match; None: the kind's
     ratio: float | None = None  # ratio test, 0 for none; None: the kind's
     residual: float | None = None  # largest residual, share of the partner's longest side; None: the kind's
     n_trials: int = 1000  # RANSAC samples
     reject: bool = True  # leave degenerate maps out; False is the original's way
+    carrier: bool = True  # leave out what belongs to the carrier: footers, stamps, bars of a phone
     labels: int = 0  # only this many labels, evenly spread; 0: all
     compare_labels: int = 10  # labels whose photos tell how well counts separate; 0: not asked
+    n_different: int = 10_000  # pairs of different labels, verified both ways: what chance does; 0: none
     chunk_pairs: int = 5000  # pairs per file of results, about
     shard: int = -1  # this shard only; −1: everything that no shard has done
     n_shards: int = 1  # machines that share the work
@@ -208,11 +215,12 @@ def _disk_speed(folder):
 # %% ../nbs/01_verify.ipynb #85a49183
 def measure_rates(
     images: list,  # RGB uint8, a few photos
-    rule,  # thresholds of RootSIFT
+    rule,  # thresholds of the kind
     folder: Path,  # on the disk to measure
     device: str = "cpu",  # where pairs are verified
     max_side: int = 800,  # photos are brought to this longest side
     repeat: int = 1,  # times all pairs
+    kind: str = "rootsift",  # of local features, one that needs no training
 ) -> dict:  # images_per_second and pairs_per_second of one core (or GPU), n_features, disk_mb_per_second
     "Time a few photos, all their pairs and the disk."
     import cv2
@@ -220,11 +228,11 @@ def measure_rates(
     f = [max_side / max(im.shape[:2]) for im in images]
     images = [cv2.resize(im, None, fx=z, fy=z, interpolation=cv2.INTER_CUBIC) for im, z in zip(images, f)]
     t = time.process_time()
-    fs = [extract(im) for im in images]
+    fs = [extract(im, kind) for im in images]
     per_image = (time.process_time() - t) / len(fs)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        open_meta(Path(tmp) / "local", range(len(fs)), len(fs), kind="rootsift", max_keypoints=1000)
-        write_shard(Path(tmp) / "local" / "00000", [(x, 1, "") for x in fs], "rootsift", 128)
+        open_meta(Path(tmp) / "local", range(len(fs)), len(fs), kind=kind, max_keypoints=1000)
+        write_shard(Path(tmp) / "local" / "00000", [(x, 1, "") for x in fs], kind, kind_of(kind).d)
         store = open_local(Path(tmp) / "local")
         pairs = np.array([(i, j) for i in range(len(fs)) for j in range(len(fs)) if i != j] * repeat)
         verify_pairs(store, pairs[:2], rule, n_threads=1, device=device, desc="")  # compiled, once
@@ -268,17 +276,19 @@ def _take_over(cfg, out, digest):
                     link_or_copy(f, tmp / f.name)
 
 # %% ../nbs/01_verify.ipynb #380ce087
-def trunk_dir(
+def trunk_model(
     cfg: Config,  # with `trunk` if kind is delf
-) -> Path | None:  # its folder
-    "The trained model that DELF stands on; none for RootSIFT."
-    if cfg.kind != "delf":
+) -> Path | str | None:  # its folder, or the name of a network from elsewhere
+    "The model that DELF stands on; none for other kinds, and where a trained DELF is given."
+    if cfg.kind != "delf" or (cfg.delf and not cfg.trunk):
         return None
     if not cfg.trunk:
         raise ParameterError(
-            "verify: kind is delf, which needs a trunk: "
-            "give the folder of a model trained on v1, such as @train/v1/arcface_v1"
+            "verify: kind is delf, which needs a trunk: the folder of a model trained on v1, such as "
+            "@train/v1/arcface_v1, or a network from ImageNet, such as pretrained:tf_efficientnet_lite0"
         )
+    if is_reference(cfg.trunk):
+        return cfg.trunk
     path = project_root() / cfg.trunk
     if cfg.trunk.startswith("@"):
         stage, name, *rest = cfg.trunk.split("/")
@@ -306,35 +316,67 @@ def delf_dir(
 _SHARD = 256  # images per shard of local features
 
 
-def _train_delf(cfg, out, backbone, device, world):
+def _train_delf(cfg, out, device, world):
     "Attention and projection from the v1 training photos."
     from landmark.parts.local import delf as d
+    from landmark.parts.nets.checkpoints import load_model, read_card
 
+    model = trunk_model(cfg)
+    backbone, name = load_model(model).backbone, read_card(model)["backbone"]
     v1 = read_images(world, "v1_train")
     classes = np.unique(v1.landmark_id, return_inverse=True)[1]
     trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
     how = dict(seed=cfg.seed, device=device, min_score=cfg.min_score)
     made, losses = d.make_delf(trunk, v1.path.tolist(), classes, cfg.delf_epochs, **how)
     write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out / "delf_loss.csv")
-    d.save_delf(made, out / "delf", trunk=cfg.trunk)
+    d.save_delf(made, out / "delf", name, not isinstance(backbone.channels, int), trunk=cfg.trunk)
 
 
 def _extract_local(cfg, out, df, shards, world):
-    "Local features of the shards, of either kind; DELF's attention is learned first, once."
+    "Local features of the shards, of any kind; DELF's attention is learned first, once."
     what = df.path.tolist(), df.image_id.tolist(), out / "local"
     sizes = cfg.max_keypoints, cfg.max_side, _SHARD, shards
-    if cfg.kind == "rootsift":
-        extract_many(*what, cfg.kind, *sizes, cfg.n_workers)
+    if not kind_of(cfg.kind).trained_here:
+        where = "cpu" if cfg.device == "torch" else cfg.device
+        extract_many(*what, cfg.kind, *sizes, cfg.n_workers, cfg.min_side, where)
         return
     from landmark.parts.local import delf as d
-    from landmark.parts.nets.checkpoints import load_model
 
-    backbone = load_model(trunk_dir(cfg)).backbone
     device = str(pick_device("auto" if cfg.device in ("cpu", "torch") else cfg.device))
     ready = delf_dir(cfg, out)
     if not ready.exists():
-        _train_delf(cfg, out, backbone, device, world)
-    d.extract_many_delf(d.load_delf(ready, backbone.net), *what, *sizes, device=device)
+        _train_delf(cfg, out, device, world)
+    d.extract_many_delf(d.load_delf(ready), *what, *sizes, device=device, min_side=cfg.min_side)
+
+# %% ../nbs/01_verify.ipynb #2f77bda7
+def _learn_carriers(cfg, out, df, world):
+    "The carriers of the whole collection; a machine that has only its own shards extracts the sample."
+    labels = df.landmark_id.to_numpy()
+    some = sample_photos(len(df), labels)
+    if all((out / "local" / f"{s:05d}").exists() for s in set((some // _SHARD).tolist())):
+        return learn(open_local(out / "local"), labels)
+    with tempfile.TemporaryDirectory(dir=out) as tmp:
+        _extract_local(cfg, Path(tmp), df.iloc[some], None, world)
+        stop = learn(open_local(Path(tmp) / "local"), labels[some])
+    return replace(stop, carriers=[replace(c, image=int(some[c.image])) for c in stop.carriers])
+
+
+def _leave_carriers_out(cfg, out, df, world):
+    "Mask every shard that is not masked yet."
+    there = sorted(int(d.name) for d in (out / "local").glob("[0-9]*"))
+    todo = [s for s in there if not (out / "local" / f"{s:05d}" / "masked.npy").exists()]
+    known = (out / "local" / "carriers.npz").exists()
+    if todo or not known:
+        stop = read_list(out / "local") if known else _learn_carriers(cfg, out, df, world)
+        mask_store(open_local(out / "local"), stop, todo, cfg.n_workers)
+
+
+def _count(cfg, store, pairs, rule):
+    "Matches and inliers of pairs; those that a carrier explains as well as a scene count nothing."
+    n_matches, n_inliers = verify_pairs(store, pairs, rule, **_where(cfg))
+    if cfg.carrier and rule.matcher == "nearest":
+        n_inliers = recount(store, pairs, n_inliers, rule, n_threads=cfg.n_workers)
+    return n_matches, n_inliers
 
 # %% ../nbs/01_verify.ipynb #a1c0def4
 def _verify_chunks(cfg, out, df, chunks, rule, world):
@@ -346,13 +388,14 @@ def _verify_chunks(cfg, out, df, chunks, rule, world):
         first, end = np.searchsorted(labels, labels[a]), np.searchsorted(labels, labels[b - 1], "right")
         shards |= set(range(first // _SHARD, -(-end // _SHARD)))
     _extract_local(cfg, out, df, sorted(shards), world)
+    if cfg.carrier:
+        _leave_carriers_out(cfg, out, df, world)
     t = time.perf_counter()
     store = open_local(out / "local")
     partners = Partners(cfg, df.image_id.to_numpy(), labels) if todo else None
     for number, (a, b) in progress(todo, "verify", len(todo)):
         pairs = partners(np.arange(a, b))
-        counts = verify_pairs(store, pairs, rule, **_where(cfg))
-        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, *counts)
+        write_pairs(out / "pairs" / f"{number:05d}.npz", pairs, *_count(cfg, store, pairs, rule))
     return t - t0, time.perf_counter() - t
 
 
@@ -379,8 +422,9 @@ def _separation(cfg, out, df, world, store, rule, metrics):
     labels = df.landmark_id.to_numpy()
     rows = np.flatnonzero(np.isin(labels, spread_labels(labels, cfg.compare_labels)))
     two = pairs_to_separate(*_places(df, world), rows, seed=cfg.seed)
-    counts = [verify_pairs(store, x, rule, **_where(cfg))[1] for x in two]
-    row = separation_row(cfg.kind, *counts)
+    counts = [_count(cfg, store, x, rule)[1] for x in two]
+    by = "" if cfg.matcher == "nearest" else f" by {cfg.matcher}"
+    row = separation_row(cfg.kind + by, *counts)
     write_csv(pd.DataFrame([dict(images=len(rows), **row)]), out / "separation.csv")
     metrics |= {f"separation_{k}": row[k] for k in ("found", "auc")}
 
@@ -399,6 +443,12 @@ def _restriction(cfg, out, df, p):
     counts = np.array([known.get(q, -1) for q in map(tuple, pairs.tolist())])
     asked = sorted({k for k in (20, 50, 100, 200, 500, 1000, cfg.n_neighbors) if k <= cfg.n_neighbors})
     write_csv(restriction_table(partner_ranks(pairs, x), counts, asked), out / "restriction.csv")
+
+# %% ../nbs/01_verify.ipynb #b02ab9d9
+def _different(cfg, out, df, store, rule):
+    "Counts of pairs of different labels."
+    pairs = different_pairs(df.landmark_id.to_numpy(), cfg.n_different, cfg.seed)
+    write_pairs(out / "different" / "00000.npz", pairs, *_count(cfg, store, pairs, rule))
 
 # %% ../nbs/01_verify.ipynb #bf7710a8
 def _facts(df, store, p, n_copies):
@@ -434,8 +484,14 @@ def _summarise(cfg, out, df, world, rule, metrics):
     copies = dict(image_id=ids[copy], copy_of=ids[first[copy]], landmark_id=labels[copy])
     write_csv(pd.DataFrame(copies), out / "copies.csv")
     facts = _facts(df, store, p, len(copy))
+    if cfg.carrier:
+        masked = carrier_table(store)
+        write_csv(masked, out / "carrier.csv")
+        facts |= dict(carriers=len(masked), masked_features=int(masked.masked.sum()))
     write_csv(pd.DataFrame(facts.items(), columns=["fact", "value"]), out / "summary.csv")
     metrics |= facts
+    if cfg.n_different:
+        _different(cfg, out, df, store, rule)
     if cfg.compare_labels:
         _separation(cfg, out, df, world, store, rule, metrics)
     _restriction(cfg, out, df, p)
@@ -444,7 +500,8 @@ def _summarise(cfg, out, df, world, rule, metrics):
 def config_rule(cfg: Config):  # a `Rule`
     "The kind's thresholds with what the config changes."
     given = {k: getattr(cfg, k) for k in ("max_dist", "ratio", "residual") if getattr(cfg, k) is not None}
-    return rule_for(cfg.kind, n_trials=cfg.n_trials, reject=cfg.reject, **given)
+    given |= dict(n_trials=cfg.n_trials, reject=cfg.reject, matcher=cfg.matcher)
+    return rule_for(cfg.kind, **given)
 
 # %% ../nbs/01_verify.ipynb #f0b66072
 def _images(cfg, world):
@@ -460,7 +517,8 @@ def _images(cfg, world):
 
 def _inputs(cfg):
     "Artifacts that the result depends on."
-    desc, trunk = descriptor_dir(cfg), trunk_dir(cfg)
+    desc, trunk = descriptor_dir(cfg), trunk_model(cfg)
+    trunk = trunk if isinstance(trunk, Path) else None  # the name of another is in the config
     ready = artifact(cfg, cfg.delf) if cfg.delf else None
     return [desc and _upstream(desc), trunk and _upstream(trunk), ready]
 
@@ -498,7 +556,7 @@ def run(
     if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards:
         allowed = "−1 (all) to n_shards − 1"
         raise ParameterError(f"verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: {allowed}")
-    world = make_world(cfg.world, cfg.seed)
+    world = world_of(cfg)
     mine = shard_config(cfg, cfg.shard) if cfg.shard >= 0 else cfg
     with open_stage("verify", mine, inputs=[world, *_inputs(cfg)], code=__name__) as st:
         if not st.done:

@@ -10,7 +10,10 @@ from landmark.parts.descriptors.store import l2n, rows_of
 from landmark.parts.descriptors.whitening import learn_pca, learn_whitening
 from landmark.parts.metrics import MetricError, accuracy, gap, map_at_k, revisited
 from landmark.parts.nets import losses
-from landmark.parts.rerank import beyond  # noqa: F401  the first registers its methods
+from landmark.parts.rerank import (
+    beyond,  # noqa: F401  the first registers its methods
+    local_first,  # noqa: F401  registers what is not the paper's
+)
 from landmark.parts.rerank.expansion import expand
 from landmark.parts.rerank.graph import affinity, diffuse, diffusion_rank, egt, gallery_scores, laplacian
 from landmark.parts.rerank.methods import METHODS, Problem, RerankError, rank, soft_vote, sort_insert
@@ -34,9 +37,14 @@ LABELS = rng.integers(0, 5, 20)
 everyone = pytest.mark.parametrize("name", list(METHODS))
 
 
+def inliers(a, b, pairs):
+    "Counts in the place of local features."
+    return pairs.sum(1) * 7 % 31
+
+
 def problem(labels=LABELS, **changed):
     sets = {**SETS, **changed}
-    return Problem(**sets, labels=labels[: len(sets["train"])])
+    return Problem(**sets, labels=labels[: len(sets["train"])], counts=inliers)
 
 
 def spoilt(name, value):

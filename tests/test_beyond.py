@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from landmark.parts.descriptors.store import l2n
 from landmark.parts.nets.losses import MarginHead, frequency_margins, make_head
 from landmark.parts.rerank.beyond import k_reciprocal_distances, superglobal_scores
+from landmark.parts.rerank.local_first import embed
 from landmark.parts.rerank.methods import METHODS, Problem, first_self, rank
 from landmark.parts.rerank.voting import minus_non_landmarks, recognise
 from landmark.parts.search.knn import search
@@ -124,6 +125,87 @@ def test_superglobal_as_a_method():
     for row, near, q in zip(a, plain, x[:10]):
         s = torch_superglobal(q, x[10:][near[:15]], 9, 0.15)
         np.testing.assert_array_equal(row[:15], near[:15][np.argsort(-s.round(9), kind="stable")])
+
+
+# verified inliers
+
+
+def drawn_counts(n, seed):
+    "Symmetric counts of n images, most of them chance; and a function that looks them up."
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 8, (n, n)) + rng.integers(8, 90, (n, n)) * (rng.random((n, n)) < 0.15)
+    table = np.triu(table, 1) + np.triu(table, 1).T
+    asked = []
+
+    def counts(a, b, pairs):
+        asked.extend(map(tuple, pairs.tolist()) if a == b else ())
+        return table[pairs[:, 0] + (a == "queries") * (n - 10), pairs[:, 1]]
+
+    return table, counts, asked
+
+
+@pytest.mark.parametrize("m", [1, 15, 40])
+def test_geometric_verification_word_by_word(m):
+    x = clusters(50, 1)
+    table, counts, _ = drawn_counts(50, m)
+    q, index = x[40:], x[:40]
+    ours = rank(Problem(q, index, counts=counts), "geometric", 40, m_verify=m)
+    for i, row in enumerate(ours):
+        near = sorted(range(40), key=lambda j: -float(q[i] @ index[j]))
+        assert row.tolist() == sorted(near[:m], key=lambda j: -table[40 + i, j]) + near[m:]
+
+
+@pytest.mark.parametrize("m, d", [(1, 8), (15, 2), (40, 8)])
+def test_local_first_word_by_word(m, d):
+    "Power iteration finds the embedding, everything else is loops; every pair is asked for once."
+    x, k = clusters(50, 2), 6
+    table, counts, asked = drawn_counts(50, 10 + m)
+    q, index = x[40:], x[:40]
+    ours = rank(Problem(q, index, counts=counts), "local_first", 40, m_verify=m, k_partners=k, d_counts=d)
+    assert len(asked) == len(set(asked)) and all(i < j for i, j in asked)
+
+    def similar(n):
+        return n / (n + 20) if n >= 8 else 0.0
+
+    partners = [set(sorted(range(40), key=lambda j: -float(index[i] @ index[j]))[: k + 1]) for i in range(40)]
+    for i, row in enumerate(ours):
+        near = sorted(range(40), key=lambda j: -float(q[i] @ index[j]))
+        short, S = near[:m], np.eye(m + 1)
+        for a, j in enumerate(short):
+            S[0, a + 1] = S[a + 1, 0] = similar(table[40 + i, j])
+            for b, other in enumerate(short):
+                if a != b and (other in partners[j] or j in partners[other]):
+                    S[a + 1, b + 1] = similar(table[j, other])
+        points, rest = [], S + 50 * np.eye(m + 1)  # all eigenvalues above zero: the largest come first
+        for _ in range(min(d, m + 1)):
+            v = np.random.default_rng(0).normal(size=m + 1)
+            for _ in range(20000):
+                v = rest @ v
+                v /= np.linalg.norm(v)
+            value = v @ rest @ v
+            rest = rest - value * np.outer(v, v)
+            if value - 50 > 1 + 1e-6:
+                points.append(v * (value - 50) ** 0.5)
+        points = np.array(points).reshape(-1, m + 1).T
+        length = np.linalg.norm(points, axis=1)
+        score = [
+            S[0, a + 1] + max(0, points[0] @ points[a + 1] / max(length[0] * length[a + 1], 1e-12))
+            for a in range(m)
+        ]
+        got = [score[short.index(j)] for j in row[:m]]
+        assert (np.diff(got) < 1e-3).all() and row[m:].tolist() == near[m:]
+
+
+def test_equal_eigenvalues_stay_together():
+    "Two pairs as near as each other: one dimension would have to choose between them."
+    sims = np.eye(5)
+    for i, j in ((0, 1), (2, 3)):
+        sims[i, j] = sims[j, i] = 0.5
+    points = embed(sims, 1)
+    assert points.shape == (5, 2) and not points[4].any()
+    np.testing.assert_allclose(
+        points @ points.T, np.kron(np.diag([1, 1, 0]), np.ones((2, 2)))[:5, :5], atol=1e-9
+    )
 
 
 # sub-centre ArcFace with margins from class frequency

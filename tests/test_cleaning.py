@@ -108,6 +108,78 @@ def test_quality_counts_everything_once():
     assert q.n.sum() == 200 and q.kept.sum() == keep.sum() and q[~q.right].recall.min() > 0.7
 
 
+def made_up(folder, n_labels=60, size=12, wrong=0.2, mistaken=0.5, seed=0):
+    "A verification without photos: counts by chance, half the pairs of one landmark have more; the truth."
+    from landmark.parts.local.chance import different_pairs
+    from landmark.parts.local.cleaning import write_pairs
+    from landmark.parts.local.features import LocalFeatures, open_meta, write_shard
+
+    r, n = np.random.default_rng(seed), n_labels * size
+    labels = np.repeat(np.arange(n_labels) * 7, size)
+    shown = labels.copy()
+    noise = r.permutation(n)[: int(wrong * n)]
+    shown[noise] = np.where(r.random(len(noise)) < mistaken, r.permutation(labels)[noise], -1)
+    wild = np.where(r.random(n) < 0.1, 3.0, 1.0)
+
+    def counted(pairs):
+        i, j = np.sort(pairs, 1).T
+        same = (shown[i] == shown[j]) & (shown[i] >= 0) & ((i * 7 + j * 3) % 2 == 0)
+        by_chance = 4 + np.maximum(wild[i], wild[j]) * r.exponential(1, len(i))
+        return (by_chance + same * (6 + r.exponential(15, len(i)))).astype(int)
+
+    one = LocalFeatures(np.ones((1, 2)), np.eye(1, 128), np.ones(1), (64, 64))
+    open_meta(folder / "local", range(n), n, kind="rootsift", max_keypoints=1, max_side=64)
+    write_shard(folder / "local" / "00000", [(one, k + 1, "") for k in range(n)], "rootsift", 128)
+    ids = [f"{k:016x}" for k in range(n)]
+    pd.DataFrame(dict(image_id=ids, landmark_id=labels)).to_csv(folder / "ids.csv", index=False)
+    for name, pairs in (
+        ("pairs", partners_within(np.arange(n), labels)),
+        ("different", different_pairs(labels, 4000)),
+    ):
+        write_pairs(folder / name / "00000.npz", pairs, counted(pairs), counted(pairs))
+    facts = dict(landmark_id=labels, right=labels == shown, kind="landmark", aspect="front")
+    return pd.DataFrame(facts, index=ids)
+
+
+@pytest.mark.parametrize("mistaken", [0, 1])  # wrong photos show nothing, or the landmarks of other labels
+def test_the_threshold_is_found_without_the_truth(tmp_path, mistaken):
+    from landmark import clean
+
+    truth = made_up(tmp_path / "verify", mistaken=mistaken)
+    cfg, metrics = clean.Config(min_inliers=0, min_verified=1), {}
+    clean._write(cfg, tmp_path, clean.evidence(tmp_path / "verify"), truth, metrics)
+    assert metrics["recall"] > 0.95 and metrics["precision"] > 0.97, metrics
+    images = pd.read_csv(tmp_path / "images.csv")
+    false = images.kept[~truth.right.to_numpy()].mean()
+    assert false < 0.08, false  # stated: 5 % of what has no partner
+    assert ((images.accident <= cfg.max_false) == (images.verified >= 1)).all()
+    curve = pd.read_csv(tmp_path / "curve.csv")
+    assert curve.images.is_monotonic_increasing and curve.recall.is_monotonic_increasing
+    assert curve.set_index("max_false").images[cfg.max_false] == images.kept.sum()
+    lost, sizes = pd.read_csv(tmp_path / "lost.csv"), pd.read_csv(tmp_path / "sizes.csv")
+    assert lost.n.sum() == (~images.kept).sum() == (lost.right + lost.wrong).sum()
+    assert sizes["size"].tolist() == ["10 to 19"] and sizes.kept.sum() == images.kept.sum()
+    table = pd.read_csv(tmp_path / "chance.csv")
+    assert table.same.iloc[40] > 10 * table.different.iloc[40]
+
+
+def test_a_given_number_decides_as_before(tmp_path):
+    "The papers' rule reads no pairs of different labels, and a folder without them will do."
+    from landmark import clean
+
+    truth = made_up(tmp_path / "verify")
+    shutil.rmtree(tmp_path / "verify" / "different")
+    e = clean.evidence(tmp_path / "verify")
+    clean._write(clean.Config(min_inliers=20), tmp_path, e, truth, {})
+    images = pd.read_csv(tmp_path / "images.csv")
+    verified = count_verified(e["image"], e["n_inliers"], len(truth), 20)
+    keep, _ = clean_images(verified, e["labels"], needed_pairs(e["labels"], 3))
+    assert (images.kept == keep).all() and images.columns.tolist()[2:] == ["verified", "needed", "kept"]
+    assert not (tmp_path / "chance.csv").exists() and (tmp_path / "sizes.csv").exists()
+    with pytest.raises(ValueError, match="holds 0 of them and 1,000 are needed; give min_inliers"):
+        clean._write(clean.Config(min_inliers=0), tmp_path, e, truth, {})
+
+
 # the stages
 
 
@@ -155,6 +227,8 @@ def configs(world, **kw):
 def test_an_odd_collection_is_cleaned_and_explained(world, runs):
     verify, cfg, clean = configs(world)
     v = verify.run(cfg)
+    with pytest.raises(ValueError, match="holds 23 of them"):  # ten photos of three labels
+        clean.run(clean.Config(world=str(world), verified=str(v), min_inliers=0))
     out = clean.run(clean.Config(world=str(world), verified=str(v), min_inliers=20))
     table = pd.read_csv(out / "train_clean.csv", dtype=str)
     why = pd.read_csv(out / "dropped.csv", dtype=str).set_index("image_id").reason

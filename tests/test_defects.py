@@ -37,7 +37,8 @@ from landmark.parts.descriptors.whitening import learn_pca
 from landmark.parts.images.batching import GroupedBatchSampler, grouped_batches
 from landmark.parts.local import cleaning
 from landmark.parts.local.features import LocalFeatures, open_local, open_meta, write_shard
-from landmark.parts.local.matching import ransac, rule_for, sample_stream
+from landmark.parts.local.kinds import rule_for
+from landmark.parts.local.matching import ransac, sample_stream
 from landmark.parts.local.verification import verify_pairs
 from landmark.parts.metrics import judge, map_at_k, revisited
 from landmark.parts.nets import losses, pooling

@@ -79,3 +79,26 @@ def test_a_parameter_needs_a_type_and_a_default():
     with pytest.raises(RerankError, match="`strength` needs a type and a default"):
         method("other", "other")(lambda problem, topk, strength: None)
     assert "other" not in METHODS
+
+
+def test_methods_that_verify_need_a_kind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path))
+    with pytest.raises(ParameterError, match="geometric among `methods` needs local features; give `kind`"):
+        rerank.run(config(methods=["baseline", "geometric"]))
+    with pytest.raises(ParameterError, match="rerank: .*'surf'; allowed"):
+        rerank.run(config(kind="surf"))
+    assert not [*tmp_path.rglob("state.json")]
+    what = dict(kind="rootsift", max_keypoints=300, n_workers=1)
+    out = rerank.run(config(methods=["baseline", "geometric"], **what))
+    metrics = pd.read_csv(out / "metrics.csv")
+    on_landmarks = metrics[metrics.benchmark.str.startswith("gld")]
+    assert {*on_landmarks.method} == {"baseline", "geometric"}
+    assert {*metrics[~metrics.benchmark.str.startswith("gld")].method} == {
+        "baseline"
+    }  # queries are boxes there
+    monkeypatch.setattr("landmark.parts.rerank.inliers.verify_pairs", None)  # every count is kept
+    again = rerank.run(config(methods=["geometric"], **what))
+    assert (
+        pd.read_csv(again / "metrics.csv").value.tolist()
+        == on_landmarks[on_landmarks.method == "geometric"].value.tolist()
+    )

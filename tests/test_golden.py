@@ -36,7 +36,8 @@ from landmark.parts.local.cleaning import (
     threshold_grid,
 )
 from landmark.parts.local.features import LocalFeatures
-from landmark.parts.local.matching import ORIGINAL, Prepared, match, rule_for
+from landmark.parts.local.kinds import ORIGINAL, rule_for
+from landmark.parts.local.matching import Prepared, match
 from landmark.parts.local.verification import verify, verify_prepared
 from landmark.parts.metrics import accuracy, gap, judge, map_at_k, relevant_mask, revisited, trapezoid_ap
 from landmark.parts.nets import losses

@@ -18,7 +18,8 @@ from landmark.parts.local.features import (
     pack,
     write_shard,
 )
-from landmark.parts.local.matching import Prepared, match, ransac, rule_for, sample_stream
+from landmark.parts.local.kinds import rule_for
+from landmark.parts.local.matching import Prepared, match, ransac, sample_stream
 from landmark.parts.local.verification import draw_matches, verify, verify_pairs
 from landmark.parts.local.verification_torch import verify_pairs_torch
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pydantic
 
-from .core import ParameterError
+from .core import ParameterError, project_root
 from .values import NONE, kinds_of, load_plain, read_value
 
 # %% ../../nbs/parts/config.ipynb #e2de486e
@@ -253,6 +253,13 @@ def parameter_help(
     return "\n".join(text for _, text in sorted(out, key=lambda row: row[0]))
 
 # %% ../../nbs/parts/config.ipynb #2c1df878
+def _named_by(path):
+    "Profile and name of a run, as its file's place in `params` gives them."
+    home, path = project_root() / "params", Path(path).resolve()
+    inside = path.relative_to(home).parts if path.is_relative_to(home) else ()
+    return dict(profile=inside[0], name=path.stem) if len(inside) == 3 else {}
+
+
 def stage_main(
     Config,  # the stage's config class
     run,  # its run function
@@ -277,7 +284,7 @@ def stage_main(
     try:
         params = {}
         for f in a.file:
-            params |= read_yaml(f)
+            params |= _named_by(f) | read_yaml(f)
         print(run(make_config(Config, params | typed_parameters(Config, a.parameter))))
     except ParameterError as e:
         sys.exit(str(e))

@@ -13,7 +13,8 @@ import numpy as np
 
 from .side_by_side import benchmark, compare
 from ..local.features import LocalFeatures, open_local, open_meta, write_shard
-from ..local.matching import Prepared, rule_for
+from ..local.kinds import rule_for
+from ..local.matching import Prepared
 from ..local.verification import verify_pairs, verify_prepared
 
 # %% ../../../nbs/parts/bench/verify.ipynb #b6b02525

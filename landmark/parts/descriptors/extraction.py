@@ -41,6 +41,15 @@ def side_sizes(
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)  # what the network computes in
 
 
+def _output(model, x, scale, kept):
+    "A model's output; what its frozen stages make of an image is asked once for all models that start alike."
+    if kept is None or not model.backbone.frozen:
+        return model(x)
+    if scale not in kept:
+        kept[scale] = model.maps(x)
+    return model(kept[scale], model.backbone.frozen)
+
+
 @torch.inference_mode()
 def describe_scales(
     model,  # a RetrievalModel in evaluation mode
@@ -49,6 +58,7 @@ def describe_scales(
     multiple: int = 32,  # sides become multiples of this
     min_side: int = 128,  # and at least this
     precision: str = "fp32",  # fp32, bf16 or fp16
+    kept: dict | None = None,  # maps of the frozen stages, of these images: scale → maps, filled or used
 ) -> torch.Tensor:  # unit descriptors, float32 [b, d]
     "Mean of the outputs at several scales, normalised once."
     if precision not in PRECISIONS:
@@ -61,7 +71,7 @@ def describe_scales(
         if size != tuple(images.shape[2:]):
             x = F.interpolate(images, size, mode="bilinear", align_corners=True)
         with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
-            outputs.append(model(x).float())
+            outputs.append(_output(model, x, s, kept).float())
     return F.normalize(torch.stack(outputs).mean(0))
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #eb3497f0
@@ -131,6 +141,7 @@ def extract(
     n_loaders: int = 0,  # worker processes that load images
     photos=None,  # instead of `Crops`: gives (position, image or reason) of (epoch, position)
     load=None,  # instead of `make_loader`: gives the loaded batches, of the batches that are left
+    kept: dict | None = None,  # what the frozen stages make of these photos, for the models that follow
     done=lambda n: None,  # told how many photos have just been dealt with
     notes=None,  # file in which a killed run finds what it had
     made_by: str = "",  # what makes the descriptors; notes of something else are not read
@@ -144,10 +155,12 @@ def extract(
     load = load or (lambda left: make_loader(photos, left, n_loaders=n_loaders, pin=device.type == "cuda"))
     start, x, ok, bad = unfinished.read() or (0, np.zeros((n, model.d), np.float32), np.zeros(n, bool), [])
     done(int(ok.sum()) + len(bad))
+    starts = None if kept is None else kept.setdefault(model.backbone.start_key(), {})
     for i, (images, at, wrong) in enumerate(load(batches[start:]), start + 1):
         if len(at):
             images = images.to(device, non_blocking=True)
-            y = describe_scales(model, images, scales, multiple, min_side, precision)
+            of_batch = None if starts is None else starts.setdefault(i, {})
+            y = describe_scales(model, images, scales, multiple, min_side, precision, of_batch)
             x[at], ok[at] = y.cpu().numpy(), True
         bad += wrong
         done(len(at) + len(wrong))

@@ -67,6 +67,17 @@ def _sum_of_products(x, mean, block=65536):
     return S
 
 # %% ../../../nbs/parts/descriptors/whitening.ipynb #7e6a91f1
+def _say_if_few(n, d):
+    "A sentence where there are too few descriptors for that many dimensions."
+    if n >= 4 * d:
+        return
+    stretched = f"{1 / (1 - np.sqrt(d / n)):.1f} times too far" if n > d else "without bound"
+    said = (
+        f"{n:,} descriptors are few for {d:,} dimensions, the quietest directions are stretched {stretched}"
+    )
+    log(f"PCA whitening: {said}; keep fewer dims, or subtract the mean alone")
+
+
 def learn_pca(
     x,  # descriptors: array or store [n, d]
 ) -> Whitening:  # its output has covariance 1
@@ -74,6 +85,7 @@ def learn_pca(
     if len(x) < 2:
         raise ValueError(f"whitening is learned on {len(x)} descriptors; it takes at least 2")
     check_rows(x[:1], zeros=False)
+    _say_if_few(len(x), x.shape[1])
     mean = sum(np.asarray(x[a : a + 65536], np.float64).sum(0) for a in range(0, len(x), 65536)) / len(x)
     if not np.isfinite(mean).all():
         raise ValueError("descriptors to learn from are not finite")

@@ -40,6 +40,8 @@ def read_all(
 class Photos(Dataset):
     "Training images by position: changed at random, at the size of their aspect group."
 
+    start = 0  # stage of the network at which they enter: the first
+
     def __init__(
         self,
         paths: list,  # image files [n]
@@ -66,6 +68,15 @@ class Photos(Dataset):
         self.bins, self.table = size_table(sizes)
         largest = max(map(max, self.table))
         self.max_side = round(1.25 * largest)  # some more than the network sees: crops are stretched
+
+    def blank(
+        self,
+        n: int,  # how many
+        w: int,  # width
+        h: int,  # height
+    ) -> torch.Tensor:  # uint8 [n, 3, h, w]
+        "Black photos, to try what a network takes."
+        return torch.zeros(n, 3, h, w, dtype=torch.uint8)
 
     @property
     def groups(self):
@@ -131,6 +142,8 @@ def make_loader(
     stay: bool = False,  # the processes wait for another round of the same batches, by the next model
 ) -> Iterable:  # batches as `collate` makes them
     "Load batches in order."
+    if hasattr(photos, "ready"):
+        photos.ready(epoch)
     workers = dict(multiprocessing_context="spawn", prefetch_factor=4, persistent_workers=stay)
     loader = DataLoader(
         photos,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['partners_among_all', 'partners_within', 'write_pairs', 'read_pairs', 'count_verified', 'needed_pairs', 'clean_images',
            'first_copies', 'threshold_grid', 'precision_recall', 'draw_grid', 'quality_table', 'clean_table', 'reasons',
-           'spring_layout', 'draw_label']
+           'lost_table', 'size_table', 'spring_layout', 'draw_label']
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #ac28cabb
 from pathlib import Path
@@ -274,6 +274,47 @@ def reasons(
         return f"{verified[i]} verified pairs, {needed[i]} needed"
 
     return [why(i) for i in range(len(keep))]
+
+# %% ../../../nbs/parts/local/cleaning.ipynb #f2383e32
+def lost_table(
+    why: list,  # reason per image, '' for images that stay
+    right: np.ndarray | None = None,  # whether each image shows its label, where that is known [n]
+    view: np.ndarray | None = None,  # what it shows, label and aspect, where that is known [n]
+) -> pd.DataFrame:  # reason, n; right, wrong; lonely
+    "What was lost, and why."
+    counted = r"^\d+ verified pairs, \d+ needed"
+    reason = pd.Series(why).str.replace(counted, "too few verified pairs", regex=True)
+    facts = pd.DataFrame(dict(reason=reason, n=1))
+    if right is not None:
+        facts["right"], facts["wrong"] = right.astype(int), (~right).astype(int)
+        if view is not None:
+            company = facts[right].groupby(np.asarray(view)[right]).n.transform("sum")
+            facts["lonely"] = (company < 2).astype(int).reindex(facts.index, fill_value=0)
+    lost = facts[facts.reason != ""].groupby("reason").sum()
+    return lost.sort_values("n", ascending=False, kind="stable").reset_index()
+
+# %% ../../../nbs/parts/local/cleaning.ipynb #5e5b8ecf
+def size_table(
+    labels: np.ndarray,  # landmark_id per image [n]
+    keep: np.ndarray,  # images that stay [n] bool
+    right: np.ndarray | None = None,  # whether each image shows its label, where that is known [n]
+    edges: tuple = (1, 2, 5, 10, 20, 50),  # smallest size of each row
+    **columns,  # further facts per image [n], told by their median
+) -> pd.DataFrame:  # size, labels, kept_labels, images, kept, the medians; precision, recall
+    "What stays of small labels and of large ones."
+    _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    row_of = np.searchsorted(edges, sizes, "right")[group] - 1
+    rows = []
+    for k, (low, high) in enumerate(zip(edges, [*edges[1:], None])):
+        m = row_of == k
+        if not m.any():
+            continue
+        name = f"{low} and more" if high is None else f"{low}" if high == low + 1 else f"{low} to {high - 1}"
+        row = dict(size=name, labels=len(np.unique(group[m])), kept_labels=len(np.unique(group[m & keep])))
+        row |= dict(images=int(m.sum()), kept=int(keep[m].sum()))
+        row |= {c: float(np.median(x[m])) for c, x in columns.items()}
+        rows.append(row | ({} if right is None else precision_recall(keep[m], right[m])))
+    return pd.DataFrame(rows)
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #2523506a
 def spring_layout(

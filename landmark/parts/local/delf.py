@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'Trunk', 'Attention', 'train_attention', 'strongest', 'Delf', 'fit_pca', 'average_attention',
-           'photo_batches', 'make_delf', 'save_delf', 'load_delf', 'extract_many_delf']
+           'photo_batches', 'make_delf', 'save_delf', 'load_delf', 'weights_sum', 'extract_many_delf']
 
 # %% ../../../nbs/parts/local/delf.ipynb #9bae4c20
+import hashlib
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,17 @@ from torch import nn
 
 from ..core import atomic_path, pick_device, progress, read_json, write_json
 from ..images.reading import ImageError, read_image
-from .features import LocalFeatures, open_meta, pixel_hash, write_shard
+from landmark.parts.local.features import (
+    LocalFeatures,
+    enlarged,
+    feed_shards,
+    made_with,
+    missing_shards,
+    open_meta,
+    placed_in,
+)
+from .kinds import Rule, kind
+from ..nets.backbones import IMAGENET, make_backbone
 
 # %% ../../../nbs/parts/local/delf.ipynb #25f8a700
 class Trunk(nn.Module):
@@ -27,21 +38,25 @@ class Trunk(nn.Module):
         self,
         net: nn.Module,  # a timm network, or any module from images to one map
         stride: int = 16,  # pixels per step of the map
-        mean=(0.485, 0.456, 0.406),  # of pixel values in 0…1, red, green and blue
-        std=(0.229, 0.224, 0.225),  # their standard deviations
+        mean=IMAGENET[0],  # of pixel values in 0…1, red, green and blue
+        std=IMAGENET[1],  # their standard deviations
     ):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         self.index = None
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        here = next((p.device for p in net.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            maps = self._maps(torch.zeros(1, 3, 128, 128))
+            maps = self._maps(torch.zeros(1, 3, 128, 128, device=here))
+        if any(m.ndim != 4 for m in maps):
+            raise ValueError(f"{type(net).__name__} gives no feature maps [b, c, h, w] to be a trunk")
         strides = [128 // m.shape[2] for m in maps]
         if stride not in strides:
             raise ValueError(f"the trunk has maps of stride {sorted(set(strides))}, none of {stride}")
         self.index, self.stride = len(strides) - 1 - strides[::-1].index(stride), stride
         self.channels = maps[self.index].shape[1]
+        self.to(here)
 
     def _maps(self, x):
         if not hasattr(self.net, "forward_intermediates"):
@@ -142,10 +157,9 @@ def strongest(
         m *= 2
 
 # %% ../../../nbs/parts/local/delf.ipynb #a1c0def8
+@kind("delf", d=40, unit=127, rule=Rule(), trained_here=True)
 class Delf(nn.Module):
     "Local features of images by a trunk, an attention and a projection."
-
-    kind = "delf"
 
     def __init__(
         self,
@@ -254,11 +268,11 @@ def average_attention(
     return float(torch.cat(a).mean()) * delf.unit
 
 # %% ../../../nbs/parts/local/delf.ipynb #3192c302
-def _read(path, max_side):
+def _read(path):
     try:
-        return read_image(path, max_side=max_side), ""
-    except ImageError as e:
-        return None, e.reason
+        return read_image(path)
+    except ImageError:
+        return None
 
 
 def photo_batches(
@@ -273,7 +287,7 @@ def photo_batches(
 
     def read(job):
         i, scale, dx, dy = job
-        im, _ = _read(paths[i], None)
+        im = _read(paths[i])
         if im is None:
             return None
         h, w = im.shape[:2]
@@ -331,13 +345,17 @@ def make_delf(
 def save_delf(
     delf: Delf,  # trained
     folder: Path,  # where to
-    **card,  # what made it: backbone, trunk …
+    backbone: str,  # name of the trunk's network, as `make_backbone` knows it
+    stages: bool = False,  # was it made to give the maps of all stages?
+    **card,  # what else made it
 ):
     "Weights and a card, the whole folder renamed into place."
     from safetensors.torch import save_file
 
     trunk, hidden = delf.trunk, delf.attention.net[0].out_channels
-    card |= dict(stride=trunk.stride, channels=trunk.channels, hidden=hidden, d=delf.components.shape[1])
+    card |= dict(backbone=backbone, stages=stages, stride=trunk.stride, channels=trunk.channels)
+    card |= {k: (getattr(trunk, k) / 255).flatten().tolist() for k in ("mean", "std")}
+    card |= dict(hidden=hidden, d=delf.components.shape[1])
     card |= {k: getattr(delf, k) for k in ("min_score", "scales", "max_overlap", "box", "unit")}
     with atomic_path(folder) as tmp:
         tmp.mkdir(parents=True)
@@ -348,38 +366,53 @@ def save_delf(
 
 def load_delf(
     folder: Path,  # of `save_delf`
-    net: nn.Module,  # the trunk's network; its weights come from the folder
     device="cpu",  # where it will work
+    net: nn.Module | None = None,  # the trunk's network, if it is none that `make_backbone` knows
 ) -> Delf:  # ready to extract
     "Read a `Delf` again."
     from safetensors.torch import load_file
 
+    if not (Path(folder) / "card.json").exists():
+        raise FileNotFoundError(f"there is no DELF in {folder}: card.json is missing")
     c = read_json(Path(folder) / "card.json")
-    trunk = Trunk(net, c["stride"])
+    net = net or make_backbone(c["backbone"], stages=c["stages"]).net
+    trunk = Trunk(net, c["stride"], c["mean"], c["std"])
     attention, axes = Attention(c["channels"], c["hidden"]), torch.zeros(c["channels"], c["d"])
     rest = {k: c[k] for k in ("min_score", "scales", "max_overlap", "box", "unit")}
     delf = Delf(trunk, attention, None, axes, **rest)
-    delf.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
+    try:
+        delf.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
+    except Exception as e:
+        why = str(e).splitlines()[0]
+        raise ValueError(
+            f"{folder}/weights.safetensors does not fit its card ({c['backbone']}): {why}"
+        ) from None
     return delf.to(device).eval()
 
 # %% ../../../nbs/parts/local/delf.ipynb #5a466660
-def _read_hashed(path, max_side):
-    im, why = _read(path, max_side)
-    return im, 0 if im is None else pixel_hash(im), why
+def weights_sum(
+    delf: Delf,  # trained
+) -> str:  # sha256
+    "A sum of all weights and of what else decides which features are found."
+    h = hashlib.sha256(repr((delf.min_score, delf.scales, delf.max_overlap, delf.box, delf.unit)).encode())
+    for name, x in sorted(delf.state_dict().items()):
+        h.update(name.encode() + x.contiguous().cpu().numpy().tobytes())
+    return h.hexdigest()
 
 
-def _extract_shard(delf, read, max_keypoints, batch_size):
+def _extract_shard(delf, read, max_keypoints, min_side, batch_size):
     "What `write_shard` wants of some images that were read."
     items, groups = [(None, 0, why) for _, _, why in read], {}
     for i, (im, _, _) in enumerate(read):
         if im is not None:
             groups.setdefault(im.shape, []).append(i)
-    for rows in groups.values():
+    for (h, w, _), rows in groups.items():
         for a in range(0, len(rows), batch_size):
             part = rows[a : a + batch_size]
-            images = torch.from_numpy(np.stack([read[i][0] for i in part])).permute(0, 3, 1, 2)
+            images = np.stack([enlarged(read[i][0], min_side) for i in part])
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
             for i, f in zip(part, delf.extract_batch(images, max_keypoints)):
-                items[i] = f, read[i][1], ""
+                items[i] = placed_in(f, (w, h)), read[i][1], ""
     return items
 
 # %% ../../../nbs/parts/local/delf.ipynb #1a788067
@@ -395,21 +428,16 @@ def extract_many_delf(
     batch_size: int = 8,  # images of one size at a time; bounds the memory
     device: str = "auto",  # where to work
     n_threads: int = 8,  # that read images
+    min_side: int = 0,  # smaller images are enlarged to this least side; 0: none
 ) -> Path:  # `out_dir`
     "DELF of many images, in the shards of `parts/local/features`."
     delf = delf.to(pick_device(device))
-    d = delf.components.shape[1]
-    n = open_meta(out_dir, ids, shard_size, kind="delf", max_keypoints=max_keypoints, max_side=max_side)
-    todo = [s for s in (range(n) if shards is None else shards) if not (Path(out_dir) / f"{s:05d}").exists()]
-    with ThreadPoolExecutor(n_threads) as pool:
+    made = made_with("delf", max_keypoints, max_side, min_side, weights_sum(delf))
+    open_meta(out_dir, ids, shard_size, **made)
+    jobs = missing_shards(paths, out_dir, shard_size, shards)
 
-        def start(k):
-            files = [p for s in todo[k : k + 1] for p in paths[s * shard_size : (s + 1) * shard_size]]
-            return [pool.submit(_read_hashed, p, max_side) for p in files]
+    def describe(read):
+        return _extract_shard(delf, read, max_keypoints, min_side, batch_size)
 
-        ahead = start(0)
-        for k, s in progress(list(enumerate(todo)), "DELF", len(todo)):
-            read, ahead = [f.result() for f in ahead], start(k + 1)
-            items = _extract_shard(delf, read, max_keypoints, batch_size)
-            write_shard(Path(out_dir) / f"{s:05d}", items, "delf", d)
+    feed_shards(jobs, max_side, describe, "delf", delf.components.shape[1], n_threads)
     return Path(out_dir)

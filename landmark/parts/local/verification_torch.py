@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ..core import log, progress
-from .features import UNIT, LocalStore
-from .matching import TIES, Rule, sample_stream
+from .features import LocalStore
+from .kinds import Rule, kind_of
+from .matching import TIES, sample_stream
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #8893b87f
 def load_images(
@@ -99,7 +100,8 @@ def match_batch(
     if rule.ratio:
         ok &= d1 < rule.ratio**2 * (second.double() + sb)
     if rule.mutual:
-        ok &= two_nearest(b, nb, a)[0].gather(1, idx) == torch.arange(b.shape[1], device=a.device)
+        back = (kernels.two_nearest if kernels else two_nearest)(b, nb, a)[0]
+        ok &= back.gather(1, idx) == torch.arange(b.shape[1], device=a.device)
     return idx, ok
 
 # %% ../../../nbs/parts/local/verification_torch.ipynb #d67cee93
@@ -336,7 +338,7 @@ def verify_pairs_torch(
     desc: str = "",  # title of the progress bar; none if empty
 ) -> tuple:  # n_matches [m] int32, n_inliers [m] int32
     "Counts of many pairs: a block of images at a time goes to the device, a batch of its pairs is verified."
-    store_b, unit, out = store_b or store, UNIT[store.kind], []
+    store_b, unit, out = store_b or store, kind_of(store.kind).unit, []
     k = int(store.meta.get("max_keypoints", 1000))
     size = pairs_at_once(k, memory_mib, fused(torch.device(device)) is not None)
     blocks = cut_blocks(np.asarray(pairs), max(2, memory_mib * 2**20 // (k * 140)))

@@ -9,7 +9,8 @@ __all__ = ['assign', 'learn_words', 'vlad', 'unit_rows', 'sample_descriptors', '
 import numpy as np
 
 from ..core import progress
-from .features import UNIT, LocalFeatures, LocalStore
+from .features import LocalFeatures, LocalStore
+from .kinds import kind_of
 
 # %% ../../../nbs/parts/local/vlad.ipynb #f122bded
 def assign(
@@ -69,7 +70,7 @@ def unit_rows(
     f: LocalFeatures,  # from a store, or fresh
 ) -> np.ndarray:  # float32 [k, d]
     "Local descriptors as numbers of length about 1."
-    return f.desc.astype(np.float32) / UNIT[f.kind] if f.desc.dtype == np.int8 else f.desc
+    return f.desc.astype(np.float32) / kind_of(f.kind).unit if f.desc.dtype == np.int8 else f.desc
 
 
 def sample_descriptors(

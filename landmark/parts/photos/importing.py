@@ -269,6 +269,25 @@ def _counted(skipped: pd.DataFrame) -> str:
     return "; ".join(f"{n:,} × {why}" for why, n in skipped.reason.value_counts().head(8).items())
 
 
+def _sum_of(path) -> str:  # hex; nothing for a file that cannot be read
+    "The sha256 of a file."
+    try:
+        return sha256_of(path)
+    except OSError:
+        return ""
+
+
+def _import_new(jobs: list, kept, work, n_workers: int) -> list:  # facts or reason of each job
+    "Import photos, except those that an earlier run knows."
+    facts = [None] * len(jobs)
+    if kept:
+        sums = parallel_map(_sum_of, [src for src, _ in jobs], n_workers, "files")
+        facts = [kept.take(s, dst) for s, (_, dst) in zip(sums, jobs)]
+    new = [job for job, f in zip(jobs, facts) if f is None]
+    made = iter(parallel_map(work, new, n_workers if len(new) > 24 else 1, "photos"))
+    return [next(made) if f is None else f for f in facts]
+
+
 def _taken(folder: Path, files: pd.DataFrame, max_photos: int) -> tuple:
     "Files to read, with their ids and splits; files beyond `max_photos`, with that reason."
     take = choose(files.label, max_photos)
@@ -304,6 +323,7 @@ def import_folder(
     max_side: int = 1024,  # longest side of the copies
     min_side: int = 64,  # a photo with a shorter side is skipped
     n_workers: int = 0,  # processes; 0 is one per core
+    kept=None,  # what an earlier run knows: `take(sha256, dst)` gives a photo's facts and its copy, or None
 ) -> tuple:  # photos; skipped (file, reason); looks float32 [n, 1024]
     "Import a folder of photos into the Google Landmarks layout."
     files, skipped = scan_folder(folder)
@@ -312,7 +332,7 @@ def import_folder(
     targets = [str(image_path(home / split, i)) for split, i in zip(files.split, files.image_id)]
     jobs = list(zip(files.path, targets))
     work = partial(import_photo, max_side=max_side, min_side=min_side)
-    facts = parallel_map(work, jobs, n_workers if len(jobs) > 24 else 1, "photos")
+    facts = _import_new(jobs, kept, work, n_workers)
     good = np.array([isinstance(f, dict) for f in facts], bool)
     failed = pd.DataFrame(dict(file=files.file[~good], reason=[f for f in facts if isinstance(f, str)]))
     skipped = pd.concat([failed, skipped, beyond]).sort_values(["file"]).reset_index(drop=True)

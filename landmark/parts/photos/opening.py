@@ -22,7 +22,8 @@ from .pictures import data_uri
 
 # %% ../../../nbs/parts/photos/opening.ipynb #8063526b
 _IDS = ("image_id", "copy_of", "image", "partner", "sha256", "pixels")
-_TEXT = (*_IDS, "file", "label", "split", "changed", "reason", "state")
+_NAMES = ("label", "place", "name", "looks_like", "nearest", "points", "looks", "answer")
+_TEXT = (*_IDS, *_NAMES, "file", "split", "changed", "reason", "state", "how")
 
 
 def read_csv(
@@ -44,7 +45,8 @@ def photo_paths(
 class Collection:
     "An explored folder of photos, opened for reading."
 
-    tables = ("photos", "pairs", "neighbours", "dropped", "labels", "skipped", "copies")
+    tables = ("photos", "pairs", "neighbours", "dropped", "labels", "skipped", "copies", "likeness")
+    tables += ("carriers",)
 
     def __init__(
         self,
@@ -59,6 +61,8 @@ class Collection:
         manifest = read_json(self.dir / "manifest.json")
         self.cfg = SimpleNamespace(**manifest["config"])  # how it was explored
         self.facts = manifest["metrics"]
+        if missing := [name for name in self.tables if not (self.dir / f"{name}.csv").exists()]:
+            raise ParameterError(f"{out} was explored by other code (no {missing[0]}.csv); explore it again")
         for name in self.tables:
             setattr(self, name, read_csv(self.dir / f"{name}.csv"))
         self.photos.index = self.photos.image_id
@@ -89,11 +93,7 @@ class Collection:
 
     def landmark(self, image_id: str) -> str:
         "The name of what a photo's label, or else its group, stands for."
-        p = self.photos.loc[image_id]
-        if p.label:
-            return p.label
-        first = self.photos.file[self.photos.group == p.group].iloc[0] if p.group >= 0 else p.file
-        return f"the place of {first}"
+        return self.photos.place[image_id]
 
     def kept_with(self, min_verified: int) -> np.ndarray:  # bool [photos]
         "Which photos stay if they need so many verified pairs."

@@ -14,7 +14,6 @@ import pandas as pd
 from markupsafe import Markup
 
 from ..images.reading import read_image
-from ..local.features import extract
 from ..local.verification import draw_matches, verify
 from .gallery import Card, Strip, frame_of, photo_graph, pretty, said, section, style
 from .pictures import data_uri, same_height
@@ -35,7 +34,9 @@ def page_summary(c) -> Markup:  # HTML
         (f["copies"], "copy" if f["copies"] == 1 else "copies"),
         (f["skipped"], "file left out" if f["skipped"] == 1 else "files left out"),
     ]
-    return section("summary", facts=facts, cfg=c.cfg)
+    n_strangers, most = len(c.likeness), f"{100 * c.cfg.p_most:g} %"
+    silent = n_strangers + 1 < 1 / c.cfg.p_most  # no share of so few photos is that small
+    return section("summary", facts=facts, cfg=c.cfg, f=f, n_strangers=n_strangers, most=most, silent=silent)
 
 # %% ../../../nbs/parts/photos/pages.ipynb #71401004
 def page_contact(
@@ -232,7 +233,7 @@ def _witness(c, r, size: str) -> Card:
 
 def _deciding_match(c, a, image, best) -> dict:
     "The lines between the photo that was asked about and the best one that verifies."
-    mine, other = extract(image, c.cfg.kind, c.cfg.max_keypoints), c.store[c.row[best.image_id]]
+    mine, other = a.local, c.store[c.row[best.image_id]]
     images = same_height(image, read_image(c.path[best.image_id]))
     drawn = draw_matches(*images, mine, other, verify(mine, other), "inliers", 100)
     files = f"{Path(a.photo).name} — {best.file}"
@@ -259,9 +260,15 @@ def page_answer(
         cards = [_witness(c, r, "small") for r in nearest.itertuples()]
         head = "near as whole pictures, but not verified:"
         strips.append(Strip(head, f"at most {most}, {need} are asked for", cards))
+    alike = list(a.looks.itertuples())
+    if alike:
+        cards = [Card(c.uri(r.image_id), "likeness", (pretty(r.landmark),), r.file, "large") for r in alike]
+        strips.insert(int(len(voters) > 0), Strip("the photo that it looks like", alike[0].file, cards))
     return section(
         "answer",
         file=Path(a.photo).name,
+        note=a.note,
+        looks=alike,
         photo=data_uri(image, 420),
         landmarks=list(a.landmarks.head(5).itertuples()),
         copy=copy.file.iloc[0] if len(copy) else "",

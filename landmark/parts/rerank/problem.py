@@ -32,6 +32,7 @@ class Problem:
     folder: Path = None  # where lists are kept for other runs; None: in memory only
     share: tuple = (0, 1)  # which machine this is, and how many share the searches
     seconds: dict = field(default_factory=dict)  # (from, to) → what the search of `lists` took
+    counts: Callable = None  # (from, to, pairs [m, 2]) → inliers [m], if there are local features
     everything = property(lambda self: Everything(self.queries, self.index))  # one set of both
 
     def __post_init__(self):
@@ -77,6 +78,17 @@ class Problem:
         sims, idxs = self.knn(a, "train", voting_k)
         return soft_vote(sims, np.asarray(self.labels)[idxs], voting_k)
 
+    def inliers(
+        self,
+        a: str,  # set of the images: queries or index
+        b: str,  # set of their partners
+        pairs: np.ndarray,  # positions (image, partner) [m, 2]
+    ) -> np.ndarray:  # inliers [m]
+        "Verified inliers of pairs of images."
+        if self.counts is None:
+            raise RerankError("there are no local features; only methods that verify nothing can run")
+        return np.asarray(self.counts(a, b, pairs))
+
 # %% ../../../nbs/parts/rerank/problem.ipynb #ef1b958f
 @dataclass(frozen=True)
 class Method:
@@ -88,6 +100,7 @@ class Method:
     needs_labels: bool  # uses training labels
     beyond: bool  # not in the paper: below the line in tables
     needs: Callable  # (topk, **parameters) → neighbour lists it will ask for, each (from, to, k)
+    needs_local: bool = False  # verifies: needs local features of queries and index
 
 
 METHODS = {}  # name → Method, in the order of the tables
@@ -104,6 +117,7 @@ def method(
     needs_labels: bool = False,  # uses training labels
     beyond: bool = False,  # not in the paper
     needs: Callable = _nothing,  # (topk, **parameters) → lists (from, to, k); others come when asked for
+    needs_local: bool = False,  # needs local features of queries and index
 ):  # decorator
     "Register a re-ranking method."
 
@@ -113,7 +127,7 @@ def method(
                 raise RerankError(
                     f"method {name}: `{parameter.name}` needs a type and a default, such as `: float = 0.5`"
                 )
-        METHODS[name] = Method(name, title, fn, needs_labels, beyond, needs)
+        METHODS[name] = Method(name, title, fn, needs_labels, beyond, needs, needs_local)
         return fn
 
     return register

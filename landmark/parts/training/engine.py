@@ -45,9 +45,9 @@ class Training(nn.Module):
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, images, labels):
-        "Loss and number of rows that are right."
-        return self.head.loss(self.model(images), labels)
+    def forward(self, images, labels, start: int = 0):
+        "Loss and number of rows that are right; of images, or of maps for the stage `start`."
+        return self.head.loss(self.model(images, start) if start else self.model(images), labels)
 
 
 def make_optimizer(
@@ -120,6 +120,10 @@ class Trainer(Keeping):
         "Epochs of the whole run, those at the larger size included."
         return self.recipe.epochs + (self.recipe.scale_up_epochs if self.recipe.scale_up else 0)
 
+    def start(self) -> tuple:
+        "The stage at which photos enter the network, if not the first."
+        return (self.photos.start,) if self.photos.start else ()
+
     def sizes_of(self, epoch):
         "Size group of an epoch."
         if epoch >= self.recipe.epochs:
@@ -186,7 +190,7 @@ def _blank(self, sizes, w, h):
     self.photos.use_sizes(sizes)
     try:
         with torch.no_grad(), self.acc.autocast():
-            self.net.model(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device))
+            self.net.model(self.photos.blank(1, w, h).to(self.acc.device), *self.start())
     except Exception as e:
         if of_memory(e):
             raise
@@ -226,7 +230,8 @@ def check_shares(self: Trainer):
 def leave_unused(self: Trainer):
     "No gradient for weights that no photo passes (ConvNeXt's last norm): several devices would wait for it."
     w, h = self.photos.table[0]
-    self.net.model.eval()(torch.zeros(1, 3, h, w, dtype=torch.uint8, device=self.acc.device)).sum().backward()
+    blank = self.photos.blank(1, w, h).to(self.acc.device)
+    self.net.model.eval()(blank, *self.start()).sum().backward()
     for p in self.net.model.parameters():
         if p.grad is None:
             p.requires_grad_(False)
@@ -339,12 +344,13 @@ def train_step(
         weight = weight * len(images) * world / n_all.clamp_min(1)
     if len(images) < 2 and world > 1:
         (w, h), weight = self.photos.table[0], 0.0
-        images = torch.zeros(2 * self.size, 3, h, w, dtype=torch.uint8)
+        images = self.photos.blank(2 * self.size, w, h)
         at = torch.zeros(2 * self.size, dtype=torch.long)
     if len(images) > 1:
         labels = self.labels_of(at)
         with contextlib.nullcontext() if complete else self.acc.no_sync(self.ddp):
-            loss, n_right = self.ddp(images.to(dev, non_blocking=True), labels.to(dev, non_blocking=True))
+            images, labels = (t.to(dev, non_blocking=True) for t in (images, labels))
+            loss, n_right = self.ddp(images, labels, *self.start())
             self.acc.backward(loss * weight)
         self.recent.append((self.epoch, self.at, loss.detach(), at, n_right, len(at) // self.size))
     if not complete or all(p.grad is None for p in self.net.parameters()):

@@ -43,6 +43,8 @@ class Recipe:
     scale_up_epochs: int = 1  # how many
     stop_after: int = 0  # stop after this many epochs although the cosine is planned for more; 0: no
     frozen_bn: bool = False  # batch norm frozen all the time
+    frozen_stages: int = 0  # first stages of the network that stay as they came; -1: all
+    views: int = 0  # views of a photo whose maps after these are kept; 0: fresh ones in every epoch
     n_negatives: int = 5  # per tuple (contrastive and tuple triplet)
     pool_share: float = 0.25  # share of the photos among which negatives are mined
     n_loaders: int = 0  # worker processes that load images
@@ -59,6 +61,11 @@ class Recipe:
                 raise ValueError(f"`{k}` is {getattr(self, k)}; it must be at least {least}.")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"`precision` is {self.precision!r}; allowed are fp32, bf16, fp16.")
+        if self.views < 0 or (self.views and not self.frozen_stages):
+            raise ValueError(
+                f"`views` is {self.views}, `frozen_stages` {self.frozen_stages}: views keep what those"
+                " stages make of a photo, so there must be some; 0 views draw fresh ones in every epoch."
+            )
 
 # %% ../../../nbs/parts/training/recipe.ipynb #6b45b349
 def cosine_rate(
@@ -156,7 +163,8 @@ def describe(
         if not len(at):
             continue
         with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            x = model(images.to(device, non_blocking=True)).float()
+            start = (photos.start,) if photos.start else ()
+            x = model(images.to(device, non_blocking=True), *start).float()
         out[[row[int(p)] for p in at]] = nn.functional.normalize(x)
     for m in learning:
         m.training = True
