@@ -42,7 +42,7 @@ lab: setup
 	"$(BIN)/jupyter" lab nbs
 
 photos: setup
-	@test -n "$(DIR)" || { echo 'make photos DIR=folder [QUERY=photo.jpg] [WEIGHTS=folder of a trained model]'; exit 2; }
+	@test -n "$(DIR)" || { echo 'make photos DIR=folder [QUERY=photo.jpg] [WEIGHTS=folder of a model, hf:owner/name or pretrained:name]'; exit 2; }
 	@"$(BIN)/landmark_explore" "$(DIR)" $(if $(QUERY),"$(QUERY)") $(if $(WEIGHTS),-p weights "$(WEIGHTS)")
 
 runs: setup

@@ -19,7 +19,9 @@ from .parts.artifacts import open_stage
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, default_world, log, parallel_map, project_root, write_csv
 from .parts.data.layout import read_images, read_table, read_truth, splits
-from .parts.images.reading import ImageError, image_size, read_image
+from .parts.images.jpeg import jpeg_damage
+from .parts.images.kinds import ImageError
+from .parts.images.reading import image_size, read_image
 from .parts.local.features import extract
 from .parts.local.verification import verify
 from .parts.minigld.plan import Knobs, scaled
@@ -80,7 +82,9 @@ def _look(job: tuple) -> str:
         image_size(path) if check == "sizes" else read_image(path)
     except ImageError as e:
         return f"image cannot be decoded: {e}"
-    return ""
+    data = Path(path).read_bytes() if check == "pixels" else b""
+    damage = jpeg_damage(data) if data.startswith(b"\xff\xd8") else ""
+    return damage if damage.startswith("damaged") else ""
 
 
 def _check_split(world: Path, split: str, check: str, n_workers: int) -> list:

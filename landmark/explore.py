@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .parts.artifacts import artifact, open_stage, stage_dir
-from .parts.config import make_config, stage_config, stage_main
+from .parts.config import make_config, stage_config, stage_main, typed_parameters
 from landmark.parts.core import (
     ParameterError,
     hash8,
@@ -407,8 +407,6 @@ def main():
     with -p or -f alone it is the stage's command."""
     import argparse
 
-    import yaml
-
     if len(sys.argv) > 1 and sys.argv[1] in ("-f", "-p", "--file", "--parameter"):
         return stage_main(Config, run)
     ap = argparse.ArgumentParser(description=main.__doc__)
@@ -416,8 +414,8 @@ def main():
     ap.add_argument("query", nargs="?", default="")
     ap.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     a = ap.parse_args()
-    params = {k: v if v.startswith("@") else yaml.safe_load(v) for k, v in a.parameter}
     try:
+        params = typed_parameters(Config, a.parameter)
         print(f"the report: {explore(a.folder, a.query, **params)}")
     except (ParameterError, ImageError) as e:
         sys.exit(str(e))

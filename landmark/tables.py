@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'ORIGINAL', 'TITLES', 'Config', 'read_all',
            'table_datasets', 'table_losses', 'table_training', 'at_equal_steps', 'table_equal_steps', 'table_start',
-           'table_reranking', 'table_recognition', 'table_cleaning', 'table_grid', 'table_separation',
-           'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown', 'make_tables', 'run', 'main']
+           'table_reranking', 'table_recognition', 'table_cleaning', 'table_kept', 'table_lost', 'table_grid',
+           'table_separation', 'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown', 'make_tables',
+           'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #ad8037a7
 import tempfile
@@ -190,6 +191,31 @@ def table_cleaning(
     return t.reset_index().rename(columns=dict(share="kept, %"))
 
 
+def table_kept(
+    quality: pd.DataFrame,  # quality.csv of 02_clean, stacked
+    datasets: pd.DataFrame,  # its datasets.csv, stacked
+) -> pd.DataFrame:  # a row a world: seed, "recall, %", "precision, %", images, labels
+    "How much of what is right cleaning kept, and how clean it left the set, world by world."
+    rows = []
+    for seed, q in quality[quality.right.notna()].groupby("seed"):
+        good, size = q[q.right.astype(bool)], datasets[datasets.seed == seed]
+        recall, precision = good.kept.sum() / good.n.sum(), good.kept.sum() / max(1, q.kept.sum())
+        kept = dict(images=int(size.images.sum()), labels=int(size.labels.sum()))
+        percent = {"recall, %": round(100 * recall, 1), "precision, %": round(100 * precision, 1)}
+        rows.append(dict(seed=seed, **percent, **kept))
+    return pd.DataFrame(rows)
+
+
+def table_lost(
+    lost: pd.DataFrame,  # lost.csv of 02_clean, stacked
+) -> pd.DataFrame:  # a row a reason
+    "What cleaning took away and why, means over the worlds."
+    names = dict(n="images", right="of them right", lonely="right, no other right photo of that side")
+    cols = [c for c in names if c in lost]
+    t = lost.groupby("reason", sort=False)[cols].sum() / lost.seed.nunique()
+    return t.round(1).rename(columns=names).reset_index()
+
+
 def table_grid(
     grid: pd.DataFrame,  # grid.csv of 02_clean, stacked
 ) -> pd.DataFrame:  # a row a pair of thresholds
@@ -283,7 +309,9 @@ TITLES = dict(
     training="Training sets, with ArcFace: mAP",
     equal_steps="Training sets, as many steps for each: mAP",
     start="What ImageNet is worth: mAP",
+    kept="Cleaning, world by world",
     cleaning="What cleaning kept",
+    lost="What cleaning took away, and why",
     grid="Cleaning: min_inliers × min_verified",
     separation="Local features: what their counts tell apart",
     restriction="Neighbours asked: the nearest of all, or the whole label",
@@ -317,13 +345,16 @@ def make_tables(
     "All tables whose inputs are there."
     data = pd.concat([read("data", "datasets.csv"), read("clean", "datasets.csv")])
     models, rerank = read("models", "metrics.csv"), read("rerank", "metrics.csv")
+    quality = read("clean", "quality.csv")
     makers = dict(
         datasets=(data, table_datasets),
         losses=(models, table_losses),
         training=(models, table_training),
         equal_steps=(at_equal_steps(models, read("equal_steps", "metrics.csv")), table_equal_steps),
         start=(read("scratch", "metrics.csv"), lambda df: table_start(df, models)),
-        cleaning=(read("clean", "quality.csv"), table_cleaning),
+        kept=(quality, lambda df: table_kept(df, read("clean", "datasets.csv"))),
+        cleaning=(quality, table_cleaning),
+        lost=(read("clean", "lost.csv"), table_lost),
         grid=(read("clean", "grid.csv"), table_grid),
         separation=(read("verify", "separation.csv"), table_separation),
         restriction=(read("verify", "restriction.csv"), table_restriction),
@@ -371,7 +402,9 @@ def _cleaned():
     columns = ["min_inliers", "min_verified", "labels", "images", "precision", "recall"]
     return {
         "datasets.csv": pd.DataFrame(dict(dataset=["GLD-v2 (clean)"], images=[40], labels=[6])),
-        "quality.csv": pd.DataFrame(dict(kind=["landmark", "people"], n=[50, 10], kept=[38, 2])),
+        "quality.csv": pd.DataFrame(
+            dict(kind=["landmark", "people"], right=[True, False], n=[50, 10], kept=[38, 2])
+        ),
         "grid.csv": pd.DataFrame(grid, columns=columns),
     }
 

@@ -275,7 +275,8 @@ def test_the_command_says_what_other_machines_have_left(setting, monkeypatch, ca
 
     def command(shard):
         given = args | dict(shard=shard)
-        options = [x for k, v in given.items() for x in ("-p", k, json.dumps(v))]
+        typed = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
+        options = [x for k, v in typed.items() for x in ("-p", k, v)]
         monkeypatch.setattr(sys, "argv", ["landmark_extract", *options])
         extract.main()
         return capsys.readouterr().out.strip()

@@ -35,7 +35,7 @@ from landmark.parts.images.reading import image_size, read_image
 from landmark.parts.nets.backbones import load_weights
 from landmark.parts.nets.checkpoints import CHECKPOINT_VERSION, load_checkpoint, save_checkpoint
 
-N = int(os.environ.get("FUZZ", 120))
+N = int(os.environ.get("FUZZ", 300))
 MIB = 400  # memory that a reader of a small file may add
 
 # how a file is spoilt

@@ -427,3 +427,13 @@ def test_an_id_that_looks_like_a_number_stays_the_text_it_is(world):
     assert layout.read_images(world, "v2_train").image_id.tolist() == ids
     write(world, "r.csv", f"id,landmarks\n{ids[0]},7 0.5\n")
     assert read_recognition(world / "r.csv").image_id.tolist() == ids[:1]
+
+
+def test_a_look_at_all_pixels_names_damage_that_decoders_hide(world, photo):
+    path = world / "v2/train/a/b/c/abc1.jpg"
+    photo.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:9000] + bytes(2048) + content[11048:])
+    problems = check_world(world, "pixels", n_workers=1).problem.tolist()
+    assert any(p.startswith("damaged inside: ") for p in problems)
+    assert not any("damaged" in p for p in check_world(world, "sizes", n_workers=1).problem)

@@ -18,6 +18,16 @@ class MetricError(ValueError):
     "Rankings and ground truth that do not belong together."
 
 
+def _whole(values, what):
+    "Labels or positions as int64; what would lose something on the way is refused."
+    x = np.asarray(values)
+    if x.dtype.kind in "iub" or not x.size:
+        return x.astype(np.int64)
+    if x.dtype.kind != "f" or not np.array_equal(x, np.round(x)):
+        raise MetricError(f"{what} are of type {x.dtype}, not all of them whole numbers")
+    return x.astype(np.int64)
+
+
 def ap_at_k(
     ranks: list,  # positions in `index` (or ids), best first
     positives: set,  # what is relevant
@@ -68,7 +78,7 @@ def _hits(ranks, starts, flat, n, mask, m):
 # %% ../../nbs/parts/metrics.ipynb #a6ab27c4
 def _relevance(ranks, positives):
     "bool [q, k], and how many relevant images each query has [q]."
-    ranks = np.ascontiguousarray(np.atleast_2d(np.asarray(ranks, np.int64)))
+    ranks = np.ascontiguousarray(np.atleast_2d(_whole(ranks, "ranks")))
     if len(ranks) != len(positives):
         raise MetricError(f"{len(ranks)} rankings but {len(positives)} queries in the ground truth")
     flat, counts = _flat(positives)
@@ -99,7 +109,7 @@ def map_at_k(
     "Mean AP@k over the queries that have relevant images."
     if k < 1:
         raise MetricError(f"k is {k}; it is at least 1")
-    ranks = np.asarray(ranks, np.int64)
+    ranks = _whole(ranks, "ranks")
     rel, m = _relevance((ranks if ranks.ndim == 2 else ranks.reshape(len(positives), -1))[:, :k], positives)
     at, place = np.nonzero(rel)
     found = np.arange(len(at)) - np.searchsorted(at, at) + 1  # how many of the query's so far
@@ -149,7 +159,7 @@ def gap(
     keys: np.ndarray = None,  # image ids, which order equal scores; the row number by default
 ) -> float:  # 0 … 1; NaN when no image shows a landmark
     "Global average precision (micro-AP), one prediction per image."
-    predicted, scores = np.asarray(predicted, np.int64), np.asarray(scores, np.float64)
+    predicted, scores = _whole(predicted, "predictions"), np.asarray(scores, np.float64)
     if not len(predicted) == len(scores) == len(truth):
         counts = f"{len(predicted)} predictions, {len(scores)} scores and {len(truth)} true labels"
         raise MetricError(f"{counts}; each image has one")

@@ -86,4 +86,4 @@ def read_h5(
     except StoreError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as e:
-        raise StoreError(f"{path} cannot be read as HDF5 descriptors: {one_line(e)}") from None
+        raise StoreError(f"{path} cannot be read as HDF5: {one_line(e)}") from None

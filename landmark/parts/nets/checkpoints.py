@@ -46,6 +46,9 @@ def load_checkpoint(
             f"{path} is no readable checkpoint (truncated?): {type(e).__name__}."
             " Remove it to start this model again."
         ) from None
+    held = state.get("net") if isinstance(state, dict) else None
+    if not isinstance(held, dict) or not all(isinstance(v, torch.Tensor) for v in held.values()):
+        raise ValueError(f"{path} is no checkpoint of a training. Remove it to start this model again.")
     version = state.get("version")
     if version != CHECKPOINT_VERSION:
         raise ValueError(f"{path} has version {version}, this program reads version {CHECKPOINT_VERSION}.")

@@ -59,7 +59,10 @@ def _no_weights_in_zip(path) -> str:
     "The same for the archive that PyTorch writes."
     if not zipfile.is_zipfile(path):
         return f"is cut off: its end is missing after {path.stat().st_size:,} bytes"
-    names = [n.partition("/")[2] for n in zipfile.ZipFile(path).namelist()]
+    try:
+        names = [n.partition("/")[2] for n in zipfile.ZipFile(path).namelist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError):
+        return "is a zip archive whose table of contents is damaged"
     if "constants.pkl" in names:
         return "is a TorchScript program; only a state dict is read: save `model.state_dict()`"
     return "" if "data.pkl" in names else "is a zip archive, but none of PyTorch"
