@@ -125,8 +125,9 @@ def trials(
     found = {}
     try:
         for change in expand(search):
-            train.model_names(make_config(train.Config, files["train", base] | always | change))
-            found[f"{name}-{hash8([base, always, change])}"] = change
+            made_of = files["train", base] | always | change
+            train.model_names(make_config(train.Config, made_of))
+            found[f"{name}-{hash8(made_of)}"] = change  # the same trial, whatever the base becomes
     except ParameterError as e:
         raise ParameterError(f"params/{profile}/search/{name}.yaml: {e}") from None
     return found
