@@ -57,7 +57,7 @@ test: setup
 	@echo "== notebooks"
 	@"$(BIN)/nbdev_test" --n_workers $(JOBS) --pause 0.1
 	@echo "== tests"
-	@"$(BIN)/python" -m pytest
+	@"$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
 
 check: setup
 	@"$(BIN)/python" tests/check.py
