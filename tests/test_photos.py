@@ -650,7 +650,7 @@ def report(tmp_path_factory, worlds):
             "16",
             "-p",
             "weights",
-            "''",
+            "",
         ],
         cwd=ROOT,
         capture_output=True,
