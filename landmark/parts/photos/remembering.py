@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import atomic_path
+from ..core import atomic_path, link_or_copy
 from ..local.cleaning import read_pairs
 from landmark.parts.local.features import (
     LocalFeatures,
@@ -68,10 +68,7 @@ class Memory:
         if k is None or not os.path.exists(self._paths[k]):
             return None
         with atomic_path(dst) as tmp:
-            try:
-                os.link(self._paths[k], tmp)
-            except OSError:  # another disk, or one without links
-                shutil.copyfile(self._paths[k], tmp)
+            link_or_copy(self._paths[k], tmp)
         facts = self.photos.loc[k, ["width", "height", "changed", "sha256", "pixels"]].to_dict()
         return facts | dict(look=self._looks[k])
 

@@ -92,7 +92,7 @@ def _view(self: FrozenMaps, view):
         self._open[home] = maps, np.load(home / "rows.npy")
     return self._open[home]
 
-
+# %% ../../../nbs/parts/training/frozen.ipynb #c3728f7f
 @patch
 def ready(
     self: FrozenMaps,
@@ -124,7 +124,7 @@ def _try(self: FrozenMaps, view) -> bool:
     finally:
         lock.release()
 
-
+# %% ../../../nbs/parts/training/frozen.ipynb #802e898c
 @patch
 def _compute(self: FrozenMaps, view, home):
     "Write the maps of a view, a file for each aspect group."
