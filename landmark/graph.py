@@ -136,7 +136,7 @@ def _config(profile, stage, name, seed, params):
     except ParameterError as e:
         raise ParameterError(f"params/{profile}/{stage}/{name}.yaml: {e}") from None
 
-
+# %% ../nbs/graph.ipynb #1c6684d3
 class _Planner:
     "Adds steps after what they read; a step that is there is not made again."
 

@@ -296,7 +296,7 @@ def _voter_table(ids, table, sims, idxs, inliers):
         )
     )
 
-
+# %% ../nbs/06_recognize.ipynb #e6ad2d1a
 def _predictions(
     cfg, world, extracted, clean, verified, describe, out_dir, metrics
 ) -> tuple:  # solution table, method → (labels, scores), table of voters, GAP of every limit

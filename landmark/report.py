@@ -101,7 +101,7 @@ def index_stages(
         )
     return out
 
-
+# %% ../nbs/report.ipynb #482587e2
 def write_index(
     profile: str,
     seeds,  # of the runs

@@ -111,7 +111,7 @@ def table_training(
     theirs = paper("training_data").assign(data=lambda d: d.data.str.replace(" ", ""))
     return beside(t, theirs, "data", _PAPER)
 
-
+# %% ../nbs/07_tables.ipynb #a59d6b69
 def at_equal_steps(
     models: pd.DataFrame,  # a table of 05_rerank for every model, stacked
     equal: pd.DataFrame,  # the same of the models of clean sets that had as many steps as the noisy

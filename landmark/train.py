@@ -301,7 +301,7 @@ def train_model(
     finally:
         torch.set_num_threads(threads)
 
-
+# %% ../nbs/03_train.ipynb #6f9e71a7
 def _kept_maps(cfg, photos, net, maps_dir):
     "What the frozen stages make of the photos, shared by the models of a run that start alike."
     if cfg.decode == "gpu":
@@ -323,7 +323,7 @@ def epochs_of(
         return cfg.epochs
     return max(1, round(cfg.steps / max(1, len(plan_batches(photos, recipe, 0)))))
 
-
+# %% ../nbs/03_train.ipynb #84c892cd
 def _train(cfg, name, out):
     "Load, train, write."
     set_name = split_name(name)[1].removeprefix("v1+")

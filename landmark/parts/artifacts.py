@@ -201,7 +201,7 @@ def _is_done(d: Path, fingerprint: str) -> bool:
     man = read_json(d / "manifest.json")
     return man.get("fingerprint") == fingerprint and all((d / p).exists() for p in man["outputs"])
 
-
+# %% ../../nbs/parts/artifacts.ipynb #50b0c335
 def _manifest(st: Stage, stage: str, cfg, inputs, want: dict, seconds: float) -> dict:
     "What made an artifact, and what it consists of."
     world = getattr(cfg, "world", "")

@@ -120,7 +120,7 @@ def _by_type(given, types):
                     wrong.append(f"`{name}` is the number {v!r}, where text is allowed; write it in quotes")
     return given, wrong
 
-
+# %% ../../nbs/parts/config.ipynb #ccd55a86
 def _checked(options, extra, allowed):
     "Parameters of registered functions that differ from their default, and what is wrong with others."
     good, wrong = {}, []

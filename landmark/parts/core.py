@@ -96,7 +96,7 @@ def link_or_copy(
         with atomic_path(dst) as tmp:
             shutil.copyfile(src, tmp)
 
-
+# %% ../../nbs/parts/core.ipynb #ae709af1
 @contextlib.contextmanager
 def writing_in(
     folder: Path,  # a folder for artifacts, which may not be there yet

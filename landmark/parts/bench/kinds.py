@@ -112,7 +112,7 @@ def _matching_row(name, pairs, ready):
     row.size = f"{np.mean([a.n for a, _ in ready]):.0f} × {pairs[0][0].desc.shape[1]}-d"
     return _of_one(row, len(pairs), f"{len(pairs) / row.ours_s:,.0f} pairs per second")
 
-
+# %% ../../../nbs/parts/bench/kinds.ipynb #a0d6c482
 def _pair_row(name, ready, of_rootsift):
     "Matches and map of all pairs, beside RootSIFT's."
 

@@ -77,7 +77,7 @@ def write_retrieval(
     df = pd.DataFrame(dict(id=ids, images=[" ".join(index_ids[row[row >= 0]]) for row in ranks]))
     return _write(_in_order(df, ids if all_queries is None else all_queries, "images"), path)
 
-
+# %% ../../../nbs/parts/data/submission.ipynb #ca5ae2a6
 def _all_there(path, ids, wanted):
     "Refuse a file that lacks one of the wanted images, or has another one."
     if wanted is None:

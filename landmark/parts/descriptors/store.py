@@ -132,7 +132,7 @@ class Store:
     def __array__(self, dtype=None, copy=None):
         return self.array().astype(dtype or np.float32, copy=False)
 
-
+# %% ../../../nbs/parts/descriptors/store.ipynb #ea6fa324
 def _map_shard(store, number):
     "Map the descriptors of a shard, if they are what the card says."
     path = shard_files(store.dir, number)[0]

@@ -56,7 +56,7 @@ _BRANDS = {
     "AVIF": (b"avif", b"avis"),
 }
 
-
+# %% ../../../nbs/parts/images/kinds.ipynb #7d4b8e5e
 def kind_of(
     head: bytes,  # the first 64 bytes of a file
 ) -> str:  # a name in `KINDS`, or empty
@@ -142,7 +142,7 @@ def kind_of_file(
     what = what_else(head)
     raise ImageError(path, f"not an image: it is {what}" if what else "not an image, or of an unknown kind")
 
-
+# %% ../../../nbs/parts/images/kinds.ipynb #9b728038
 def without_notes(
     data: bytes,  # a PNG
 ) -> bytes:  # the same picture

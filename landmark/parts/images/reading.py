@@ -201,7 +201,7 @@ def _read(path, max_side, box, exact, source=None):
             im = im.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
         return np.array(im)
 
-
+# %% ../../../nbs/parts/images/reading.ipynb #85aed481
 def _read_on(path, max_side, box, exact):
     "The same, where a JPEG lacks its end mark alone, or a PNG has notes that are too long."
     try:

@@ -418,7 +418,7 @@ class LocalStore:
         rows = [(p, ids[p], why) for p, why in sorted(rows)]
         return pd.DataFrame(rows, columns=["position", "image_id", "reason"])
 
-
+# %% ../../../nbs/parts/local/features.ipynb #eff70703
 def open_local(path: Path) -> LocalStore:
     "Open the local features in a folder."
     return LocalStore(path)

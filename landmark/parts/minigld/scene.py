@@ -102,7 +102,7 @@ def _lamps(r, L: Landmark) -> list:
                 out.append(Sprite(picture, x, float(y), 0.0, 4.2, 1.0))
     return out
 
-
+# %% ../../../nbs/parts/minigld/scene.ipynb #70233d42
 class Scene:
     "A landmark with everything around it, for one aspect after the other."
 

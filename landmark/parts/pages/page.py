@@ -53,7 +53,7 @@ def code_block(
     names = re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", source, flags=re.M)
     return Block("code", Markup(_highlight(nameless(source))), ", ".join(names) or "code")
 
-
+# %% ../../../nbs/parts/pages/page.ipynb #58076d61
 def output_blocks(
     cell,  # an executed code cell
     prose: Prose,  # of the page
@@ -130,7 +130,7 @@ def blocks_of(
                 out.append(b)
     return [b for b in out if b.inside]
 
-
+# %% ../../../nbs/parts/pages/page.ipynb #1d4cce99
 def render(
     notebook: Path,  # an executed notebook
     out: Path,  # the page to write; figures go to `figures/` beside it

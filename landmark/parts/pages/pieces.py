@@ -38,7 +38,7 @@ def mathml(
     except Exception:  # latex2mathml raises a dozen kinds
         return f"<code>{escape(tex)}</code>"
 
-
+# %% ../../../nbs/parts/pages/pieces.ipynb #6a8242a7
 class Prose(IPythonRenderer):
     "Markdown cells of one page, in HTML; it remembers title, quote line and sections."
 
@@ -138,7 +138,7 @@ def columns_of(
     counted = [str(c) for c in out[0].cells] == [*map(str, range(len(rows)))]
     return out[1:] if counted and not out[0].head.strip() else out
 
-
+# %% ../../../nbs/parts/pages/pieces.ipynb #18411316
 def _measured(column: Column) -> Column:
     "Is it made of numbers, and how wide is it at least?"
     texts = [c.striptags() for c in column.cells]

@@ -134,7 +134,7 @@ class _Walk:
         self.seen[real] = self.name(e.path)
         return True
 
-
+# %% ../../../nbs/parts/photos/importing.ipynb #57127638
 def scan_folder(
     folder: Path,  # any folder
 ) -> tuple:  # photos (file, path, label, bytes, mtime); skipped (file, reason)

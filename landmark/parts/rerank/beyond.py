@@ -64,7 +64,7 @@ def _encode(x, idxs, k1, half, n_threads, cols, vals, counts):
                 vals[i, a] /= total
             counts[i] = c
 
-
+# %% ../../../nbs/parts/rerank/beyond.ipynb #5ddf7e78
 @njit(cache=True, nogil=True, parallel=True)
 def _jaccard(indptr, indices, data, query, listed, n_threads, out):
     "Jaccard distance of each query to its listed images; vectors sum to 1, so Σ max = 2 − Σ min."

@@ -353,7 +353,7 @@ def _explore(hv, hr, hx, m, best, reached, touched, n_touched, sims, idxs, row, 
         m += 1
     return m, n_touched
 
-
+# %% ../../../nbs/parts/rerank/graph.ipynb #66420fab
 @njit(cache=True, nogil=True, parallel=True)
 def _traverse(q_sims, q_idxs, sims, idxs, t, k, n_threads, out):
     "EGT of every query into a row of `out`."

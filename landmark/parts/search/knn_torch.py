@@ -279,7 +279,7 @@ def _settled(q, base, sims, idxs, k, bound, half, pairs):
     more = (reach >= exact[:, k - 1]) & (idxs.shape[1] < len(base))
     return exact[:, :k], idxs.gather(1, order[:, :k]), more
 
-
+# %% ../../../nbs/parts/search/knn_torch.ipynb #31684a35
 def settle_on_device(
     queries,  # tensor float32 [q, d], where the base is
     base,  # tensor [n, d]
