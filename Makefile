@@ -1,5 +1,6 @@
 # make demo   everything on the drawn world, then the result tables        make test   export check, notebooks, pytest
 # make lab    JupyterLab                make photos DIR=folder             a report on your own photos
+# make album DIR=folder [OTHER=folder] [BENCH=folder] [V1=share] [NOISE=share]   every stage on your labelled photos
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
@@ -12,6 +13,8 @@ VENV    ?= .venv
 PROFILE ?= mini
 SEEDS   ?= 1
 CORES   ?= all
+V1      ?= 0.4
+NOISE   ?= 0
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 # folders may have spaces in their names: every recipe quotes them, and no target carries one
 BIN     := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
@@ -20,7 +23,7 @@ MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test check fix lab photos runs report readme bench clean setup environment export
+.PHONY: demo test check fix lab photos album runs report readme bench clean setup environment export
 .DEFAULT_GOAL := demo
 
 setup:
@@ -44,6 +47,10 @@ lab: setup
 photos: setup
 	@test -n "$(DIR)" || { echo 'make photos DIR=folder [QUERY=photo.jpg] [WEIGHTS=folder of a model, hf:owner/name or pretrained:name]'; exit 2; }
 	@"$(BIN)/landmark_explore" "$(DIR)" $(if $(QUERY),"$(QUERY)") $(if $(WEIGHTS),-p weights "$(WEIGHTS)")
+
+album: setup
+	@test -n "$(DIR)" || { echo 'make album DIR=folder [OTHER=folder] [BENCH=folder] [V1=share or folder] [NOISE=share] [SEEDS="1 2 3"] [KEEP=1]'; exit 2; }
+	@"$(BIN)/landmark_album" "$(DIR)" --others "$(OTHER)" --bench "$(BENCH)" --v1 "$(V1)" --noise "$(NOISE)" --seeds $(SEEDS) --cores $(CORES) $(if $(KEEP),--keep)
 
 runs: setup
 	@"$(BIN)/landmark_graph" runs

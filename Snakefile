@@ -1,9 +1,11 @@
 # The graph of stages. Which steps there are stands in params/<profile>/; see nbs/graph.ipynb.
 #   snakemake --cores all --config profile=mini seeds=1,2,3
+#   make album DIR=folder              params/album with what it leaves open, by `--config given=file`
 #   landmark_search run mini recipe    the trials of params/mini/search/recipe.yaml, by `--config search=recipe`
 # One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
 import os
 from landmark import graph, search
+from landmark.parts.config import read_yaml
 
 os.environ.pop("LANDMARK_WORLD", None)             # a profile names its worlds itself
 
@@ -11,7 +13,9 @@ seeds = [int(s) for s in str(config.get("seeds", 1)).replace(",", " ").split()]
 only = str(config.get("only", "")).split() or None
 try:
     profile, wanted = str(config.get("profile", "mini")), str(config.get("search", ""))
-    STEPS = graph.prepare(search.plan(profile, wanted, seeds) if wanted else graph.plan(profile, seeds, only))
+    given = read_yaml(config["given"]) if "given" in config else None  # what an album leaves open
+    steps = search.plan(profile, wanted, seeds) if wanted else graph.plan(profile, seeds, only, given=given)
+    STEPS = graph.prepare(steps)
 except graph.ParameterError as e:
     raise WorkflowError(str(e))
 

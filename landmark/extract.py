@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANY', 'Config', 'made_up_model', 'find_models', 'settings_of', 'card_of', 'device_of', 'too_many_bad',
-           'extract_shard', 'plan', 'jobs_of', 'run', 'left_over', 'main']
+           'extract_shard', 'wanted_splits', 'plan', 'jobs_of', 'run', 'left_over', 'main']
 
 # %% ../nbs/04_extract.ipynb #9fef656a
 import contextlib
@@ -52,7 +52,9 @@ class Config:
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
     models: str | list[str] = ""  # artifacts of 03_train, hf:owner/name, pretrained:tf_efficientnet_lite0
     select: list[str] = field(default_factory=list)  # names of the models that are wanted; empty: all
-    splits: list[str] = field(default_factory=lambda: ["index", "test"])  # image sets of the world
+    splits: list[str] = field(
+        default_factory=lambda: ["index", "test"]
+    )  # image sets; benchmarks: all there are
     sizes: str = "96"  # size group at scale 1 (L2 in the original), or pixels
     scales: list[float] = field(default_factory=lambda: [0.75, 1.0, 1.25])  # factors of both sides
     min_side: int = 48  # smallest side of a scaled image (128 in the original)
@@ -246,6 +248,21 @@ def extract_shard(
     return rows.values.tolist()
 
 # %% ../nbs/04_extract.ipynb #cd53f5ae
+def wanted_splits(
+    cfg: Config,  # a config
+    world: Path,  # the world's folder
+) -> list:  # names of splits
+    "The splits that are asked for; `benchmarks` stands for the queries and the index of every one there is."
+    there, wanted = world_splits(world), []
+    for split in cfg.splits:
+        all_of = [s for s in there if s.endswith(("_query", "_index"))] if split == "benchmarks" else [split]
+        if not set(all_of) <= set(there):
+            said = f"there is no split {split!r} in {world}; there are {', '.join(there)}"
+            raise ParameterError(f"extract: {said}, or benchmarks for all of those")
+        wanted += [s for s in all_of if s not in wanted]
+    return wanted
+
+
 def plan(
     cfg: Config,  # a config
     world: Path,  # the world's folder
@@ -253,13 +270,8 @@ def plan(
     out: Path,  # the run's directory
 ) -> list:  # (store folder, model folder, split, number of shards, card)
     "Every store that is wanted."
-    there = world_splits(world)
-    for split in cfg.splits:
-        if split not in there:
-            said = f"there is no split {split!r} in {world}; there are {', '.join(there)}"
-            raise ParameterError(f"extract: {said}")
     stores = []
-    for split in cfg.splits:
+    for split in wanted_splits(cfg, world):
         n_parts = max(1, -(-len(read_split(world, split)[0]) // cfg.shard_size))
         for name, folder in models.items():
             stores.append((out / name / split, str(folder), split, n_parts, card_of(cfg, folder, split)))
@@ -280,7 +292,8 @@ def jobs_of(
     own = jobs[cfg.shard :: cfg.n_shards]
     missing = {store: set(missing_shards(store, n_parts, card)) for store, _, _, n_parts, card in stores}
     todo = [job for job in own if job[5] in missing[Path(job[3])]]
-    return sorted(todo, key=lambda job: (cfg.splits.index(job[4]), job[5]))
+    order = [split for _, _, split, *_ in stores]
+    return sorted(todo, key=lambda job: (order.index(job[4]), job[5]))
 
 # %% ../nbs/04_extract.ipynb #95a90bba
 MANY = 1000  # images for which it pays to start processes

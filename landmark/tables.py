@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'ORIGINAL', 'TITLES', 'Config', 'read_all',
-           'table_datasets', 'table_losses', 'table_training', 'at_equal_steps', 'table_equal_steps', 'table_start',
-           'table_reranking', 'table_recognition', 'table_cleaning', 'table_kept', 'table_lost', 'table_grid',
-           'table_separation', 'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown', 'make_tables',
-           'run', 'main']
+           'table_datasets', 'columns_of', 'table_losses', 'table_training', 'at_equal_steps', 'table_equal_steps',
+           'table_start', 'table_reranking', 'table_recognition', 'table_cleaning', 'table_kept', 'table_lost',
+           'table_grid', 'table_separation', 'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown',
+           'make_tables', 'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #ad8037a7
 import tempfile
@@ -48,6 +48,7 @@ class Config:
     scratch: list[str] = _artifacts()  # of 05_rerank: a network trained on v1 from scratch
     one_aspect: list[str] = _artifacts()  # of 05_rerank on the world with one aspect per landmark
     no_noise: list[str] = _artifacts()  # of 05_rerank on the world without noise
+    no_other: list[str] = _artifacts()  # of 05_rerank on the world without photos of other things
     n_boot: int = 2000  # resamples of the bootstrap
 
 # %% ../nbs/07_tables.ipynb #3587f0aa
@@ -80,6 +81,17 @@ def table_datasets(
 RETRIEVAL = {("gld_private", "mAP@100"): "Private", ("gld_public", "mAP@100"): "Public"}
 _BENCHMARKS = dict(rnorth="RNorth", rsouth="RSouth", roxford5k="ROxf", rparis6k="RPar")
 REVISITED = {(b, f"mAP {p}"): f"{title} {p}" for b, title in _BENCHMARKS.items() for p in "MH"}
+
+
+def columns_of(
+    df: pd.DataFrame,  # metrics.csv of 05_rerank, stacked
+) -> dict:  # (benchmark, metric) → column title, of what was measured
+    "The columns of a table of retrieval: both halves of the queries, then every benchmark there is."
+    others = sorted(b for b in set(df.benchmark) - set(_BENCHMARKS) if not b.startswith("gld_"))
+    known = RETRIEVAL | REVISITED | {(b, f"mAP {p}"): f"{b.capitalize()} {p}" for b in others for p in "MH"}
+    return measured(df[df.value.notna()], known)
+
+
 _PAPER = dict(
     lb_private="Private (paper)",
     roxf_medium="ROxf M (paper)",
@@ -97,7 +109,7 @@ def table_losses(
     "Losses on v1 (table 3 of 1906.04087); below the original's those that came later."
     df = models[models.model.str.fullmatch(r"[a-z0-9_]+_v1") & (models.method == "baseline")]
     df = df.assign(loss=df.model.str.removesuffix("_v1"))
-    t = in_order(pivot(df, "loss", measured(df, RETRIEVAL | REVISITED)), "loss", LOSSES)
+    t = in_order(pivot(df, "loss", columns_of(df)), "loss", LOSSES)
     return beside(t, paper("losses"), "loss", _PAPER).fillna("–")
 
 
@@ -107,7 +119,7 @@ def table_training(
     "Training sets with ArcFace (table 2 of 1906.04087)."
     df = models[models.model.isin([f"arcface_{s}" for s in TRAIN_SETS]) & (models.method == "baseline")]
     df = df.assign(data=df.model.str.removeprefix("arcface_"))
-    t = in_order(pivot(df, "data", measured(df, RETRIEVAL | REVISITED)), "data", TRAIN_SETS)
+    t = in_order(pivot(df, "data", columns_of(df)), "data", TRAIN_SETS)
     theirs = paper("training_data").assign(data=lambda d: d.data.str.replace(" ", ""))
     return beside(t, theirs, "data", _PAPER)
 
@@ -140,7 +152,7 @@ def table_start(
         "ImageNet, then v1": models[models.model == "arcface_v1"],
     }
     df = pd.concat([d[d.method == "baseline"].assign(start=k) for k, d in rows.items()], ignore_index=True)
-    return in_order(pivot(df, "start", measured(df, RETRIEVAL | REVISITED)), "start", rows)
+    return in_order(pivot(df, "start", columns_of(df)), "start", rows)
 
 # %% ../nbs/07_tables.ipynb #2c59d5d3
 METHODS = {  # ours → the paper's name
@@ -160,7 +172,7 @@ def table_reranking(
     rerank: pd.DataFrame,  # metrics.csv of 05_rerank for every method, stacked
 ) -> pd.DataFrame:  # a row a method
     "Re-ranking (table 5 of 2003.11211); below the published methods those that came later."
-    t = in_order(pivot(rerank, "method", measured(rerank, RETRIEVAL | REVISITED)), "method", METHODS)
+    t = in_order(pivot(rerank, "method", columns_of(rerank)), "method", METHODS)
     t["paper"] = t.method.map(METHODS)
     theirs = paper("reranking").rename(columns=dict(method="paper"))
     t = beside(t, theirs, "paper", dict(lb_private="Private (paper)", lb_public="Public (paper)"))
@@ -319,6 +331,7 @@ TITLES = dict(
     recognition="Recognition: GAP",
     one_aspect="Control: one aspect per landmark",
     no_noise="Control: no noise",
+    no_other="Control: no photos of other things",
     verdicts="The paper's conclusions, on this data",
 )
 
@@ -361,7 +374,8 @@ def make_tables(
         reranking=(rerank, table_reranking),
         recognition=(read("recognize", "metrics.csv"), table_recognition),
         one_aspect=(read("one_aspect", "metrics.csv"), _table_one_aspect),
-        no_noise=(read("no_noise", "metrics.csv"), _table_no_noise),
+        no_noise=(read("no_noise", "metrics.csv"), _table_of_models),
+        no_other=(read("no_other", "metrics.csv"), _table_of_models),
     )
     tables = {k: make(df) for k, (df, make) in makers.items() if len(df)}
     judged = {k: read(k, "per_query.csv") for k in _JUDGED}
@@ -374,8 +388,8 @@ def _table_one_aspect(df):
     return pivot(df, "method", measured(df, RETRIEVAL))
 
 
-def _table_no_noise(df):
-    return pivot(df, "model", measured(df, RETRIEVAL | REVISITED))
+def _table_of_models(df):
+    return pivot(df, "model", columns_of(df))
 
 # %% ../nbs/07_tables.ipynb #a03a24f3
 _MODELS = [
@@ -430,6 +444,7 @@ def _made_up(home: Path, seed: int) -> dict:
         scratch=_long(rng, ["arcface_v1"], ["baseline"]),
         one_aspect=_long(rng, ["arcface_v2"], ["baseline", "sort", "sort+insert"]),
         no_noise=_long(rng, ["arcface_v1+v2", "arcface_v1+v2-clean"], ["baseline"]),
+        no_other=_long(rng, ["arcface_v2", "arcface_v2-clean"], ["baseline"]),
     )
     manifest = dict(config=dict(seed=seed), metrics=dict(made_up=True), outputs={})
     for name, files in made.items():
