@@ -339,9 +339,10 @@ TITLES = dict(
 def as_markdown(
     name: str,  # of a table
     t: pd.DataFrame,  # the table
+    best: list | None = None,  # columns whose highest value is bold; if not given those named like a metric
 ) -> str:  # the same in Markdown
     "A table to print: what goes beyond the original stands below a line."
-    lines, known = to_markdown(t.round(2)).split("\n"), ORIGINAL.get(name)
+    lines, known = to_markdown(t.round(2), best).split("\n"), ORIGINAL.get(name)
     n = int(t.iloc[:, 0].isin(list(known)).sum()) if known else len(t)
     if n < len(t):
         lines.insert(2 + n, "| " + " | ".join(["*beyond the original*"] + [""] * (t.shape[1] - 1)) + " |")

@@ -92,6 +92,6 @@ def test_no_figure_is_typed_by_hand(name):
     "Between the markers of the front pages' sources there is nothing."
     nb = json.loads(read(f"nbs/{frontpage.FRONT[name]}"))
     text = "".join("".join(c["source"]) + "\n" for c in nb["cells"])
-    for kind in ("table", "figure"):
+    for kind in ("table", "beside", "figure"):
         between = re.findall(rf"<!-- {kind}: .*? -->\n(.*?)<!-- /{kind} -->", text, flags=re.S)
         assert between.count("") == text.count(f"<!-- {kind}:") > 0
