@@ -318,22 +318,24 @@ _FACTS = ["width", "height", "changed", "sha256", "pixels"]
 
 
 def import_files(
-    files: pd.DataFrame,  # as `take_files` returns them [n]
+    files: pd.DataFrame,  # as `take_files` returns them, perhaps with further columns [n]
     targets: list,  # where their copies shall lie [n]
     max_side: int = 1024,  # longest side of the copies
     min_side: int = 64,  # a photo with a shorter side is skipped
     n_workers: int = 0,  # processes; 0 is one per core
     kept=None,  # what an earlier run knows, see `import_folder`
-) -> tuple:  # photos that were read; failed (file, reason); looks float32 [photos, 1024]
+) -> tuple:  # photos that were read; failed, with the reason; looks float32 [photos, 1024]
     "Import listed files: one row per photo with its names, its label, and what was found out about it."
     work = partial(import_photo, max_side=max_side, min_side=min_side)
     facts = _import_new(list(zip(files.path, map(str, targets))), kept, work, n_workers)
     good = np.array([isinstance(f, dict) for f in facts], bool)
-    failed = pd.DataFrame(dict(file=files.file[~good], reason=[f for f in facts if isinstance(f, str)]))
+    files = files.drop(columns=["path", "mtime"])
+    failed = files[~good].assign(reason=[f for f in facts if isinstance(f, str)])
     found = pd.DataFrame([f for f in facts if isinstance(f, dict)], columns=[*_FACTS, "look"])
     looks = np.stack([np.zeros(1024, np.float32), *found.pop("look")])[1:]
-    names = files.loc[good, ["image_id", "file", "label", "bytes"]].reset_index(drop=True)
-    return pd.concat([names, found], axis=1), failed, looks
+    photos = pd.concat([files[good].reset_index(drop=True), found], axis=1)
+    photos.insert(0, "image_id", photos.pop("image_id"))
+    return photos, failed, looks
 
 # %% ../../../nbs/parts/photos/importing.ipynb #a41ef23f
 def import_folder(
@@ -352,7 +354,9 @@ def import_folder(
     splits = np.where(files.label == "", "index", "train")
     targets = [image_path(home / split, i) for split, i in zip(splits, files.image_id)]
     photos, failed, looks = import_files(files, targets, max_side, min_side, n_workers, kept)
-    skipped = pd.concat([failed, skipped, beyond]).sort_values(["file"]).reset_index(drop=True)
+    skipped = (
+        pd.concat([failed[["file", "reason"]], skipped, beyond]).sort_values(["file"]).reset_index(drop=True)
+    )
     if not len(photos):
         why = _counted(skipped) or "it is empty"
         raise ParameterError(f"{shown_name(folder)} holds no photo that can be read: {why}")
