@@ -132,11 +132,11 @@ def landmark_names(
 
 
 def read_truth(
-    world: Path,  # folder of a drawn world
+    world: Path,  # folder of a world whose truth is known
 ) -> pd.DataFrame:  # one row per image
-    "What is really in each image; only drawn worlds know."
+    "What is really in each image; worlds know that are drawn, or whose labels are wrong on purpose."
     path = Path(world) / "truth.csv"
-    truth = pd.read_csv(path, dtype={"image_id": str})
+    truth = pd.read_csv(path, dtype=dict.fromkeys(("image_id", "building", "aspect", "light"), str))
     check_names(truth.image_id, path)
     for i, p in enumerate(truth.path if "path" in truth else ()):
         if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts:
