@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEYOND', 'Config', 'inputs_of', 'check_local', 'rule_of', 'describer', 'verify_voters', 'non_landmark_pools',
-           'recognise_beyond', 'judge', 'run', 'main']
+           'recognise_beyond', 'judge', 'evidence_of', 'name_photos', 'run', 'main']
 
 # %% ../nbs/06_recognize.ipynb #ab72a94f
 from dataclasses import field
@@ -31,6 +31,14 @@ from .parts.local.features import extract_many, open_local
 from .parts.local.kinds import kind_of, rule_for
 from .parts.local.verification import verify_pairs
 from .parts.metrics import gap
+from landmark.parts.rerank.confidence import (
+    TooFew,
+    choose_evidence,
+    isotonic,
+    logistic,
+    outcomes,
+    reliability,
+)
 from .parts.rerank.voting import choose_limit, distractor_rule, minus_non_landmarks, recognise
 from .parts.search.knn import search
 
@@ -55,6 +63,7 @@ class Config:
     enough: int = 70  # inliers that count as a full vote
     most: int = 0  # predictions a label may have (Google Landmarks: 30); 0 chooses it on Public
     n_non_landmarks: int = 5  # beyond the paper: nearest non-landmark images to subtract; 0: none
+    max_wrong: float = 0.05  # share of the given names that may be wrong on Public
     kind: str = "rootsift"  # kind of local features: rootsift, xfeat, aliked, delf
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side
@@ -335,6 +344,74 @@ def _in_place(asked, n, labels, scores):
     all_labels[asked], all_scores[asked] = labels, scores
     return all_labels, all_scores
 
+# %% ../nbs/06_recognize.ipynb #a4e31eec
+def evidence_of(
+    solution: pd.DataFrame,  # image_id, landmarks, usage [q]
+    steps: dict,  # method → (labels, scores) [q]
+    voters: pd.DataFrame,  # query_id, landmark_id, n_inliers
+) -> dict:  # (step, calibration) → (calibration, evidence, was the answer right?)
+    "What could say how sure a name is."
+    counts, out = voters.groupby(["query_id", "landmark_id"]).n_inliers.max(), {}
+    for step in ("+ inliers", BEYOND):
+        if step in steps:
+            labels, scores = steps[step]
+            answers = pd.MultiIndex.from_arrays([solution.image_id, labels])
+            both = np.c_[scores, np.log1p(counts.reindex(answers).fillna(0))]
+            right = _right(labels, solution)
+            out[step, "logistic"] = logistic, scores, right
+            out[step, "isotonic"] = isotonic, scores, right
+            out[step, "logistic, with inliers"] = logistic, both, right
+    return out
+
+
+def _right(labels, solution):
+    "Does each photo show what it is called?"
+    return np.array([int(label) in truth for label, truth in zip(labels, map(set, solution.landmarks))])
+
+# %% ../nbs/06_recognize.ipynb #339c99dc
+def name_photos(
+    solution: pd.DataFrame,  # image_id, landmarks, usage [q]
+    steps: dict,  # method → (labels, scores) [q]
+    voters: pd.DataFrame,  # query_id, landmark_id, n_inliers
+    called: dict,  # landmark_id → name
+    max_wrong: float = 0.05,  # share of the given names that may be wrong on Public
+) -> tuple:  # tables names, reliability, naming, calibrations, and numbers for the manifest
+    "Names with confidences, and how well they do on Public and on Private."
+    public, tried = (solution.usage == "Public").to_numpy(), pd.DataFrame(columns=_TRIED)
+    (step, how), p, threshold = ("+ inliers", "none"), np.full(len(solution), np.nan), float("inf")
+    try:
+        candidates = evidence_of(solution, steps, voters)
+        (step, how), p, threshold, tried = choose_evidence(candidates, public, max_wrong)
+    except TooFew as e:
+        log(f"recognize: no confidences and no names; on Public there are {e}")
+    labels, named = steps[step][0], p >= threshold
+    names = solution[["image_id", "usage"]].assign(landmark_id=labels)
+    names["name"] = names.landmark_id.map(called).fillna("")
+    names = names.assign(confidence=p, named=named)
+    right, numbers = _right(labels, solution), dict(evidence=f"{step}: {how}", threshold=None)
+    if np.isfinite(threshold):
+        numbers["threshold"] = threshold
+    tried = tried.assign(step=[s for s, _ in tried.evidence], calibration=[c for _, c in tried.evidence])
+    made = dict(names=names, calibrations=tried[["step", "calibration", *_TRIED[1:]]])
+    return made | _by_usage(solution, p, named, right, known=len(tried) > 0), numbers
+
+
+_TRIED = ["evidence", "right_names", "threshold", "brier", "ece"]
+
+
+def _by_usage(solution, p, named, right, known):
+    "Reliability and outcomes, on Public and on Private; without a calibration, the columns alone."
+    out, shows = dict(reliability=[], naming=[]), solution.landmarks.map(bool).to_numpy()
+    for usage in ("Public", "Private"):
+        rows = (solution.usage == usage).to_numpy() & known
+        there = rows & np.isfinite(p)
+        found = outcomes(named[rows], right[rows], shows[rows])
+        bins = reliability(p[there], right[there]).rename_axis("bin").reset_index()
+        for name, t in (("reliability", bins), ("naming", found if known else found[:0])):
+            t.insert(0, "usage", usage)
+            out[name].append(t)
+    return {name: pd.concat(ts, ignore_index=True) for name, ts in out.items()}
+
 # %% ../nbs/06_recognize.ipynb #47a0db68
 def _tables(solution, steps):
     "Metrics of every step, and its answers one row per query."
@@ -348,7 +425,7 @@ def _tables(solution, steps):
             query_id=solution.image_id,
             landmark_id=labels,
             score=scores,
-            correct=[int(label) in truth for label, truth in zip(labels, map(set, solution.landmarks))],
+            correct=_right(labels, solution),
             has_landmark=solution.landmarks.map(bool),
         )
         per_query.append(pd.DataFrame(columns))
@@ -358,12 +435,14 @@ def _tables(solution, steps):
 
 def run(
     cfg: Config,  # what to recognise, and how
-) -> Path:  # the artifact: metrics.csv, predictions.csv, per_query.csv, voters.csv, limits.csv
+) -> Path:  # the artifact: metrics, predictions, per_query, voters, limits, names, naming (.csv) and more
     "Predict a landmark for every test image and judge it."
     world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
     named = cfg.clean, cfg.verified, cfg.delf
     clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in named)
+    if not 0 <= cfg.max_wrong < 1:
+        raise ParameterError(f"recognize: max_wrong is {cfg.max_wrong}; allowed: 0 or more, less than 1")
     check_local(cfg, delf, verified)
     rule_of(cfg, verified)
     with open_stage("recognize", cfg, inputs=[world, extracted, clean, verified, delf], code=__name__) as st:
@@ -378,6 +457,10 @@ def run(
         write_csv(per_query, st.dir / "per_query.csv")
         write_recognition(st.dir / "predictions.csv", solution.image_id, *steps["+ distractor rule"])
         write_csv(voters, st.dir / "voters.csv")
+        called = landmark_names(world)
+        named, st.metrics["naming"] = name_photos(solution, steps, voters, called, cfg.max_wrong)
+        for name, table in named.items():
+            write_csv(table, st.dir / f"{name}.csv")
         write_csv(pd.DataFrame(curve.items(), columns=["most", "public_gap"]), st.dir / "limits.csv")
     return st.dir
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'ORIGINAL', 'TITLES', 'Config', 'read_all',
            'table_datasets', 'columns_of', 'table_losses', 'table_training', 'at_equal_steps', 'table_equal_steps',
-           'table_start', 'table_reranking', 'table_recognition', 'table_cleaning', 'table_kept', 'table_lost',
-           'table_grid', 'table_separation', 'table_restriction', 'table_parameters', 'table_verdicts', 'as_markdown',
-           'make_tables', 'run', 'main']
+           'table_start', 'table_reranking', 'table_recognition', 'table_naming', 'table_reliability', 'table_cleaning',
+           'table_kept', 'table_lost', 'table_grid', 'table_separation', 'table_restriction', 'table_parameters',
+           'table_verdicts', 'as_markdown', 'make_tables', 'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #ad8037a7
 import tempfile
@@ -22,6 +22,7 @@ from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, read_json, write_csv, write_json, write_text
 from .parts.paper import beside, in_order, mean_sd, measured, paper, paper_dir, pivot
 from .parts.plots import to_markdown
+from .parts.rerank.confidence import OUTCOMES, expected_error, wilson
 from .parts.verdicts import bootstrap_interval, differences, verdict
 
 # %% ../nbs/07_tables.ipynb #f7054701
@@ -192,6 +193,38 @@ def table_recognition(
     t = t[["method"] + [c for c in ("Private", "Public") if c in t]]
     return beside(t, paper("recognition"), "method", dict(private="Private (paper)")).fillna("–")
 
+# %% ../nbs/07_tables.ipynb #f1e9073d
+def table_naming(
+    naming: pd.DataFrame,  # naming.csv of 06_recognize, stacked
+    bins: pd.DataFrame,  # its reliability.csv, stacked
+) -> pd.DataFrame:  # usage, right, wrong, no known landmark, others refused, ECE, all in %
+    "What becomes of photos, of landmarks and of other things; means over the seeds."
+    own = naming[naming.outcome != "named"].replace(dict(outcome=dict(refused="others refused")))
+    t = own.groupby(["usage", "outcome"]).share.apply(mean_sd, digits=1).unstack()
+    t = t.reindex(columns=["right", "wrong", "no known landmark", "others refused"])
+    errors = [(usage, expected_error(d)) for (usage, _), d in bins.groupby(["usage", "seed"])]
+    t["ECE"] = [mean_sd([e for u, e in errors if u == usage], digits=1) for usage in t.index]
+    t = in_order(t.fillna("–").reset_index(), "usage", ["Private", "Public"])
+    return t.rename(columns={c: f"{c}, %" for c in t.columns[1:]}).rename_axis(columns=None)
+
+
+def table_reliability(
+    bins: pd.DataFrame,  # reliability.csv of 06_recognize, stacked
+) -> pd.DataFrame:  # confidence (%, from and to), and for each half of the photos right and photos
+    "How many names were right, tenth by tenth of confidence, with the 95 % interval; photos of all seeds."
+    df = bins.assign(tenth=(10 * bins.confidence).astype(int).clip(upper=9), right=bins.right * bins.n)
+    g = df.groupby(["tenth", "usage"])[["right", "n"]].sum().reset_index()
+    low, high = wilson(g.right, g.n)
+    cells = zip(100 * g.right / g.n, 100 * low, 100 * high)
+    g = g.assign(right=[f"{p:.0f} ({a:.0f} to {b:.0f})" for p, a, b in cells], photos=g.n.astype(int))
+    t = pd.DataFrame(dict(tenth=sorted(set(g.tenth))))
+    for usage in ("Private", "Public"):
+        own = g[g.usage == usage].set_index("tenth")
+        t[f"right, {usage}, %"] = t.tenth.map(own.right).fillna("–")
+        t[f"photos, {usage}"] = t.tenth.map(own.photos).fillna(0).astype(int)
+    t.insert(0, "confidence, %", [f"{10 * i} to {10 * i + 10}" for i in t.pop("tenth")])
+    return t
+
 # %% ../nbs/07_tables.ipynb #c47bcd85
 def table_cleaning(
     quality: pd.DataFrame,  # quality.csv of 02_clean, stacked
@@ -329,6 +362,8 @@ TITLES = dict(
     restriction="Neighbours asked: the nearest of all, or the whole label",
     reranking="Re-ranking: mAP",
     recognition="Recognition: GAP",
+    naming="Names given to photos that were kept aside, and names refused",
+    reliability="How far the confidence of a name can be believed",
     one_aspect="Control: one aspect per landmark",
     no_noise="Control: no noise",
     no_other="Control: no photos of other things",
@@ -359,7 +394,7 @@ def make_tables(
     "All tables whose inputs are there."
     data = pd.concat([read("data", "datasets.csv"), read("clean", "datasets.csv")])
     models, rerank = read("models", "metrics.csv"), read("rerank", "metrics.csv")
-    quality = read("clean", "quality.csv")
+    quality, bins = read("clean", "quality.csv"), read("recognize", "reliability.csv")
     makers = dict(
         datasets=(data, table_datasets),
         losses=(models, table_losses),
@@ -374,6 +409,8 @@ def make_tables(
         restriction=(read("verify", "restriction.csv"), table_restriction),
         reranking=(rerank, table_reranking),
         recognition=(read("recognize", "metrics.csv"), table_recognition),
+        naming=(read("recognize", "naming.csv"), lambda df: table_naming(df, bins)),
+        reliability=(bins, table_reliability),
         one_aspect=(read("one_aspect", "metrics.csv"), _table_one_aspect),
         no_noise=(read("no_noise", "metrics.csv"), _table_of_models),
         no_other=(read("no_other", "metrics.csv"), _table_of_models),
@@ -425,10 +462,18 @@ def _cleaned():
 
 
 def _recognized(rng):
-    "The table of a made-up 06_recognize."
+    "The tables of a made-up 06_recognize."
     steps = (*RECOGNITION, "soft vote, similarity")
     rows = [(m, u, "GAP", rng.random(), 9) for m in steps for u in ("Private", "Public")]
-    return {"metrics.csv": pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n"])}
+    named = [
+        (u, k, w, 9, 1 / len(ws)) for u in ("Public", "Private") for k, ws in OUTCOMES.items() for w in ws
+    ]
+    bins = [(u, p, rng.random(), 9) for u in ("Public", "Private") for p in (0.1, 0.5, 0.9)]
+    return {
+        "metrics.csv": pd.DataFrame(rows, columns=["method", "usage", "metric", "value", "n"]),
+        "naming.csv": pd.DataFrame(named, columns=["usage", "photos", "outcome", "n", "share"]),
+        "reliability.csv": pd.DataFrame(bins, columns=["usage", "confidence", "right", "n"]),
+    }
 
 
 def _made_up(home: Path, seed: int) -> dict:

@@ -1,10 +1,16 @@
-"Recognition with the paper's local features: one DELF for queries and voters, nothing that does not fit it."
+"""Recognition with the paper's local features: one DELF for queries and voters, nothing that does not fit it.
+Then confidences: right by slow definitions, and nothing of Private in them."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
 from test_ensemble import made
 
 from landmark import recognize, verify
@@ -17,6 +23,15 @@ from landmark.parts.local.kinds import rule_for
 from landmark.parts.local.verification import verify as verify_one
 from landmark.parts.nets.backbones import make_model
 from landmark.parts.nets.checkpoints import save_model
+from landmark.parts.rerank import confidence
+from landmark.parts.rerank.confidence import (
+    choose_threshold,
+    confidences,
+    cross_fitted,
+    isotonic,
+    logistic,
+    reliability,
+)
 
 SIZE = dict(world="tiny", max_keypoints=100, max_side=160)
 
@@ -105,3 +120,120 @@ def test_what_does_not_fit_is_refused_before_the_search(cleaning, monkeypatch, t
     ):
         with pytest.raises(ValueError, match=says):
             recognize.run(replace(given, **change))
+
+
+def drawn(seed, n=300):
+    "Two kinds of evidence, the chance they give, and answers drawn with it."
+    rng = np.random.default_rng(seed)
+    x = np.c_[rng.normal(size=n), rng.poisson(4, n)]
+    chance = expit(x[:, 0] + 0.5 * x[:, 1] - 3)
+    return x, chance, rng.random(n) < chance
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_calibrations_are_those_of_another_library(seed):
+    x, _, right = drawn(seed)
+    n, m = right.sum(), (~right).sum()
+    targets = np.where(right, (n + 1) / (n + 2), 1 / (m + 2))
+    twice, said = np.r_[x, x], np.r_[np.ones(300), np.zeros(300)]  # each answer a bit right, a bit wrong
+    theirs = LogisticRegression(C=np.inf, tol=1e-9, max_iter=1000)
+    theirs.fit(twice, said, sample_weight=np.r_[targets, 1 - targets])
+    assert (theirs.coef_ > 0).all()
+    np.testing.assert_allclose(logistic(x, right)(x), theirs.predict_proba(x)[:, 1], atol=2e-3)
+    one = x[:, 0].round(1)  # with equal scores
+    theirs = IsotonicRegression(out_of_bounds="clip").fit(one, targets)
+    new = np.linspace(-4, 4, 99)
+    np.testing.assert_allclose(isotonic(one, right)(new), theirs.predict(new), atol=1e-6)
+
+
+def test_calibrations_find_the_chances_that_answers_were_drawn_with():
+    x, chance, right = drawn(0, 20_000)
+    assert np.abs(logistic(x, right)(x) - chance).max() < 0.03
+    p = cross_fitted(logistic, x, right)
+    assert np.sqrt(np.mean((p - chance) ** 2)) < 0.01
+    tables = [reliability(*drawn(seed)[1:]) for seed in range(40)]  # true chances
+    inside = pd.concat(tables).eval("low <= confidence <= high").mean()
+    assert 0.92 < inside < 0.99  # a 95 % interval
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_evidence_is_never_less_sure(seed):
+    rng = np.random.default_rng(seed)
+    x, right = rng.normal(size=(40, 2)), rng.random(40) < 0.5  # nothing to learn
+    more = x + rng.random((40, 2))
+    fit, curve = logistic(x, right), isotonic(x[:, 0], right)
+    assert (fit(more) >= fit(x)).all() and (curve(more[:, 0]) >= curve(x[:, 0])).all()
+    assert ((fit(100 * x) >= 0) & (fit(100 * x) <= 1)).all()
+
+
+def test_a_score_that_separates_completely_stays_modest():
+    x, right = np.arange(20.0), np.arange(20) >= 10
+    for fit in (logistic, isotonic):
+        p = fit(x, right)(x)
+        assert p.min() >= 1 / 12 - 0.08 and p.max() <= 1 - 1e-3 and p[0] < 0.2 < 0.8 < p[-1]
+    assert np.isnan(confidences(logistic, np.r_[x, np.nan], np.r_[right, False], np.ones(21))[-1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_threshold_is_the_best_of_all(seed):
+    rng = np.random.default_rng(seed)
+    p = rng.random(40).round(1)
+    right = rng.random(40) < p
+    for max_wrong in (0, 0.05, 0.2, 0.5):
+        got = {
+            t: (right & (p >= t)).sum() for t in p if (~right & (p >= t)).sum() <= max_wrong * (p >= t).sum()
+        }
+        best = max(got.values(), default=0)
+        want = max((t for t, k in got.items() if k == best), default=np.inf) if best else np.inf
+        assert choose_threshold(p, right, max_wrong) == want
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    "Names of the tiny world, with Private's truth as it is, or as somebody wants it."
+    world = make_world("tiny")
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
+    descriptors = str(made(tmp_path / "two-12345678", world))
+
+    def run(name, private=None):
+        folder = shutil.copytree(world, tmp_path / name)
+        path = folder / "v2" / "recognition_solution.csv"
+        df = pd.read_csv(path, dtype=str)
+        if private:
+            df.loc[df.Usage == "Private", "landmarks"] = private
+        df.to_csv(path, index=False)
+        asks = dict(world=str(folder), name=name, descriptors=descriptors, models=["a"], kind="rootsift")
+        return recognize.run(recognize.Config(**(SIZE | asks), max_wrong=0.4))
+
+    return run
+
+
+def test_nothing_of_private_is_chosen_on(named, monkeypatch):
+    monkeypatch.setattr(confidence, "LEAST", 2)  # tiny has six photos to choose on
+    outs = [named("true"), named("untrue", "1")]
+    same = [(o / "names.csv").read_text() + (o / "calibrations.csv").read_text() for o in outs]
+    assert same[0] == same[1]
+    numbers = [json.loads((o / "manifest.json").read_text())["metrics"]["naming"] for o in outs]
+    assert numbers[0] == numbers[1] and numbers[0]["threshold"] > 0
+    names, naming = (pd.read_csv(outs[0] / f"{f}.csv") for f in ("names", "naming"))
+    assert names.confidence.between(0, 1).all() and names.named.any() and (names.name != "").all()
+    assert naming.groupby("usage").n.sum().to_dict() == names.usage.value_counts().to_dict()
+    others = [pd.read_csv(o / "naming.csv").query("usage == 'Private'").n.tolist() for o in outs]
+    assert others[0] != others[1]
+
+
+def test_too_few_answers_give_a_sentence_and_no_names(named, capsys):
+    out = named("few")
+    assert "no confidences and no names; on Public there are" in capsys.readouterr().err
+    names = pd.read_csv(out / "names.csv")
+    assert names.confidence.isna().all() and not names.named.any() and len(names) == 14
+    assert [len(pd.read_csv(out / f"{f}.csv")) for f in ("reliability", "naming", "calibrations")] == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_a_share_of_wrong_names_is_a_share():
+    with pytest.raises(ValueError, match="max_wrong is 5.0; allowed: 0 or more, less than 1"):
+        recognize.run(recognize.Config(**SIZE, max_wrong=5))
