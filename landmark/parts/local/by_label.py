@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['label_table']
 
-# %% ../../../nbs/parts/local/by_label.ipynb #d7d74537
+# %% ../../../nbs/parts/local/by_label.ipynb #8078b119
 import numpy as np
 import pandas as pd
 
 from .cleaning import plain_reasons
 
-# %% ../../../nbs/parts/local/by_label.ipynb #7aaf7fd4
+# %% ../../../nbs/parts/local/by_label.ipynb #0db93c87
 def label_table(
     labels: np.ndarray,  # landmark_id per image [n]
     keep: np.ndarray,  # whether it stays [n] bool
