@@ -69,6 +69,7 @@ class Config:
     n_near: int = 10  # neighbors: nearest images that vote
     n_folds: int = 5  # cleanlab: folds of its cross-validation
     filter_by: str = "prune_by_noise_rate"  # cleanlab: how it picks the issues, its own default
+    device: str = "cpu"  # neighbors: where the search runs; cpu, cuda, auto
     memory_mib: int = 4096  # for cleanlab's table of probabilities, or for the search of neighbours
     grid_inliers: list = field(default_factory=lambda: [10, 12, 15, 20, 30, 40, 50])  # thresholds of the grid
     grid_verified: list = field(default_factory=lambda: [*range(1, 11)])  # thresholds of the grid
@@ -282,33 +283,29 @@ def described(
 def _write_other(cfg, out, e, truth, metrics, names=None):
     "Decide by descriptors, and write every table."
     known, labels, passed = e["known"], e["labels"], np.zeros(len(e["ids"]), bool)
-    passed[known], said = judge(
-        cfg.how,
-        e["x"][known],
-        labels[known],
-        cfg.n_near,
-        cfg.n_folds,
-        cfg.filter_by,
-        cfg.seed,
-        cfg.memory_mib,
-    )
+    settings = {
+        k: getattr(cfg, k) for k in ("n_near", "n_folds", "filter_by", "seed", "memory_mib", "device")
+    }
+    passed[known], said = judge(cfg.how, e["x"][known], labels[known], **settings)
     keep, alone = clean_images(passed, labels, 1)
-    _, group, size = np.unique(labels, return_inverse=True, return_counts=True)
-    said_why = (
-        [~known, size[group] == 1, alone, ~keep],
-        [
-            "no descriptor: it could not be read",
-            "the only image of its label",
-            "the only image of its label that passed",
-            WAYS[cfg.how],
-        ],
-    )
-    why = np.select(*said_why, "").tolist()
+    why = _why_other(cfg, labels, known, keep, alone)
     facts = {k: pd.Series(v, np.flatnonzero(known)).reindex(range(len(known))) for k, v in said.items()}
     _write_images(out, e, keep, why, facts | dict(kept=keep))
-    small = size[size < cfg.n_folds] if cfg.how == "cleanlab" else []
-    metrics |= dict(unreadable=int((~known).sum()), small_labels=len(small))
+    sizes = np.unique(labels, return_counts=True)[1]
+    metrics |= dict(unreadable=int((~known).sum()), small_labels=int((sizes < cfg.n_folds).sum()))
     _tell(out, e, keep, why, truth, names, metrics)
+
+
+def _why_other(cfg, labels, known, keep, alone):
+    "Why the others left, where descriptors decided."
+    _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    found = {
+        "no descriptor: it could not be read": ~known,
+        "the only image of its label": sizes[group] == 1,
+        "the only image of its label that passed": alone,
+        WAYS[cfg.how]: ~keep,
+    }
+    return np.select(list(found.values()), list(found), "").tolist()
 
 # %% ../nbs/02_clean.ipynb #55369718
 def _made_up_descriptors(world: Path, out: Path, seed: int) -> Path:

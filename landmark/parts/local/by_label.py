@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['label_table']
 
-# %% ../../../nbs/parts/local/by_label.ipynb #8078b119
+# %% ../../../nbs/parts/local/by_label.ipynb #571648cc
 import numpy as np
 import pandas as pd
 
 from .cleaning import plain_reasons
 
-# %% ../../../nbs/parts/local/by_label.ipynb #0db93c87
+# %% ../../../nbs/parts/local/by_label.ipynb #5f2f7665
 def label_table(
     labels: np.ndarray,  # landmark_id per image [n]
     keep: np.ndarray,  # whether it stays [n] bool

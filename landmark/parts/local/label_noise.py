@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FILTERS', 'WAYS', 'deal_folds', 'out_of_fold', 'likeliest', 'label_issues', 'neighbor_vote', 'judge']
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #5ef965e8
+# %% ../../../nbs/parts/local/label_noise.ipynb #4658b4c1
 import numpy as np
 
 from ..core import ParameterError
 from ..search.knn import search, without_self
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #108e02f5
+# %% ../../../nbs/parts/local/label_noise.ipynb #08c334aa
 def deal_folds(
     labels: np.ndarray,  # landmark_id per image [n]
     n_folds: int = 5,  # folds
@@ -28,7 +28,7 @@ def deal_folds(
     folds[order] = np.arange(len(labels)) % n_folds
     return folds
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #c5107b55
+# %% ../../../nbs/parts/local/label_noise.ipynb #e0c24904
 def out_of_fold(
     x: np.ndarray,  # descriptors, unit rows [n, d]
     labels: np.ndarray,  # landmark_id per image [n]
@@ -48,7 +48,7 @@ def out_of_fold(
         probs[np.ix_(out, np.searchsorted(classes, model.classes_))] = model.predict_proba(x[out])
     return probs
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #97ff4946
+# %% ../../../nbs/parts/local/label_noise.ipynb #a8df8ce5
 def likeliest(
     x: np.ndarray,  # descriptors, unit rows [n, d]
     labels: np.ndarray,  # landmark_id per image [n]
@@ -64,7 +64,7 @@ def likeliest(
             best = fit, probs, c
     return best[1:]
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #61083da1
+# %% ../../../nbs/parts/local/label_noise.ipynb #5e362295
 FILTERS = ("prune_by_noise_rate", "prune_by_class", "both", "confident_learning", "predicted_neq_given")
 
 
@@ -98,7 +98,7 @@ def _fits(n, n_labels, memory_mib):
             f"and memory_mib allows {memory_mib:,}; neighbors needs no such table"
         )
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #6074578b
+# %% ../../../nbs/parts/local/label_noise.ipynb #51ff0b3b
 def neighbor_vote(
     x: np.ndarray,  # descriptors, unit rows [n, d]
     labels: np.ndarray,  # landmark_id per image [n]
@@ -126,7 +126,7 @@ def _elected(voters, sims):
     score = same.sum(2) * (2.0 * voters.shape[1] + 1) + alike  # similarities are within ±1: they settle ties
     return voters[np.arange(len(voters)), score.argmax(1)]
 
-# %% ../../../nbs/parts/local/label_noise.ipynb #ed366e8f
+# %% ../../../nbs/parts/local/label_noise.ipynb #46ccdf20
 WAYS = dict(
     cleanlab="cleanlab names it a label issue", neighbors="its nearest images vote for another label"
 )  # way → why it drops an image
@@ -141,14 +141,17 @@ def judge(
     filter_by: str = "prune_by_noise_rate",  # see `label_issues`
     seed: int = 1,  # of the folds
     memory_mib: int = 4096,  # for probabilities or a search
+    device: str = "cpu",  # of a search
 ) -> tuple:  # good [n] bool; columns [n]: guess, and quality or votes
     "Which labels one of the ways has nothing against; of single images nothing is known."
     if how not in WAYS:
         raise ParameterError(f"how is {how!r}; allowed here: {', '.join(WAYS)}")
     if how == "neighbors":
-        return neighbor_vote(x, labels, n_near, memory_mib)
+        return neighbor_vote(x, labels, n_near, memory_mib, device)
     _, group, size = np.unique(labels, return_inverse=True, return_counts=True)
     asked = size[group] > 1
+    if not asked.any():
+        raise ParameterError(f"cleanlab: each of the {len(labels):,} images is alone in its label")
     said, columns = label_issues(x[asked], labels[asked], n_folds, filter_by, seed, memory_mib)
     good = np.zeros(len(labels), bool)
     good[asked] = said
