@@ -34,6 +34,7 @@ from .parts.images.loading import Photos, read_all
 from .parts.nets.backbones import make_model, pretrained_file
 from .parts.nets.checkpoints import load_model, save_model
 from .parts.nets.losses import LOSSES, SHARED, check_head, make_head
+from .parts.threads import one_thread, threads_as_found
 from .parts.training.engine import Trainer, Training
 from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import benchmark_maps, check_benchmarks
@@ -290,16 +291,11 @@ def train_model(
     job: tuple,  # config, name of the model, the run's directory, whether to work in one thread
 ) -> dict:  # name, final loss and accuracy, photos, classes
     "Train one model of a run, or find it finished."
-    cfg, name, out, one_thread = job
+    cfg, name, out, alone = job
     if (Path(out) / name / "card.json").exists():
         return read_json(Path(out) / name / "card.json")["result"]
-    threads = torch.get_num_threads()
-    try:
-        if one_thread:
-            torch.set_num_threads(1)
+    with one_thread() if alone else threads_as_found():
         return _train(cfg, name, Path(out))
-    finally:
-        torch.set_num_threads(threads)
 
 # %% ../nbs/03_train.ipynb #6f9e71a7
 def _kept_maps(cfg, photos, net, maps_dir):

@@ -9,6 +9,8 @@ __all__ = ['RerankError', 'soft_vote', 'sort_insert']
 import numpy as np
 from numba import get_num_threads, njit, prange
 
+from ..threads import threads_as_found
+
 # %% ../../../nbs/parts/rerank/labels.ipynb #c7e36fab
 class RerankError(ValueError):
     "Rankings, labels or neighbours that do not belong together."
@@ -104,7 +106,8 @@ def sort_insert(
     groups = _place_in(names, query_labels)
     out = np.full((len(ranks), topk), -1, np.int32)
     by_label = index_group, starts, members, scores
-    _fill(ranks, groups, q_scores, *by_label, np.float32(thresh), insert, get_num_threads(), out)
+    with threads_as_found():
+        _fill(ranks, groups, q_scores, *by_label, np.float32(thresh), insert, get_num_threads(), out)
     return out
 
 
