@@ -286,6 +286,17 @@ def start_training(
         model.backbone.freeze(cfg.frozen_stages)
         return Training(model, make_head(loss, cfg.dim, counts, *of_stage, **own))
 
+# %% ../nbs/03_train.ipynb #6f36f819
+def _check_stages(cfg):
+    "See that the network has the stages that stay as they came."
+    if cfg.frozen_stages in (0, -1):
+        return
+    try:
+        with torch.random.fork_rng():
+            make_model(cfg.backbone, cfg.pooling, cfg.dim).backbone.freeze(cfg.frozen_stages)
+    except ValueError as e:
+        raise ParameterError(f"train: {e}") from None
+
 # %% ../nbs/03_train.ipynb #dd01a340
 def train_model(
     job: tuple,  # config, name of the model, the run's directory, whether to work in one thread
@@ -395,6 +406,7 @@ def run(
     names, together = model_names(cfg), int(os.environ.get("WORLD_SIZE", 1))
     pick_device(cfg.device)
     recipe_of(cfg)
+    _check_stages(cfg)
     if int(os.environ.get("RANK", 0)):
         return _follow(cfg, names)
     world = world_of(cfg)
