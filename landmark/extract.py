@@ -40,6 +40,7 @@ from landmark.parts.descriptors.store import (
 )
 from .parts.nets.backbones import make_model
 from .parts.nets.checkpoints import is_reference, load_model, model_file, model_name, save_model
+from .parts.threads import one_thread, threads_as_found
 
 # %% ../nbs/04_extract.ipynb #4d778861
 @stage_config
@@ -228,16 +229,12 @@ def extract_shard(
     job: tuple,  # of `jobs_of`; device, one thread, (split, number) of the next shard, several models
 ) -> list:  # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
-    cfg, world, _, store_dir, split, number, card, _, one_thread, *_ = job
+    cfg, world, _, store_dir, split, number, card, _, alone, *_ = job
     all_ids, _ = read_split(world, split)
     ids = all_ids[number * cfg.shard_size : (number + 1) * cfg.shard_size]
-    threads, notes = torch.get_num_threads(), Path(store_dir) / f"unfinished-{number:05d}.npz"
-    try:
-        if one_thread:
-            torch.set_num_threads(1)
+    notes = Path(store_dir) / f"unfinished-{number:05d}.npz"
+    with one_thread() if alone else threads_as_found():
         x, ok, bad = _describe_shard(job, notes)
-    finally:
-        torch.set_num_threads(threads)
     rows = pd.DataFrame([(ids[i], why) for i, why in bad], columns=["image_id", "reason"])
     note = Path(store_dir) / f"unreadable-{number:05d}.csv"
     if len(rows):  # not after days, when all shards are there

@@ -34,6 +34,7 @@ from .parts.images.loading import Photos, read_all
 from .parts.nets.backbones import make_model, pretrained_file
 from .parts.nets.checkpoints import load_model, save_model
 from .parts.nets.losses import LOSSES, SHARED, check_head, make_head
+from .parts.threads import one_thread, threads_as_found
 from .parts.training.engine import Trainer, Training
 from .parts.training.errors import DivergenceError
 from .parts.training.evaluation import benchmark_maps, check_benchmarks
@@ -285,21 +286,27 @@ def start_training(
         model.backbone.freeze(cfg.frozen_stages)
         return Training(model, make_head(loss, cfg.dim, counts, *of_stage, **own))
 
+# %% ../nbs/03_train.ipynb #6f36f819
+def _check_stages(cfg):
+    "See that the network has the stages that stay as they came."
+    if cfg.frozen_stages in (0, -1):
+        return
+    try:
+        with torch.random.fork_rng():
+            make_model(cfg.backbone, cfg.pooling, cfg.dim).backbone.freeze(cfg.frozen_stages)
+    except ValueError as e:
+        raise ParameterError(f"train: {e}") from None
+
 # %% ../nbs/03_train.ipynb #dd01a340
 def train_model(
     job: tuple,  # config, name of the model, the run's directory, whether to work in one thread
 ) -> dict:  # name, final loss and accuracy, photos, classes
     "Train one model of a run, or find it finished."
-    cfg, name, out, one_thread = job
+    cfg, name, out, alone = job
     if (Path(out) / name / "card.json").exists():
         return read_json(Path(out) / name / "card.json")["result"]
-    threads = torch.get_num_threads()
-    try:
-        if one_thread:
-            torch.set_num_threads(1)
+    with one_thread() if alone else threads_as_found():
         return _train(cfg, name, Path(out))
-    finally:
-        torch.set_num_threads(threads)
 
 # %% ../nbs/03_train.ipynb #6f9e71a7
 def _kept_maps(cfg, photos, net, maps_dir):
@@ -399,6 +406,7 @@ def run(
     names, together = model_names(cfg), int(os.environ.get("WORLD_SIZE", 1))
     pick_device(cfg.device)
     recipe_of(cfg)
+    _check_stages(cfg)
     if int(os.environ.get("RANK", 0)):
         return _follow(cfg, names)
     world = world_of(cfg)

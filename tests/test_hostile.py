@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from landmark import data
@@ -19,9 +20,13 @@ from landmark.parts.config import open_parameters, read_parameters, stage_main, 
 from landmark.parts.data import layout
 from landmark.parts.data.submission import read_recognition, read_retrieval
 from landmark.parts.descriptors.hdf5 import read_h5
+from landmark.parts.descriptors.store import l2n
 from landmark.parts.images.kinds import KINDS, ImageError
 from landmark.parts.images.reading import image_size, read_image
 from landmark.parts.photos.importing import import_folder
+from landmark.parts.rerank import beyond, graph
+from landmark.parts.rerank import labels as by_label
+from landmark.parts.search.knn import search
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -327,6 +332,38 @@ def test_a_search_leaves_the_settings_of_its_caller_as_they_were(choice, tmp_pat
     "Each in a process of its own: numba sets the threads of OpenMP once in its life."
     r = started("-c", SETTINGS, choice, runs=tmp_path)
     assert r.returncode == 0, r.stderr[-1500:]
+
+
+@pytest.fixture
+def drawn():
+    "Twelve descriptors, their neighbours and similarities."
+    x = l2n(np.random.default_rng(0).normal(size=(12, 8)))
+    sims, idxs = search(x, x, 12, device="cpu")
+    return x, sims, idxs, np.zeros(12)
+
+
+LOOPS = {
+    beyond: lambda x, sims, idxs, _: beyond.k_reciprocal_distances(x, idxs, [0], idxs[:1], 3, 2),
+    graph.diffuse: lambda x, sims, idxs, _: graph.diffuse(graph.laplacian(graph.affinity(sims, idxs)), idxs),
+    graph.diffusion_rank: lambda x, sims, idxs, _: graph.diffusion_rank(sims, idxs, 2, 3),
+    graph.egt: lambda x, sims, idxs, _: graph.egt(sims, idxs, sims, idxs),
+    by_label: lambda x, sims, idxs, zeros: by_label.sort_insert(idxs, zeros, zeros, zeros, zeros),
+}
+
+
+@pytest.mark.parametrize("call", LOOPS.values(), ids=[f.__name__.split(".")[-1] for f in LOOPS])
+def test_re_ranking_leaves_the_threads_of_its_caller_as_they_were(call, drawn, monkeypatch):
+    "Where numba and PyTorch share one OpenMP, asking numba for its threads sets PyTorch's."
+    before, asked = torch.get_num_threads(), []
+
+    def asking():
+        asked.append(torch.set_num_threads(before + 1))
+        return 1
+
+    for part in (beyond, graph, by_label):
+        monkeypatch.setattr(part, "get_num_threads", asking)
+    call(*drawn)
+    assert asked and torch.get_num_threads() == before
 
 
 # odd places to live

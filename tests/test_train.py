@@ -317,11 +317,17 @@ def test_a_loss_that_explodes_names_its_batch(world):
         (dict(train_set="v3"), "`train_set` is 'v3'; allowed are"),
         (dict(train_set="v1+v2"), "starts from arcface_v1: give the artifact"),
         (dict(device="cuda:7"), "cuda:7 was asked for"),
+        (dict(frozen_stages=2, backbone="test_vit"), "`frozen_stages` is 2, but this network's stages are"),
+        (dict(frozen_stages=2, pooling="G,G,G,G,G"), "`frozen_stages` is 2, but this network's stages are"),
+        (dict(frozen_stages=9), "`frozen_stages` is 9; this network has 5 stages"),
+        (dict(frozen_stages=-2), "`frozen_stages` is -2; this network has 5 stages"),
     ],
 )
 def test_wrong_parameters_stop_at_once(world, change, says):
+    before = torch.get_rng_state()
     with pytest.raises(ParameterError, match=says):
         train.run(train.Config(world=str(world), **{**SMALL, **change}))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ __all__ = ['StoreError', 'check_rows', 'l2n', 'rows_of', 'ensemble']
 # %% ../../../nbs/parts/descriptors/rows.ipynb #b8ef46be
 import numpy as np
 
+from ..finding import look_up
+
 # %% ../../../nbs/parts/descriptors/rows.ipynb #b757cd35
 class StoreError(ValueError):
     "Descriptors, or a store of them, that are unfinished, damaged or do not fit."
@@ -54,12 +56,8 @@ def rows_of(
     wanted, ids = np.asarray(wanted, str), np.asarray(ids, str)
     if len(wanted) == len(ids) and (wanted == ids).all():
         return np.arange(len(ids))
-    order = np.argsort(ids, kind="stable")
-    if len(ids):
-        at = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
-        unknown = ids[at] != wanted
-    else:
-        at, unknown = np.zeros(len(wanted), int), np.ones(len(wanted), bool)
+    at = look_up(ids, wanted)
+    unknown = at < 0
     if unknown.any():
         first = wanted[unknown][0]
         raise StoreError(f"{int(unknown.sum())} of {len(wanted)} ids are not in {where} ({first} first)")

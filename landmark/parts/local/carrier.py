@@ -20,6 +20,7 @@ from ..core import atomic_path, parallel_map
 from .features import LocalFeatures, LocalStore
 from .kinds import Rule, rule_for
 from .matching import Prepared, match, ransac, sample_stream
+from ..threads import one_thread
 
 # %% ../../../nbs/parts/local/carrier.ipynb #fce2c359
 _ANCHORS = np.array([(x, y) for y in (0, 0.5, 1) for x in (0, 0.5, 1)], np.float32)  # shares of the frame
@@ -530,19 +531,12 @@ def recount(
     n_threads: int = 0,  # 0 is one per core
 ) -> np.ndarray:  # counts without what a carrier explains, never larger [m] int32
     "The counts of pairs once more, now asking each whether it proves anything."
-    import torch
-
     rule, store_b = rule or rule_for(store.kind), store_b or store
     pairs, out = np.asarray(pairs).reshape(-1, 2), np.array(n_inliers, np.int32)
     of_a = lru_cache(1024)(lambda i: Prepared(store[i]))
     of_b = of_a if store_b is store else lru_cache(1024)(lambda i: Prepared(store_b[i]))
     rows = np.flatnonzero(out >= least)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # one pair is too small to share
-    try:
-        with ThreadPoolExecutor(n_threads or None) as pool:
-            done = pool.map(lambda p: count_scene(of_a(p[0]), of_b(p[1]), rule), pairs[rows].tolist())
-            out[rows] = np.minimum(out[rows], np.fromiter(done, np.int32, len(rows)))
-    finally:
-        torch.set_num_threads(before)
+    with one_thread(), ThreadPoolExecutor(n_threads or None) as pool:  # one pair is too small to share
+        done = pool.map(lambda p: count_scene(of_a(p[0]), of_b(p[1]), rule), pairs[rows].tolist())
+        out[rows] = np.minimum(out[rows], np.fromiter(done, np.int32, len(rows)))
     return out

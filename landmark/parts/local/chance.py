@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..finding import look_up
+
 # %% ../../../nbs/parts/local/chance.ipynb #75e9cdcb
 def different_pairs(
     labels: np.ndarray,  # landmark_id per image [n]
@@ -40,11 +42,8 @@ def both_ways(
     "What a pair and its reverse count together."
     image, partner = (np.asarray(x, np.int64) for x in (image, partner))
     n = max(image.max(initial=0), partner.max(initial=0)) + 1
-    forth, back = image * n + partner, partner * n + image
-    order = np.argsort(forth)
-    at = order[np.searchsorted(forth, back, sorter=order).clip(max=max(0, len(order) - 1))]
-    there = forth[at] == back
-    return np.where(there, (n_inliers + n_inliers[at]) / 2, n_inliers)
+    at = look_up(image * n + partner, partner * n + image)
+    return np.where(at >= 0, (n_inliers + n_inliers[at]) / 2, n_inliers)
 
 # %% ../../../nbs/parts/local/chance.ipynb #75607df5
 K_PRIOR = 5  # an image's own spread counts as much as that of all when it has so many pairs

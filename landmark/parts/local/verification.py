@@ -18,6 +18,7 @@ from ..core import progress
 from .features import LocalFeatures, LocalStore
 from .kinds import Rule, rule_for
 from .matching import Prepared, match, ransac, sample_stream
+from ..threads import one_thread
 
 # %% ../../../nbs/parts/local/verification.ipynb #11e3c96c
 @dataclass
@@ -186,20 +187,14 @@ def verify_pairs(
         from landmark.parts.local.verification_torch import verify_pairs_torch
 
         return verify_pairs_torch(store, pairs, rule, store_b, device=where, memory_mib=memory_mib)
-    import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     size = max(64, min(2000, -(-len(pairs) // (4 * (n_threads or cores)))))
     own = threading.local()
     what = rule, n_kept, where, own
     jobs = [(store, store_b, pairs[i : i + size], *what) for i in range(0, len(pairs), size)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # one pair is too small to share
-    try:
-        with ThreadPoolExecutor(n_threads or cores) as pool:
-            done = pool.map(_verify_block, jobs)
-            blocks = list(progress(done, desc, len(jobs)) if desc else done)
-    finally:
-        torch.set_num_threads(before)
+    with one_thread(), ThreadPoolExecutor(n_threads or cores) as pool:  # one pair is too small to share
+        done = pool.map(_verify_block, jobs)
+        blocks = list(progress(done, desc, len(jobs)) if desc else done)
     counts = np.concatenate(blocks) if blocks else np.zeros((0, 2), np.int32)
     return counts[:, 0].copy(), counts[:, 1].copy()

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import atomic_path, link_or_copy
+from ..finding import look_up
 from ..local.cleaning import read_pairs
 from landmark.parts.local.features import (
     LocalFeatures,
@@ -164,11 +165,8 @@ def known_counts(
     then, n = read_pairs(memory.dir / "pairs"), len(memory.photos)
     first = memory.rows(memory.photos.sha256)  # copies of a file have one row
     ends = first[np.stack([then["image"], then["partner"]], 1)]
-    key = ends.min(1) * n + ends.max(1)
-    order = np.argsort(key)
     rows = np.where(same, memory.rows(sha256), -1)[pairs]
-    wanted = rows.min(1) * n + rows.max(1)
-    at = order[np.searchsorted(key, wanted, sorter=order).clip(max=len(key) - 1)]
-    found = (rows >= 0).all(1) & (key[at] == wanted)
+    at = look_up(ends.min(1) * n + ends.max(1), rows.min(1) * n + rows.max(1))
+    found = (rows >= 0).all(1) & (at >= 0)
     out[found] = np.stack([then["n_matches"], then["n_inliers"]], 1)[at[found]]
     return out

@@ -13,6 +13,7 @@ from numba import get_num_threads, njit, prange
 from ..descriptors.store import l2n
 from .methods import first_self
 from .problem import fill_up, method
+from ..threads import threads_as_found
 
 # %% ../../../nbs/parts/rerank/beyond.ipynb #473ba0d8
 @njit(cache=True, nogil=True)
@@ -105,7 +106,8 @@ def k_reciprocal_distances(
     V = _averaged(_vectors(x, idxs, k1), idxs, k2)
     out = np.empty(listed.shape)
     query, listed = np.asarray(query, np.int64), np.asarray(listed, np.int64)
-    _jaccard(V.indptr, V.indices, V.data, query, listed, get_num_threads(), out)
+    with threads_as_found():
+        _jaccard(V.indptr, V.indices, V.data, query, listed, get_num_threads(), out)
     for a in range(0, len(query), 64):  # the listed descriptors of all queries: 144 GB on Google Landmarks
         part = slice(a, a + 64)
         plain = 2 - 2 * np.einsum("qd,qkd->qk", x[query[part]], x[listed[part]])
@@ -118,7 +120,8 @@ def _vectors(x, idxs, k1):
     n, half = len(x), int(np.around(k1 / 2))
     room = (k1 + 1) * (half + 2)
     cols, vals, counts = np.zeros((n, room), np.int64), np.zeros((n, room)), np.zeros(n, np.int64)
-    _encode(x, idxs, k1, half, get_num_threads(), cols, vals, counts)
+    with threads_as_found():
+        _encode(x, idxs, k1, half, get_num_threads(), cols, vals, counts)
     used = np.arange(room) < counts[:, None]
     return sp.csr_matrix((vals[used], cols[used], np.concatenate([[0], counts.cumsum()])), shape=(n, n))
 

@@ -11,6 +11,7 @@ from numba import njit, prange
 
 from ..descriptors.store import l2n
 from ..search.knn import search, without_self
+from ..threads import threads_as_found
 
 # %% ../../../nbs/parts/rerank/expansion.ipynb #a67843e2
 @njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
@@ -52,7 +53,8 @@ def expand(
         part = slice(a, a + 4096)
         own, (near, at) = np.ascontiguousarray(x[part], np.float32), _rows_at(base, idxs[part])
         weights = float(alpha), np.float32(own_weight)
-        _weighted_sums(own, near, sims[part], at, *weights, out[part], lengths[part])
+        with threads_as_found():
+            _weighted_sums(own, near, sims[part], at, *weights, out[part], lengths[part])
     bad = ~np.isfinite(lengths) | (lengths == 0)
     if bad.any():
         n, first = int(bad.sum()), int(bad.argmax())

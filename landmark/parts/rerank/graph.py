@@ -10,6 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 from numba import get_num_threads, njit, prange
 
+from ..threads import threads_as_found
+
 # %% ../../../nbs/parts/rerank/graph.ipynb #8a09fc02
 def affinity(
     sims: np.ndarray,  # similarities of the nearest images [n, kd]
@@ -154,7 +156,8 @@ def diffuse(
         return _diffuse_dense(off, idxs, own, tol, n_iter, device)
     out = np.empty(idxs.shape, np.float32)
     matrix = off.indptr, off.indices.astype(np.uint32), off.data
-    missed = _diffuse(*matrix, idxs, own, get_num_threads(), tol, n_iter, out)
+    with threads_as_found():
+        missed = _diffuse(*matrix, idxs, own, get_num_threads(), tol, n_iter, out)
     return out, int(missed)
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #9d21006a
@@ -262,7 +265,8 @@ def diffusion_rank(
     inverted = gallery.indptr.astype(np.int64), gallery.indices.astype(np.int64), gallery.data
     sims, out = np.zeros((n_query, k), np.float32), np.full((n_query, k), -1, np.int64)
     asks = idxs[:n_query].astype(np.int64), v[:n_query]
-    _sparse_scores(*asks, *inverted, n, k, get_num_threads(), sims, out)
+    with threads_as_found():
+        _sparse_scores(*asks, *inverted, n, k, get_num_threads(), sims, out)
     return sims, out
 
 # %% ../../../nbs/parts/rerank/graph.ipynb #6b776058
@@ -401,5 +405,7 @@ def egt(
     q_sims, sims = (np.ascontiguousarray(x, np.float32) for x in (q_sims, sims))
     q_idxs, idxs = (np.ascontiguousarray(x, np.int64) for x in (q_idxs, idxs))
     k = min(k, max(idxs.shape[1], q_idxs.shape[1]))
-    _traverse(q_sims, q_idxs, sims, idxs, np.float32(min(t, 1e30)), k, get_num_threads(), out)
+    t = np.float32(min(t, 1e30))
+    with threads_as_found():
+        _traverse(q_sims, q_idxs, sims, idxs, t, k, get_num_threads(), out)
     return out

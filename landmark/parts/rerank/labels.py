@@ -9,6 +9,9 @@ __all__ = ['RerankError', 'soft_vote', 'sort_insert']
 import numpy as np
 from numba import get_num_threads, njit, prange
 
+from ..finding import look_up
+from ..threads import threads_as_found
+
 # %% ../../../nbs/parts/rerank/labels.ipynb #c7e36fab
 class RerankError(ValueError):
     "Rankings, labels or neighbours that do not belong together."
@@ -75,14 +78,6 @@ def _grouped(labels, scores):
     starts = np.searchsorted(group[members], np.arange(len(names) + 1))
     return names, group, members, starts
 
-
-def _place_in(names, labels):
-    "Where each label stands among sorted names, −1 where it is not one of them."
-    if not len(names):
-        return np.full(len(labels), -1)
-    at = np.searchsorted(names, labels)
-    return np.where(names[np.minimum(at, len(names) - 1)] == labels, at, -1)
-
 # %% ../../../nbs/parts/rerank/labels.ipynb #5738c0ad
 def sort_insert(
     ranks: np.ndarray,  # positions in `index`, best first, −1 for none [q, k]
@@ -101,10 +96,11 @@ def sort_insert(
     if not (np.isfinite(q_scores).all() and np.isfinite(scores).all()):
         raise RerankError("confidences must be finite")
     names, index_group, members, starts = _grouped(index_labels, scores)
-    groups = _place_in(names, query_labels)
+    groups = look_up(names, query_labels)
     out = np.full((len(ranks), topk), -1, np.int32)
     by_label = index_group, starts, members, scores
-    _fill(ranks, groups, q_scores, *by_label, np.float32(thresh), insert, get_num_threads(), out)
+    with threads_as_found():
+        _fill(ranks, groups, q_scores, *by_label, np.float32(thresh), insert, get_num_threads(), out)
     return out
 
 

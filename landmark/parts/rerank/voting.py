@@ -8,6 +8,7 @@ __all__ = ['RecognitionError', 'recognise', 'inliers_of', 'distractor_rule', 'ch
 # %% ../../../nbs/parts/rerank/voting.ipynb #8b03c8c7
 import numpy as np
 
+from ..finding import look_up
 from ..metrics import gap
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #563e4ed4
@@ -77,11 +78,8 @@ def inliers_of(
             f"{int(twice.sum())} pairs are verified twice with different inliers "
             f"(query {first // n}, training image {first % n} first)"
         )
-    if not len(keys):
-        return np.zeros(idxs.shape, np.int64)
-    wanted = np.arange(len(idxs))[:, None] * n + idxs
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where((keys[at] == wanted) & (idxs >= 0), counts[at], 0)
+    at = look_up(keys, np.arange(len(idxs))[:, None] * n + idxs)
+    return np.append(counts, 0)[np.where(idxs >= 0, at, -1)]
 
 # %% ../../../nbs/parts/rerank/voting.ipynb #b9f1cfcf
 def distractor_rule(

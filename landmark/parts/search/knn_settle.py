@@ -9,8 +9,8 @@ __all__ = ['error_bound', 'taken_as_is', 'exact_dots', 'settle']
 import numpy as np
 from numba import njit, prange
 
-from .as_found import threads_as_found
 from .knn_torch import Seen
+from ..threads import threads_as_found
 
 # %% ../../../nbs/parts/search/knn_settle.ipynb #afed906f
 def error_bound(
