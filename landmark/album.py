@@ -21,7 +21,7 @@ import yaml
 from . import graph
 from .parts.config import read_yaml
 from .parts.core import ParameterError, hash8, log, project_root, read_json, runs_dir, write_json, write_text
-from .parts.photos.album import check_album
+from .parts.photos.album import check_album, is_share
 from .parts.provenance import code_hash, git_commit
 from .report import render_pages
 
@@ -38,9 +38,9 @@ def given_of(
     def whole(path):
         return str(Path(path).expanduser().resolve()) if str(path) else ""
 
-    share = re.fullmatch(r"[0-9.]*", str(v1).strip())
+    v1 = "" if str(v1).strip("0. ") == "" else str(v1).strip()
     given = dict(photos=whole(photos), others=whole(others), bench=whole(bench))
-    given |= dict(v1=str(v1).strip() if share else whole(v1), noise=str(noise))
+    given |= dict(v1=v1 if is_share(v1) else whole(v1), noise=str(noise))
     name = re.sub(r"[^\w.-]+", "-", Path(given["photos"]).name).strip("-.") or "photos"
     taken = runs_dir() / f"album-{name}" / "given.yaml"
     if taken.exists() and read_yaml(taken)["photos"] != given["photos"]:
