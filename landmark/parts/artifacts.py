@@ -204,7 +204,7 @@ def _is_done(d: Path, fingerprint: str) -> bool:
 # %% ../../nbs/parts/artifacts.ipynb #50b0c335
 def _manifest(st: Stage, stage: str, cfg, inputs, want: dict, seconds: float) -> dict:
     "What made an artifact, and what it consists of."
-    world = getattr(cfg, "world", "")
+    world = "" if getattr(cfg, "photos", "") else getattr(cfg, "world", "")
     return dict(
         stage=stage,
         name=cfg.name,

@@ -162,15 +162,16 @@ def _read_folders(folders: dict, stage: Path, max_photos: int, max_side: int, n_
     files = pd.concat([f.assign(folder=name) for name, (f, _) in listed.items()], ignore_index=True)
     bench = files.folder == "bench"
     photos, failed, looks = _read(files[~bench], stage, max_side, 64, n_workers)
-    judged, broken, others = _read(files[bench], stage, max_side, 1, n_workers)
-    if len(broken):
-        one = f"{broken.file.iloc[0]}: {broken.reason.iloc[0]}"
-        raise ParameterError(f"bench: {len(broken):,} images cannot be read, for instance {one}")
     if not (photos.folder == "photos").any():
         where = f"photos: {shown_name(folders['photos'])}"
         raise ParameterError(f"{where} holds no photo that can be read: {_counted(failed)}")
-    photos = pd.concat([photos, judged], ignore_index=True) if len(judged) else photos
-    first = copy_groups(photos, find_copies(photos, np.concatenate([looks, others]), k=100))
+    if bench.any():
+        judged, broken, more = _read(files[bench], stage, max_side, 1, n_workers)
+        if len(broken):
+            one = f"{broken.file.iloc[0]}: {broken.reason.iloc[0]}"
+            raise ParameterError(f"bench: {len(broken):,} images cannot be read, for instance {one}")
+        photos, looks = pd.concat([photos, judged], ignore_index=True), np.concatenate([looks, more])
+    first = copy_groups(photos, find_copies(photos, looks, k=100))
     ids = photos.image_id.groupby(first).transform("min")
     left = [failed] + [skipped.assign(folder=name) for name, (_, skipped) in listed.items()]
     return photos.assign(picture=ids), pd.concat(left, ignore_index=True)[["folder", "file", "reason"]]
