@@ -188,12 +188,17 @@ def test_the_threshold_is_the_best_of_all(seed):
         assert choose_threshold(p, right, max_wrong) == want
 
 
+@pytest.fixture(scope="module")
+def descriptors(tmp_path_factory):
+    "Made-up descriptors of the tiny world."
+    return str(made(tmp_path_factory.mktemp("made") / "two-12345678", make_world("tiny")))
+
+
 @pytest.fixture
-def named(tmp_path, monkeypatch):
+def named(tmp_path, monkeypatch, descriptors):
     "Names of the tiny world, with Private's truth as it is, or as somebody wants it: image_id → landmarks."
     world = make_world("tiny")
     monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
-    descriptors = str(made(tmp_path / "two-12345678", world))
 
     def run(name, private=None):
         folder = shutil.copytree(world, tmp_path / name)
