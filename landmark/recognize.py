@@ -369,6 +369,9 @@ def _right(labels, solution):
     return np.array([int(label) in truth for label, truth in zip(labels, map(set, solution.landmarks))])
 
 # %% ../nbs/06_recognize.ipynb #339c99dc
+_TRIED = ["evidence", "right_names", "threshold", "brier", "ece"]
+
+
 def name_photos(
     solution: pd.DataFrame,  # image_id, landmarks, usage [q]
     steps: dict,  # method → (labels, scores) [q]
@@ -395,10 +398,7 @@ def name_photos(
     made = dict(names=names, calibrations=tried[["step", "calibration", *_TRIED[1:]]])
     return made | _by_usage(solution, p, named, right, known=len(tried) > 0), numbers
 
-
-_TRIED = ["evidence", "right_names", "threshold", "brier", "ece"]
-
-
+# %% ../nbs/06_recognize.ipynb #5ee11f86
 def _by_usage(solution, p, named, right, known):
     "Reliability and outcomes, on Public and on Private; without a calibration, the columns alone."
     out, shows = dict(reliability=[], naming=[]), solution.landmarks.map(bool).to_numpy()
