@@ -106,10 +106,12 @@ def test_one_label_alone_is_refused():
 # the stage
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "One folder of runs, and so one drawn world, for all of them."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LANDMARK_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
 
 
 @pytest.mark.parametrize("how", ["verified", *WAYS])
