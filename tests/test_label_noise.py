@@ -189,3 +189,9 @@ def test_the_stage_refuses_in_a_sentence(runs, tmp_path):
     shutil.rmtree(store)
     with pytest.raises(ValueError, match="is not there"):
         clean.run(clean.Config(world="tiny", how="neighbors", descriptors=str(store)))
+
+
+def test_the_tables_know_every_way():
+    from landmark import tables
+
+    assert set(tables.CLEANERS) == {"verified", *WAYS}
