@@ -106,10 +106,12 @@ def test_one_label_alone_is_refused():
 # the stage
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "One folder of runs, and so one drawn world, for all of them."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LANDMARK_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
 
 
 @pytest.mark.parametrize("how", ["verified", *WAYS])
@@ -187,3 +189,9 @@ def test_the_stage_refuses_in_a_sentence(runs, tmp_path):
     shutil.rmtree(store)
     with pytest.raises(ValueError, match="is not there"):
         clean.run(clean.Config(world="tiny", how="neighbors", descriptors=str(store)))
+
+
+def test_the_tables_know_every_way():
+    from landmark import tables
+
+    assert set(tables.CLEANERS) == {"verified", *WAYS}
