@@ -33,7 +33,14 @@ from .parts.data.layout import read_images, read_truth
 from .parts.data.worlds import world_of
 from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
-from .parts.local.carrier import carrier_table, learn, mask_store, read_list, recount, sample_photos
+from landmark.parts.local.carrier import (
+    carrier_table,
+    learn,
+    mask_store,
+    read_list,
+    sample_photos,
+    verify_scenes,
+)
 from .parts.local.chance import different_pairs
 from landmark.parts.local.cleaning import (
     first_copies,
@@ -373,10 +380,8 @@ def _leave_carriers_out(cfg, out, df, world):
 
 def _count(cfg, store, pairs, rule):
     "Matches and inliers of pairs; those that a carrier explains as well as a scene count nothing."
-    n_matches, n_inliers = verify_pairs(store, pairs, rule, **_where(cfg))
-    if cfg.carrier and rule.matcher == "nearest":
-        n_inliers = recount(store, pairs, n_inliers, rule, n_threads=cfg.n_workers)
-    return n_matches, n_inliers
+    alone = cfg.carrier and rule.matcher == "nearest"
+    return (verify_scenes if alone else verify_pairs)(store, pairs, rule, **_where(cfg))
 
 # %% ../nbs/01_verify.ipynb #a1c0def4
 def _verify_chunks(cfg, out, df, chunks, rule, world):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BORDER', 'MIN_FEATURES', 'FILE', 'frame_scales', 'frame_votes', 'near_distance', 'same_descriptors', 'start_groups',
            'join_alike', 'Carrier', 'carried_places', 'StopList', 'without', 'sample_photos', 'recurring', 'where',
-           'learn', 'save_list', 'read_list', 'mask_store', 'carrier_table', 'keeps_border', 'count_scene', 'recount']
+           'learn', 'save_list', 'read_list', 'mask_store', 'carrier_table', 'keeps_border', 'count_scene', 'recount',
+           'verify_scenes']
 
 # %% ../../../nbs/parts/local/carrier.ipynb #e7804b1d
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ import pandas as pd
 from ..core import atomic_path, parallel_map
 from .features import LocalFeatures, LocalStore
 from .kinds import Rule, rule_for
-from .matching import Prepared, match, ransac, sample_stream
+from .matching import Prepared
+from .verification import fit, verify_pairs, verify_prepared
 from ..threads import one_thread
 
 # %% ../../../nbs/parts/local/carrier.ipynb #fce2c359
@@ -502,23 +504,23 @@ def count_scene(
     a: Prepared,  # the image
     b: Prepared,  # its partner
     rule: Rule,  # thresholds
-    stream: int = 2019,  # which stream of samples
+    found: tuple | None = None,  # what `verify_prepared` found, if it was asked already
 ) -> int:  # inliers of the best map that a carrier does not explain
     "The score of a pair without what lies in a border strip that the map keeps."
-    m1, m2 = match(a, b, rule)
-    limit = np.float32((rule.residual * max(b.size)) ** 2)
-    how = rule.reject, rule.max_scale, rule.max_shear, rule.refine
-    samples = sample_stream(rule.n_trials, stream)
-    for _ in range(_ROUNDS + 1):
-        (x, y), (u, v) = np.ascontiguousarray(a.xy[m1].T), np.ascontiguousarray(b.xy[m2].T)
-        n, model, mask = ransac(x, y, u, v, samples, limit, *how)
+    n, model, m1, m2, mask = found or verify_prepared(a, b, rule)
+    for left in range(_ROUNDS, -1, -1):
         if n < MIN_FEATURES or n > min(a.n, b.n) / 2:
             return int(n)
         inliers = a.xy[m1[mask]], a.size, b.xy[m2[mask]], b.size
         if keeps_border(*inliers, model.reshape(2, 3)).mean() < _SHARE:
             return int(n)
-        m1, m2 = m1[~mask], m2[~mask]
+        if left:
+            m1, m2 = m1[~mask], m2[~mask]
+            n, model, mask = fit(a, b, m1, m2, rule)
     return 0
+
+
+_LEAST = 8  # pairs below this count are left as they are: they verify nowhere
 
 
 def recount(
@@ -527,7 +529,6 @@ def recount(
     n_inliers: np.ndarray,  # their counts, of `verify_pairs` [m]
     rule: Rule | None = None,  # thresholds; those of the kind if not given
     store_b: LocalStore | None = None,  # local features of the partners, if they lie elsewhere
-    least: int = 8,  # pairs below this count are left as they are: they verify nowhere
     n_threads: int = 0,  # 0 is one per core
 ) -> np.ndarray:  # counts without what a carrier explains, never larger [m] int32
     "The counts of pairs once more, now asking each whether it proves anything."
@@ -535,8 +536,30 @@ def recount(
     pairs, out = np.asarray(pairs).reshape(-1, 2), np.array(n_inliers, np.int32)
     of_a = lru_cache(1024)(lambda i: Prepared(store[i]))
     of_b = of_a if store_b is store else lru_cache(1024)(lambda i: Prepared(store_b[i]))
-    rows = np.flatnonzero(out >= least)
+    rows = np.flatnonzero(out >= _LEAST)
     with one_thread(), ThreadPoolExecutor(n_threads or None) as pool:  # one pair is too small to share
         done = pool.map(lambda p: count_scene(of_a(p[0]), of_b(p[1]), rule), pairs[rows].tolist())
         out[rows] = np.minimum(out[rows], np.fromiter(done, np.int32, len(rows)))
     return out
+
+
+def _least_count(a, b, rule, found):
+    "Inliers of a pair that was matched just now, without what a carrier explains."
+    return min(found[0], count_scene(a, b, rule, found)) if found[0] >= _LEAST else found[0]
+
+
+def verify_scenes(
+    store: LocalStore,  # local features of the images
+    pairs: np.ndarray,  # positions (image, partner) [m, 2]
+    rule: Rule | None = None,  # thresholds; those of the kind if not given
+    store_b: LocalStore | None = None,  # local features of the partners, if they lie elsewhere
+    device: str = "cpu",  # where to match: here each pair is asked at once, elsewhere all are counted first
+    n_threads: int = 0,  # 0 is one per core
+    **how,  # memory_mib, desc of `verify_pairs`
+) -> tuple:  # n_matches [m] int32, n_inliers [m] int32
+    "What `verify_pairs` counts, without what a carrier explains as well as a scene."
+    what = dict(rule=rule, store_b=store_b, n_threads=n_threads)
+    if device == "cpu":
+        return verify_pairs(store, pairs, **what, **how, count=_least_count)
+    n_matches, n_inliers = verify_pairs(store, pairs, **what, **how, device=device)
+    return n_matches, recount(store, pairs, n_inliers, **what)

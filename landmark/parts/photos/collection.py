@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import progress
-from ..local.carrier import recount
+from ..local.carrier import verify_scenes
 from landmark.parts.local.cleaning import (
     clean_images,
     count_verified,
@@ -23,7 +23,6 @@ from landmark.parts.local.cleaning import (
     write_pairs,
 )
 from ..local.features import LocalStore
-from ..local.verification import verify_pairs
 from ..search.knn import search
 
 # %% ../../../nbs/parts/photos/collection.ipynb #bae8f8fc
@@ -54,9 +53,7 @@ def both_counts(
     "Counts of every pair in both directions, without what the border of the frame explains."
     out = []
     for a, b, some in ((store, others, pairs), (others, store, pairs[:, ::-1].copy())):
-        n_matches, n_inliers = verify_pairs(a, some, store_b=b, n_threads=n_threads, desc="")
-        n_inliers = recount(a, some, n_inliers, store_b=b, n_threads=n_threads)
-        out.append(np.stack([n_matches, n_inliers]))
+        out.append(np.stack(verify_scenes(a, some, store_b=b, n_threads=n_threads, desc="")))
     return out
 
 
