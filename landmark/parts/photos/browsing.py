@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'states_of', 'why', 'nearest', 'pairs_to_draw', 'matched_points', 'drawing', 'drawings', 'page_browse']
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #c86d8a39
+# %% ../../../nbs/parts/photos/browsing.ipynb #78debad0
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
@@ -14,7 +14,7 @@ from ..local.verification import verify
 from .gallery import frame_of, pretty, said, section
 from .tables import both_ways
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #4c874471
+# %% ../../../nbs/parts/photos/browsing.ipynb #03489bb6
 STATES = dict(
     right="kept",
     few="dropped, too few agree",
@@ -35,7 +35,7 @@ def states_of(
     frames = [frame_of(*s) for s in zip(p.state, p.n_verified)]
     return [[f, *["copy"] * t, *["across"] * a] for f, t, a in zip(frames, twice, across)]
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #941b6857
+# %% ../../../nbs/parts/photos/browsing.ipynb #96192f64
 def why(
     p,  # a row of `photos`
 ) -> list:  # lines
@@ -46,7 +46,7 @@ def why(
     agree = f"agrees with {said(p.n_verified, 'photo')} of its label, {p.needed} needed"
     return [own, p.reason if p.reason and "verified pairs" not in p.reason else agree]
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #727510d1
+# %% ../../../nbs/parts/photos/browsing.ipynb #c3ada640
 def nearest(
     c,  # an opened collection
     n_verified: int = 8,  # of each photo's neighbours that verify
@@ -58,7 +58,7 @@ def nearest(
     rest = q[~(q.verified | q.is_copy)].sort_values(["similarity", "partner"], ascending=[False, True])
     return v.groupby("image").head(n_verified), rest.groupby("image").head(n_alike)
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #033c278f
+# %% ../../../nbs/parts/photos/browsing.ipynb #0c69fb1d
 def pairs_to_draw(
     verified: pd.DataFrame,  # as `nearest` returns them
     n_each: int = 2,  # of each photo
@@ -82,7 +82,7 @@ def matched_points(
     some = found[:: max(1, -(-len(found) // n_lines))]
     return np.hstack([a.xy[some[:, 0]] / a.size[1], b.xy[some[:, 1]] / b.size[1]])
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #5ec0d1d9
+# %% ../../../nbs/parts/photos/browsing.ipynb #813a8553
 def drawing(
     points: np.ndarray,  # as `matched_points` returns them
     wide: tuple,  # width of the left and of the right photo, both with a height of 1
@@ -110,7 +110,7 @@ def drawings(
             out.setdefault(i, []).append(drawn)
     return out
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #4ac407f7
+# %% ../../../nbs/parts/photos/browsing.ipynb #d083d226
 def _links(c, rows, verified: bool) -> list:
     "Others beside a photo: each opens what is said about it."
     out = []
@@ -151,7 +151,7 @@ def _photos(c) -> list:
         )
     return out
 
-# %% ../../../nbs/parts/photos/browsing.ipynb #79c6c33a
+# %% ../../../nbs/parts/photos/browsing.ipynb #e0e00424
 def page_browse(
     c,  # an opened collection
 ) -> Markup:  # HTML
