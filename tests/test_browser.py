@@ -203,13 +203,23 @@ HOSTILE = [
 ]
 
 
+def written(page, inside):
+    "A page around a section, its pictures beside it."
+    from landmark.parts.photos.pictures import move_pictures
+    from landmark.parts.templates import fill
+
+    inside = Markup(move_pictures(inside, page.parent / "pictures", "pictures"))
+    nothing = dict(nav="", after="", stages=[], sections=[], machine="")
+    page.write_text(fill("index.html", title="walk", seeds=[1], tables=inside, **nothing), encoding="utf-8")
+    return page
+
+
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     "A gallery of five photos in a page: two of one place, a copy of the second, two that stand alone."
     from landmark.parts.local.features import extract_many, open_local
     from landmark.parts.photos.browsing import page_browse
-    from landmark.parts.photos.pictures import data_uri, move_pictures
-    from landmark.parts.templates import fill
+    from landmark.parts.photos.pictures import data_uri
 
     home, rng = tmp_path_factory.mktemp("walk"), np.random.default_rng(0)
     walls = [np.kron(rng.integers(0, 255, (24, 32, 3)), np.ones((10, 10, 1))).astype(np.uint8) for _ in "abc"]
@@ -230,10 +240,7 @@ def walk(tmp_path_factory):
         row={i: k for k, i in enumerate(ids)},
         uri=lambda i: data_uri(seen[ids.index(i)]),
     )
-    inside = move_pictures(page_browse(c), home / "pictures", "pictures")
-    page, nothing = home / "walk.html", dict(nav="", after="", stages=[], sections=[], machine="")
-    page.write_text(fill("index.html", title="walk", seeds=[1], tables=Markup(inside), **nothing))
-    return page
+    return written(home / "walk.html", page_browse(c))
 
 
 def shown(o):
@@ -289,3 +296,32 @@ def test_a_gallery_opens_without_a_script(walk):
 
 def test_a_gallery_fits(walk):
     assert look(walk) == []
+
+
+def test_a_query_opens_with_its_lists(tmp_path):
+    from landmark.parts.pages.lists import Asked, page_lists
+
+    hard, easy = {"baseline": list("abc"), "<i>": list("cba")}, {"baseline": list("abc"), "<i>": list("abc")}
+    asked = [
+        Asked("q1", HOSTILE[0], {"c"}, hard, {"baseline": 0.33, "<i>": 1.0}),
+        Asked("q2", HOSTILE[1], {"a"}, easy, {"baseline": 1.0, "<i>": 1.0}),
+    ]
+    grey = np.full((40, 60, 3), 90, np.uint8)
+    inside = page_lists(asked, {"baseline": "baseline", "<i>": "<i>"}, lambda image_id: grey)
+    with Opened(written(tmp_path / "lists.html", inside)) as o:
+        o.tab.select_option("select[name=moved]", label="<i>: better (1)")
+        assert len(shown(o)) == 1 and HOSTILE[0] in shown(o)[0]
+        o.tab.select_option("select[name=first]", label="baseline: right")
+        assert shown(o) == [] and o.tab.inner_text("output") == "0 of 2"
+        o.tab.select_option("select[name=moved]", label="all")
+        assert len(shown(o)) == 1 and HOSTILE[1] in shown(o)[0]
+        o.tab.select_option("select[name=first]", label="all")
+        o.tab.locator("a[data-words]").first.click()
+        rows = o.tab.locator(".about:target .list")
+        frames = [
+            rows.nth(k).locator("> span").evaluate_all("all => all.map(e => e.className)") for k in (0, 1)
+        ]
+        assert frames == [["wrong", "wrong", "right"], ["right", "wrong", "wrong"]]
+        assert rows.nth(1).inner_text().split("\n") == ["was 3", "was 1"]
+        assert "+0.67" in o.tab.inner_text(".about:target") and heard(o) == []
+    assert look(tmp_path / "lists.html") == []
