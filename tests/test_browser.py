@@ -73,8 +73,9 @@ def heard(o):
 
 
 def pictures(text):
-    "Files that a page shows as pictures, in HTML and inside SVG."
-    found = re.findall(r'<img\b[^>]*?\bsrc="([^"]+)"|<image\b[^>]*?\bhref="([^"]+)"', text)
+    "Files that a page shows as pictures, in HTML, inside SVG and by its style."
+    kinds = r'<img\b[^>]*?\bsrc="([^"]+)"|<image\b[^>]*?\bhref="([^"]+)"|\burl\("([^"]+)"\)'
+    found = re.findall(kinds, text)
     return [u for us in found for u in us if u and not u.startswith("data:")]
 
 
@@ -245,7 +246,7 @@ def walk(tmp_path_factory):
 
 def shown(o):
     "The files that a gallery shows."
-    return o.tab.eval_on_selector_all("a[data-words]:not([hidden])", "cards => cards.map(c => c.title)")
+    return o.tab.locator("a[data-words]:visible").evaluate_all("cards => cards.map(c => c.title)")
 
 
 def test_a_gallery_is_sifted(walk):

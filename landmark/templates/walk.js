@@ -24,9 +24,10 @@
 
     const turned = () => {
       const about = opened();
-      for (const card of cards) card.toggleAttribute("aria-current", about && card === cardOf(about));
+      for (const card of cards) card.removeAttribute("aria-current");
       if (!about) return;
       about.focus({ preventScroll: true });
+      cardOf(about).setAttribute("aria-current", "true");
       cardOf(about).scrollIntoView({ block: "nearest" });
     };
     const pressed = event => {
@@ -50,8 +51,8 @@
     form.addEventListener("submit", event => event.preventDefault());
     walk.addEventListener("keydown", pressed);
     addEventListener("hashchange", turned);
+    addEventListener("load", turned);
     sift();
-    turned();
   };
   document.querySelectorAll(".walk").forEach(prepare);
 })();
