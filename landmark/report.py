@@ -28,6 +28,7 @@ from landmark.parts.core import (
 )
 from .parts.pages.page import render
 from .parts.pages.pieces import Prose, dress
+from .parts.photos.pictures import move_pictures
 from .parts.plots import to_markdown
 from .parts.provenance import code_hash, git_commit
 from .parts.templates import fill
@@ -154,6 +155,13 @@ def report(
     return home
 
 
+def _pictures_apart(page: Path):
+    "Pictures that an output carries become files beside its page."
+    text = page.read_text(encoding="utf-8")
+    if "data:image/jpeg" in text:
+        write_text(page, move_pictures(text, page.parent / "pictures", "pictures"))
+
+
 def render_pages(
     profile: str,
     seeds,  # for the index
@@ -175,6 +183,7 @@ def render_pages(
             links=first,
             story_at="" if story == name else story,
         )
+        _pictures_apart(out / name)
         shown[s.stage, s.name] = (name, title)
         if s.stage == "tables":
             unwanted = shutil.ignore_patterns("manifest.json", "state.json")

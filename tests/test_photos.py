@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from test_browser import CHROMIUM, complaints, pictures
+from test_browser import CHROMIUM, Opened, complaints, pictures
 
 from landmark import explore
 from landmark.parts.core import ParameterError
@@ -706,6 +706,21 @@ def test_report_of_a_difficult_folder(report):
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (on Debian: apt install chromium)")
 def test_a_browser_shows_the_report_without_complaint(report, tmp_path):
     assert complaints(report, tmp_path) == [] and len(pictures(report.read_text(encoding="utf-8"))) > 10
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (on Debian: apt install chromium)")
+def test_every_photo_of_the_report_opens(report):
+    with Opened(report) as o:
+        cards, about = o.tab.locator("a[data-words]"), o.tab.locator(".about:target")
+        assert cards.count() == 12
+        o.tab.fill("input[name=words]", "東京")
+        o.tab.locator("a[data-words]:visible").first.click()
+        assert "東京 タワー/0.jpg" in about.inner_text() and about.locator("svg path").count() == 2
+        o.tab.fill("input[name=words]", "")
+        for k in range(cards.count()):
+            o.tab.goto(f"{report.as_uri()}#about-{k}")
+            assert about.locator("b").inner_text() == o.tab.get_attribute(f"#photo-{k}", "title")
+        assert o.said == []
 
 
 def test_a_wrong_folder_is_one_sentence(tmp_path):
