@@ -19,8 +19,8 @@ from .parts.artifacts import open_stage
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, default_world, log, parallel_map, project_root, write_csv
 from .parts.data.layout import read_images, read_table, read_truth, splits
+from .parts.images.formats import ImageError
 from .parts.images.jpeg import jpeg_damage
-from .parts.images.kinds import ImageError
 from .parts.images.reading import image_size, read_image
 from .parts.local.features import extract
 from .parts.local.verification import verify
