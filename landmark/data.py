@@ -29,8 +29,8 @@ from landmark.parts.core import (
     write_csv,
 )
 from .parts.data.layout import read_images, read_table, read_truth, splits
+from .parts.images.formats import ImageError
 from .parts.images.jpeg import jpeg_damage
-from .parts.images.kinds import ImageError
 from .parts.images.reading import image_size, read_image
 from .parts.local.features import extract
 from .parts.local.verification import verify

@@ -10,7 +10,7 @@ __all__ = ['OFFERS', 'THRESHOLDS', 'Config', 'parameters_of', 'methods_of', 'vot
 # %% ../nbs/05_rerank.ipynb #99e654a1
 import time
 from dataclasses import field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from .parts.data.submission import write_retrieval
 from .parts.data.worlds import world_of
 from .parts.descriptors.ensemble import choose_models, join_models
 from .parts.descriptors.store import Rows, l2n, rows_of, write_store
+from .parts.local.carrier import learn, mask_store, read_list
 from .parts.local.features import LocalStore, extract_many, made_with, open_local, untrained_kind
 from .parts.local.kinds import rule_for
 from .parts.metrics import map_at_k, mean_of, revisited
@@ -83,6 +84,7 @@ class Config:
     insert_thresh: float = 0.6  # insert-step: confidences of query and image together; 0 chooses it on Public
     pca_dims: int = 0  # whiten with PCA learned on training descriptors, keep so many dimensions; 0: do not
     kind: str = ""  # kind of local features, such as rootsift; empty: methods that verify do not run
+    carrier: bool = True  # leave out what belongs to the carrier: footers, stamps, bars of a phone
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side before local features
     min_side: int = 0  # smaller images are enlarged to this least side before them; 0: none
@@ -216,15 +218,27 @@ def local_features(
     split: str,  # test or index
     ids: list,  # image ids, in the order of positions
     home: Path,  # where local features are kept
+    index: LocalStore | None = None,  # those whose carriers are left out; None: these themselves
 ) -> LocalStore:  # of these images
     "Local features of some images of a split, found once."
     how = {k: getattr(cfg, k) for k in ("kind", "max_keypoints", "max_side", "min_side")}
     made_by = made_with(**how), code_hash(untrained_kind(cfg.kind).find.__module__)
-    folder = home / f"{split}-{hash8([digest_of(world), made_by, ids])}"
+    masked_by = [code_hash(learn.__module__), index and index.path.name] if cfg.carrier else []
+    folder = home / f"{split}-{hash8([digest_of(world), made_by, ids, *masked_by])}"
     paths = read_images(world, split).set_index("image_id").path.reindex(ids).tolist()
     with locked(folder):
         work = dict(n_workers=cfg.n_workers, device=str(pick_device(cfg.device)))
-        return open_local(extract_many(paths, ids, folder, **how, **work))
+        store = open_local(extract_many(paths, ids, folder, **how, **work))
+        if cfg.carrier:
+            _leave_carriers_out(store, index, cfg.n_workers)
+    return store
+
+
+def _leave_carriers_out(store, index, n_workers):
+    "Mask every shard that is not masked yet."
+    shards = range(-(-len(store) // store.meta["shard_size"]))
+    if todo := [s for s in shards if not (store.path / f"{s:05d}" / "masked.npy").exists()]:
+        mask_store(store, read_list(index.path) if index else learn(store), todo, n_workers)
 
 
 def local_counts(
@@ -239,13 +253,13 @@ def local_counts(
     home = stage_dir("rerank", cfg).parent.parent / "local" / code_hash("landmark.parts.local.verification")
     sets = dict(queries=("test", list(queries)), index=("index", list(index)))
     how = dict(n_threads=cfg.n_workers, device=str(pick_device(cfg.device)), memory_mib=cfg.memory_mib)
-    return InlierCounts(
-        lambda name: local_features(cfg, world, *sets[name], home),
-        rule_for(cfg.kind),
-        home / "counts",
-        **how,
-        desc="verify lists",
-    )
+
+    @cache
+    def open_set(name):
+        index = open_set("index") if name == "queries" and cfg.carrier else None
+        return local_features(cfg, world, *sets[name], home, index)
+
+    return InlierCounts(open_set, rule_for(cfg.kind), home / "counts", **how, desc="verify lists")
 
 # %% ../nbs/05_rerank.ipynb #bbf054a0
 def _search_options(cfg) -> dict:

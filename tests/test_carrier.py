@@ -94,3 +94,23 @@ def test_a_killed_run_masks_what_it_reads_again(cfg):
         p.unlink()
     assert verify.run(cfg) == out
     assert [len(open_local(out / "local")[i]) for i in range(12)] == kept
+
+
+def test_re_ranking_counts_no_footer(world, tmp_path, monkeypatch):
+    "The strangers are the queries: all that they share with the index is the footer."
+    from landmark import rerank
+
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path / "runs"))
+    files = sorted((world / "v2").rglob("*.jpg"))
+    table = pd.DataFrame(dict(image_id=[p.stem for p in files], path=[str(p) for p in files]))
+    monkeypatch.setattr(rerank, "read_images", lambda world, split: table)
+    ids = table.image_id.tolist()
+    queries, index = ids[2::3], [i for k, i in enumerate(ids) if k % 3 < 2]
+    cfg = rerank.Config(world=str(world), kind="rootsift", n_workers=1, device="cpu")
+    with_it, without = (
+        rerank.local_counts(replace(cfg, carrier=c), world, queries, index) for c in (False, True)
+    )
+    strange = [(q, i) for q in range(4) for i in range(8)]
+    assert with_it("queries", "index", strange).min() >= 12 > without("queries", "index", strange).max()
+    assert without("index", "index", [(0, 1), (3, 2)]).min() >= 30
+    assert len(list((without.local("queries").path).glob("*/masked.npy"))) == 1

@@ -30,7 +30,7 @@ from landmark.parts.data.submission import SubmissionError, read_recognition, re
 from landmark.parts.data.tables import read_table
 from landmark.parts.descriptors.hdf5 import read_h5
 from landmark.parts.descriptors.store import StoreError, open_store, write_store
-from landmark.parts.images.kinds import ImageError
+from landmark.parts.images.formats import ImageError
 from landmark.parts.images.reading import image_size, read_image
 from landmark.parts.nets.backbones import load_weights
 from landmark.parts.nets.checkpoints import CHECKPOINT_VERSION, load_checkpoint, save_checkpoint

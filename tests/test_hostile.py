@@ -21,7 +21,7 @@ from landmark.parts.data import layout
 from landmark.parts.data.submission import read_recognition, read_retrieval
 from landmark.parts.descriptors.hdf5 import read_h5
 from landmark.parts.descriptors.store import l2n
-from landmark.parts.images.kinds import KINDS, ImageError
+from landmark.parts.images.formats import KINDS, ImageError
 from landmark.parts.images.reading import image_size, read_image
 from landmark.parts.photos.importing import import_folder
 from landmark.parts.rerank import beyond, graph

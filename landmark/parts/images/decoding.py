@@ -18,7 +18,7 @@ from PIL import Image
 
 from .augment import AUGMENTS
 from .batching import aspect_groups
-from .kinds import MAX_MEGAPIXELS, ImageError
+from .formats import MAX_MEGAPIXELS, ImageError
 from .loading import Photos
 from .reading import orientation_of, read_image
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import augment, change
 from .batching import aspect_groups, scan_sizes, size_table
-from .kinds import ImageError
+from .formats import ImageError
 from .reading import read_image
 
 # %% ../../../nbs/parts/images/loading.ipynb #d2e00542

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ..core import one_line, path_inside
+from .formats import ImageError, check_size, open_image, without_notes
 from .jpeg import jpeg_damage
-from .kinds import ImageError, check_size, open_image, without_notes
 
 # %% ../../../nbs/parts/images/reading.ipynb #006c25b8
 def image_path(

@@ -25,8 +25,8 @@ from landmark.parts.core import (
     sha256_of,
     write_csv,
 )
+from ..images.formats import RAW, SUFFIXES, ImageError, kind_of, named_otherwise, open_image
 from ..images.jpeg import jpeg_damage
-from ..images.kinds import RAW, SUFFIXES, ImageError, kind_of, named_otherwise, open_image
 from landmark.parts.images.reading import (
     DEEP,
     has_deep_colours,
