@@ -20,7 +20,16 @@ import yaml
 
 from . import graph
 from .parts.config import read_yaml
-from .parts.core import ParameterError, hash8, log, project_root, read_json, runs_dir, write_json, write_text
+from landmark.parts.core import (
+    ParameterError,
+    hash8,
+    log,
+    project_root,
+    read_json,
+    runs_dir,
+    write_json,
+    write_text,
+)
 from .parts.photos.album import check_album, is_share
 from .parts.provenance import code_hash, git_commit
 from .report import render_pages
@@ -162,8 +171,9 @@ def keep(
 
 # %% ../nbs/album.ipynb #63b03995
 def main():
-    """`landmark_album FOLDER [--others FOLDER] [--bench FOLDER] [--v1 SHARE|FOLDER] [--noise SHARE] [--seeds 1 2 3]`
-    takes a folder of labelled photographs through every stage; `--keep` puts its tables into reports/album."""
+    """`landmark_album FOLDER [--others FOLDER] [--bench FOLDER] [--v1 SHARE|FOLDER] [--noise SHARE]
+    [--seeds 1 2 3]` takes a folder of labelled photographs through every stage; `--keep` puts its tables
+    into reports/album."""
     ap = argparse.ArgumentParser(description=main.__doc__)
     ap.add_argument("photos")
     for name, usual in (("others", ""), ("bench", ""), ("v1", "0.4"), ("noise", "0"), ("cores", "all")):
