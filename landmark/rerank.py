@@ -223,7 +223,8 @@ def local_features(
     "Local features of some images of a split, found once."
     how = {k: getattr(cfg, k) for k in ("kind", "max_keypoints", "max_side", "min_side")}
     made_by = made_with(**how), code_hash(untrained_kind(cfg.kind).find.__module__)
-    masked_by = [code_hash(learn.__module__), index and index.path.name] if cfg.carrier else []
+    learned_from = index.path.name if index is not None else split
+    masked_by = [code_hash(learn.__module__), learned_from] if cfg.carrier else []
     folder = home / f"{split}-{hash8([digest_of(world), made_by, ids, *masked_by])}"
     paths = read_images(world, split).set_index("image_id").path.reindex(ids).tolist()
     with locked(folder):
@@ -238,7 +239,8 @@ def _leave_carriers_out(store, index, n_workers):
     "Mask every shard that is not masked yet."
     shards = range(-(-len(store) // store.meta["shard_size"]))
     if todo := [s for s in shards if not (store.path / f"{s:05d}" / "masked.npy").exists()]:
-        mask_store(store, read_list(index.path) if index else learn(store), todo, n_workers)
+        stop = learn(store) if index is None else read_list(index.path)
+        mask_store(store, stop, todo, n_workers)
 
 
 def local_counts(
