@@ -315,7 +315,7 @@ def config_of(
 
 
 def open_collection(
-    what,  # a `Collection`, what `run` returned, an album's runs, or a folder of photos, explored if it is new
+    what,  # a `Collection`, what `run` returned, an album's runs, or a folder of photos, explored if new
 ) -> Collection:
     "A collection, however it is named; that of an album is explored with the model it left."
     if isinstance(what, Collection):
