@@ -294,6 +294,10 @@ def table_cleaners(
     runs: pd.DataFrame,  # manifests of 02_clean, stacked: a row a run
 ) -> pd.DataFrame:  # a row a way
     "Ways of cleaning: how much of what is right they keep, how clean the rest is, and what they cost."
+    if missing := {"how", "kept", "seconds_before"} - set(runs):
+        raise ParameterError(
+            f"tables: cleaners are artifacts of 02_clean; these do not say {sorted(missing)}"
+        )
     way = runs.how.map(CLEANERS).fillna(runs.how)
     several = runs.groupby("how").name.transform("nunique") > 1
     way = way.where(~several, way + ", " + runs.name)

@@ -9,7 +9,7 @@ __all__ = ['label_table']
 import numpy as np
 import pandas as pd
 
-from .cleaning import plain_reasons
+from .cleaning import lost_table
 
 # %% ../../../nbs/parts/local/by_label.ipynb #5f2f7665
 def label_table(
@@ -26,9 +26,9 @@ def label_table(
     t.insert(0, "name", [(names or {}).get(k, "") for k in t.index])
     t["recall"] = (t.right_kept / t.right.where(t.right > 0)).round(4)
     t["precision"] = (t.right_kept / t.kept.where(t.kept > 0)).round(4)
-    lost = facts.assign(reason=plain_reasons(why))[right & ~keep]
-    told = lost.groupby("landmark_id").reason.agg(_counted)
-    t["lost_because"] = told.reindex(t.index, fill_value="")
+    rows = facts[right & ~keep].groupby("landmark_id").groups
+    told = {k: _counted([why[i] for i in some]) for k, some in rows.items()}
+    t["lost_because"] = [told.get(k, "") for k in t.index]
     t["lost"] = t.right - t.right_kept
     return (
         t.sort_values(["recall", "lost"], ascending=[True, False], kind="stable")
@@ -39,4 +39,4 @@ def label_table(
 
 def _counted(reasons):
     "Reasons and how often, the most frequent first."
-    return "; ".join(f"{n} × {reason}" for reason, n in reasons.value_counts(sort=True).items())
+    return "; ".join(f"{n} × {reason}" for reason, n in lost_table(reasons).itertuples(index=False))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['partners_among_all', 'partners_within', 'write_pairs', 'read_pairs', 'count_verified', 'needed_pairs', 'clean_images',
            'first_copies', 'threshold_grid', 'precision_recall', 'draw_grid', 'quality_table', 'clean_table', 'reasons',
-           'plain_reasons', 'lost_table', 'size_table', 'spring_layout', 'draw_label']
+           'lost_table', 'size_table', 'spring_layout', 'draw_label']
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #ac28cabb
 from pathlib import Path
@@ -276,21 +276,15 @@ def reasons(
     return [why(i) for i in range(len(keep))]
 
 # %% ../../../nbs/parts/local/cleaning.ipynb #f2383e32
-def plain_reasons(
-    why: list,  # reason per image, '' for images that stay
-) -> pd.Series:  # the same without counts
-    "Reasons to be counted: how many verified pairs were too few does not matter."
-    counted = r"^\d+ verified pairs, \d+ needed"
-    return pd.Series(why, dtype=object).str.replace(counted, "too few verified pairs", regex=True)
-
-
 def lost_table(
     why: list,  # reason per image, '' for images that stay
     right: np.ndarray | None = None,  # whether each image shows its label, where that is known [n]
     view: np.ndarray | None = None,  # what it shows, label and aspect, where that is known [n]
 ) -> pd.DataFrame:  # reason, n; right, wrong; lonely
     "What was lost, and why."
-    facts = pd.DataFrame(dict(reason=plain_reasons(why), n=1))
+    counted = r"^\d+ verified pairs, \d+ needed"
+    reason = pd.Series(why).str.replace(counted, "too few verified pairs", regex=True)
+    facts = pd.DataFrame(dict(reason=reason, n=1))
     if right is not None:
         facts["right"], facts["wrong"] = right.astype(int), (~right).astype(int)
         if view is not None:

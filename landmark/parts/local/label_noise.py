@@ -86,7 +86,7 @@ def label_issues(
     probs, _ = likeliest(x, labels, deal_folds(labels, n_folds, seed))
     issue = find_label_issues(numbers, probs, filter_by=filter_by, n_jobs=1)
     own = probs[np.arange(len(labels)), numbers]
-    return ~issue, dict(guess=classes[probs.argmax(1)], quality=own.round(4))
+    return ~issue, dict(guess=classes[probs.argmax(1)], quality=own.astype(float).round(4))
 
 
 def _fits(n, n_labels, memory_mib):
