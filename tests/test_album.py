@@ -411,7 +411,7 @@ def test_the_stage_makes_a_world_once_and_again_when_a_photo_comes(mine, runs, t
 
 def test_a_killed_run_leaves_nothing_behind(mine, runs, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(part, "_write_world", lambda *a: 1 / 0)
+        broken.setattr(part, "_write_tables", lambda *a: 1 / 0)
         data.run(config(mine))
     out = next(runs.glob("album/seed1/data/default-*"))
     assert not (out / "world").exists() and not list(out.glob(".world.*"))
@@ -426,9 +426,9 @@ def test_a_killed_run_leaves_nothing_behind(mine, runs, monkeypatch):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (dict(world="mini"), "world can not be set"),
-        (dict(size=2.0, n_aspects=1), "size, n_aspects can not be set"),
-        (dict(shuffle_labels=True), "shuffle_labels can not be set"),
+        (dict(world="mini"), "world cannot be set"),
+        (dict(size=2.0, n_aspects=1), "size, n_aspects cannot be set"),
+        (dict(shuffle_labels=True), "shuffle_labels cannot be set"),
         (dict(photos="", others="x"), "others can only be set with photos"),
         (dict(photos="", v1=0.4, max_photos=9), "v1, max_photos can only be set with photos"),
         (dict(photos="/nowhere/at all"), "photos: there is no folder /nowhere/at all"),
