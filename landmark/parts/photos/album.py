@@ -148,7 +148,7 @@ def _listed(name: str, folder: Path, max_photos: int) -> tuple:  # files to read
 
 def _counted(skipped: pd.DataFrame) -> str:
     "Reasons with their counts, most frequent first."
-    reasons = skipped.reason.str.split(":").str[0].value_counts()
+    reasons = skipped.reason.str.replace(r": .*| as .*", "", regex=True).value_counts()
     return "; ".join(f"{n:,} × {why}" for why, n in reasons.items())
 
 
@@ -193,11 +193,14 @@ def _leave_out(photos: pd.DataFrame) -> np.ndarray:  # why each photo is left ou
     return reasons
 
 # %% ../../../nbs/parts/photos/album.ipynb #f8d7ec46
+_ASKED = "in the benchmark, so for no training"
+
+
 def _in_bench(photos: pd.DataFrame) -> np.ndarray:  # why, empty for those that stay
     "Training photos that a benchmark asks about or searches in."
     known = photos[photos.folder == "bench"].drop_duplicates("picture").set_index("picture").file
     twin = photos.picture.map(known).where(photos.split == "v2_train")
-    return np.where(twin.isna(), "", "for no training: the same picture as " + twin.fillna("") + " in bench")
+    return np.where(twin.isna(), "", f"{_ASKED}: the same picture as " + twin.fillna(""))
 
 
 def _number(photos: pd.DataFrame) -> pd.DataFrame:
@@ -260,15 +263,18 @@ def _counts(photos: pd.DataFrame, skipped: pd.DataFrame) -> dict:
     sizes |= {name: int(some.sum()) for name, some in rows.items()}
     sizes |= dict(v1_labels=v1.label.nunique(), skipped=len(skipped))
     reasons = dict(no_label=_LOOSE, two_labels="the same picture has another label")
-    reasons |= dict(copies="the same picture as", in_bench="for no training")
+    reasons |= dict(copies="the same picture as", in_bench=_ASKED)
     return sizes | {k: int(skipped.reason.str.startswith(why).sum()) for k, why in reasons.items()}
 
 # %% ../../../nbs/parts/photos/album.ipynb #4a530c0f
 VERDICT = 20  # Private test photos of landmarks, below which differences between methods are chance
 
 
-def _check_placed(folder: Path, photos: pd.DataFrame, skipped: pd.DataFrame):
+def _check_placed(folders: dict, photos: pd.DataFrame, skipped: pd.DataFrame):
     "Refuse an album in which nothing can be learned or asked."
+    if "v1" in folders and not (photos.folder == "v1").any():
+        why = _counted(skipped[skipped.folder == "v1"])
+        raise ParameterError(f"v1: no photo of {shown_name(folders['v1'])} is left: {why}")
     own = photos[photos.folder == "photos"]
     n_train = own.label[own.split == "v2_train"].nunique()
     if n_train > 1 and (own.split == "test").any():
@@ -277,7 +283,8 @@ def _check_placed(folder: Path, photos: pd.DataFrame, skipped: pd.DataFrame):
     what = f"{n_train} labels to train with, two are needed"
     if n_train > 1:
         what = f"no label with {LEAST} different pictures to train, search and ask with"
-    raise ParameterError(f"photos: {shown_name(folder)} has {what}" + (f"; left out: {why}" if why else ""))
+    where = f"photos: {shown_name(folders['photos'])}"
+    raise ParameterError(f"{where} has {what}" + (f"; left out: {why}" if why else ""))
 
 
 def _say(counts: dict):
@@ -336,7 +343,7 @@ def make_album(
         left = table[["folder", "file"]].assign(reason=reasons)[reasons != ""]
         table, in_bench = _place(table[reasons == ""], noise, seed)
         skipped = pd.concat([skipped, left, in_bench]).sort_values(["folder", "file"])
-        _check_placed(folders["photos"], table, skipped)
+        _check_placed(folders, table, skipped)
         table = _label(table, noise, seed)
         table = move_photos(_with_seen(table, seen_share(v1), seed), tmp / "stage", tmp)
         counts = _counts(table, skipped)
