@@ -91,6 +91,16 @@ def knobs_of(
 
 # %% ../nbs/00_data.ipynb #b1c80fff
 _ALBUM = ("others", "bench", "v1", "max_photos", "max_side")
+_CHECKS = ("files", "sizes", "pixels")
+
+
+def _check_numbers(cfg: Config):
+    "Refuse what would only be noticed when all photos have been read."
+    if cfg.check not in _CHECKS:
+        raise ParameterError(f"data: check is {cfg.check!r}; allowed: {', '.join(_CHECKS)}")
+    if cfg.max_photos < 0 or cfg.max_side < 64:
+        given = f"max_photos is {cfg.max_photos}, max_side is {cfg.max_side}"
+        raise ParameterError(f"data: {given}; allowed are 0 (all) or more, and 64 pixels or more")
 
 
 def album_of(
@@ -106,7 +116,8 @@ def album_of(
     turned = [k for k in _changed(cfg) if k != "noise"] + ["world"] * (cfg.world != "default")
     if turned:
         both = "the world is made of photos"
-        raise ParameterError(f"data: {', '.join(turned)} can not be set: {both} ({cfg.photos!r})")
+        raise ParameterError(f"data: {', '.join(turned)} cannot be set: {both} ({cfg.photos!r})")
+    _check_numbers(cfg)
     given = {k: getattr(cfg, k) for k in ("photos", "others", "bench", "v1")}
     places = {k: project_root() / Path(v).expanduser() if v else "" for k, v in given.items()}
     if is_share(cfg.v1):
@@ -154,8 +165,8 @@ def check_world(
     n_workers: int = 0,  # processes
 ) -> pd.DataFrame:  # split, image_id, problem
     "List what is wrong with a folder of images and labels."
-    if check not in ("files", "sizes", "pixels"):
-        raise ParameterError(f"data: check is {check!r}; allowed: files, sizes, pixels")
+    if check not in _CHECKS:
+        raise ParameterError(f"data: check is {check!r}; allowed: {', '.join(_CHECKS)}")
     if not Path(world).is_dir():
         neither = f"neither a drawn world ({', '.join(WORLDS)}) nor a folder"
         raise ParameterError(f"data: world {str(world)!r} is {neither}")

@@ -246,6 +246,24 @@ def test_folders_in_which_nothing_can_be_asked_are_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["equal", "pairs", "text"]
 
 
+def test_folders_that_are_copies_of_the_album(tmp_path):
+    "Nothing is left of other photos; a clean set or a training set without a photo is refused."
+    folder = fill(tmp_path / "mine", arch=8, bridge=8)
+    same = str(shutil.copytree(folder, tmp_path / "same"))
+    counts, _, _ = made(tmp_path / "w", folder, others=same, noise=0.3)
+    assert (counts["copies"], counts["others_train"], counts["others_test"]) == (16, 0, 0)
+    with pytest.raises(ParameterError, match="v1: no photo of .* is left: 16 × the same picture$"):
+        make_album(tmp_path / "w2", folder, v1=same, n_workers=1)
+    for k in range(16):
+        put(painting(k), tmp_path / "bench/jpg" / f"i{k}.jpg")
+    names, none = [f"i{k}" for k in range(16)], dict(bbx=[0, 0, 9, 9], easy=[], hard=[], junk=[])
+    truth = dict(imlist=names, qimlist=names[:1], gnd=[none])
+    (tmp_path / "bench/gnd_all.pkl").write_bytes(pickle.dumps(truth))
+    with pytest.raises(ParameterError, match="left out: 8 × in the benchmark, so for no training"):
+        make_album(tmp_path / "w2", folder, bench=tmp_path / "bench", n_workers=1)
+    assert not (tmp_path / "w2").exists()
+
+
 def test_what_is_no_photo_of_a_label_is_listed(tmp_path):
     folder = fill(tmp_path / "mine", **{"arch": 6, "far away/bridge": 6})
     put(painting(90), folder / "loose.jpg")
@@ -330,7 +348,9 @@ def test_a_benchmark_stays_what_it_is_and_out_of_training(mine, bench, tmp_path)
     assert layout.read_revisited(tmp_path / "w", "rmine") == layout.read_ground_truth(bench / "gnd_rmine.pkl")
     for p in layout.read_images(tmp_path / "w", "rmine_index").path:
         assert Path(p).read_bytes() == (bench / "jpg" / Path(p).name).read_bytes()
-    assert left == {"photos/arch/003.jpg": "for no training: the same picture as jpg/a.jpg in bench"}
+    assert left == {
+        "photos/arch/003.jpg": "in the benchmark, so for no training: the same picture as jpg/a.jpg"
+    }
     assert counts["in_bench"] == 1 and "arch/003.jpg" not in set(photos.file)
 
 
@@ -411,7 +431,7 @@ def test_the_stage_makes_a_world_once_and_again_when_a_photo_comes(mine, runs, t
 
 def test_a_killed_run_leaves_nothing_behind(mine, runs, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(part, "_write_world", lambda *a: 1 / 0)
+        broken.setattr(part, "_write_tables", lambda *a: 1 / 0)
         data.run(config(mine))
     out = next(runs.glob("album/seed1/data/default-*"))
     assert not (out / "world").exists() and not list(out.glob(".world.*"))
@@ -426,9 +446,9 @@ def test_a_killed_run_leaves_nothing_behind(mine, runs, monkeypatch):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (dict(world="mini"), "world can not be set"),
-        (dict(size=2.0, n_aspects=1), "size, n_aspects can not be set"),
-        (dict(shuffle_labels=True), "shuffle_labels can not be set"),
+        (dict(world="mini"), "world cannot be set"),
+        (dict(size=2.0, n_aspects=1), "size, n_aspects cannot be set"),
+        (dict(shuffle_labels=True), "shuffle_labels cannot be set"),
         (dict(photos="", others="x"), "others can only be set with photos"),
         (dict(photos="", v1=0.4, max_photos=9), "v1, max_photos can only be set with photos"),
         (dict(photos="/nowhere/at all"), "photos: there is no folder /nowhere/at all"),

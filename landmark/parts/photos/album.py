@@ -28,6 +28,7 @@ from landmark.parts.photos.splitting import (
     split_photos,
     swap_labels,
 )
+from .writing import move_photos, write_layout, write_truth
 
 # %% ../../../nbs/parts/photos/album.ipynb #e51576c0
 def is_share(
@@ -147,7 +148,7 @@ def _listed(name: str, folder: Path, max_photos: int) -> tuple:  # files to read
 
 def _counted(skipped: pd.DataFrame) -> str:
     "Reasons with their counts, most frequent first."
-    reasons = skipped.reason.str.split(":").str[0].value_counts()
+    reasons = skipped.reason.str.replace(r": .*| as .*", "", regex=True).value_counts()
     return "; ".join(f"{n:,} × {why}" for why, n in reasons.items())
 
 
@@ -192,11 +193,14 @@ def _leave_out(photos: pd.DataFrame) -> np.ndarray:  # why each photo is left ou
     return reasons
 
 # %% ../../../nbs/parts/photos/album.ipynb #f8d7ec46
+_ASKED = "in the benchmark, so for no training"
+
+
 def _in_bench(photos: pd.DataFrame) -> np.ndarray:  # why, empty for those that stay
     "Training photos that a benchmark asks about or searches in."
     known = photos[photos.folder == "bench"].drop_duplicates("picture").set_index("picture").file
     twin = photos.picture.map(known).where(photos.split == "v2_train")
-    return np.where(twin.isna(), "", "for no training: the same picture as " + twin.fillna("") + " in bench")
+    return np.where(twin.isna(), "", f"{_ASKED}: the same picture as " + twin.fillna(""))
 
 
 def _number(photos: pd.DataFrame) -> pd.DataFrame:
@@ -236,108 +240,41 @@ def _label(photos: pd.DataFrame, noise: float, seed: int) -> pd.DataFrame:
     return photos.assign(landmark_id=given, kind=kind)
 
 # %% ../../../nbs/parts/photos/album.ipynb #fc1e4f78
-def _seen_again(photos: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
-    "Rows for the clean set: training photos of some labels, once more."
-    if not share:
-        return photos[:0]
+def _with_seen(photos: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:  # `of`: whose second name
+    "With the clean set: training photos of some labels, once more."
+    photos = photos.assign(of="")
     own = photos[(photos.folder == "photos") & (photos.split == "v2_train")]
-    again = own[own.label.isin(seen_labels(own.label, share, seed))]
+    again = own[own.label.isin(seen_labels(own.label, share, seed) if share else [])]
     ids = [hashlib.blake2b(i.encode(), digest_size=8, person=b"v1 again").hexdigest() for i in again.image_id]
-    return again.assign(
-        image_id=ids, of=again.image_id, split="v1_train", landmark_id=again.true_landmark, kind="landmark"
-    )
-
-# %% ../../../nbs/parts/photos/album.ipynb #c41f0cb8
-_HOMES = dict(v1_train="v1/train", v2_train="v2/train", index="v2/index", test="v2/test")
-
-
-def _move(photos: pd.DataFrame, again: pd.DataFrame, stage: Path, out: Path) -> pd.DataFrame:  # with `path`
-    "Give every photo its place."
-    photos = pd.concat([photos.assign(of=""), again], ignore_index=True)
-    photos["path"] = [image_path(_HOMES[s], i).as_posix() for s, i in zip(photos.split, photos.image_id)]
-    place = dict(zip(photos.image_id, photos.path))
-    for p in photos.itertuples():  # copies of copies come last
-        (out / p.path).parent.mkdir(parents=True, exist_ok=True)
-        if p.of:
-            link_or_copy(out / place[p.of], out / p.path)
-        else:
-            image_path(stage / p.folder, p.image_id).rename(out / p.path)
-    shutil.rmtree(stage)
-    return photos.sort_values(["split", "image_id"], ignore_index=True)
-
-
-def _copy_bench(folder: Path, out: Path):
-    "A benchmark's ground truth and images."
-    name, truth, images = find_bench(folder)
-    home = out / "revisited" / name
-    (home / "jpg").mkdir(parents=True)
-    shutil.copyfile(truth, home / truth.name)
-    for i in images:
-        link_or_copy((folder / "jpg" / f"{i}.jpg").resolve(), home / "jpg" / f"{i}.jpg")
-
-
-def _solutions(photos: pd.DataFrame) -> tuple:  # retrieval, recognition
-    "What answers each test photo."
-    index, test = photos[photos.split == "index"], photos[photos.split == "test"]
-    shown = index.groupby("true_landmark").image_id.agg(" ".join)
-    images = test.true_landmark.map(shown).fillna("None").where(test.true_landmark >= 0, "None")
-    usage = test.usage.where(images != "None", "Ignored")
-    landmarks = test.true_landmark.astype(str).where(test.true_landmark >= 0, "")
-    retrieval = pd.DataFrame(dict(id=test.image_id, images=images, Usage=usage))
-    return retrieval, pd.DataFrame(dict(id=test.image_id, landmarks=landmarks, Usage=test.usage))
-
-
-def _write_layout(photos: pd.DataFrame, out: Path):
-    "The tables of the Google Landmarks layout."
-    named = dict(id=photos.image_id, url=photos.file, landmark_id=photos.landmark_id)
-    table, tables = pd.DataFrame(named), {}
-    for v in ("v1", "v2"):
-        train = photos.split == f"{v}_train"
-        if train.any():
-            tables[f"{v}/train"] = table[train]
-            labels = photos[train | ((photos.folder == "photos") & (v == "v2"))]
-            names = labels[labels.label != ""].drop_duplicates("true_landmark").sort_values("true_landmark")
-            names = dict(landmark_id=names.true_landmark, category=names.label)
-            tables[f"{v}/train_label_to_category"] = pd.DataFrame(names)
-    for split in ("index", "test"):
-        tables[f"v2/{split}"] = table[["id"]][photos.split == split]
-    tables["v2/index_image_to_landmark"] = table[["id", "landmark_id"]][photos.split == "index"]
-    tables["v2/retrieval_solution"], tables["v2/recognition_solution"] = _solutions(photos)
-    for name, t in tables.items():
-        write_csv(t, out / f"{name}.csv")
+    right = dict(split="v1_train", landmark_id=again.true_landmark, kind="landmark")
+    return pd.concat([photos, again.assign(image_id=ids, of=again.image_id, **right)], ignore_index=True)
 
 # %% ../../../nbs/parts/photos/album.ipynb #5c6be174
-def _write_truth(photos: pd.DataFrame, out: Path):
-    "What is really in each photo, as far as it is known."
-    truth = photos[["image_id", "split", "path", "landmark_id", "true_landmark", "kind"]]
-    write_csv(truth.assign(building="", aspect="", light=""), out / "truth.csv")
-
-
 def _counts(photos: pd.DataFrame, skipped: pd.DataFrame) -> dict:
     "What became of all photos."
-    own, train = photos.folder == "photos", photos.split == "v2_train"
-    test, v1 = own & (photos.split == "test"), photos.split == "v1_train"
-    asked = set(photos.label[test])
-    sizes = dict(labels=photos.label[own].nunique(), train_only=len(set(photos.label[own]) - asked))
-    sizes |= dict(train=int(train.sum()), index=int((photos.split == "index").sum()), test=int(test.sum()))
-    sizes |= dict(
-        public=int((photos.usage[test] == "Public").sum()),
-        private=int((photos.usage[test] == "Private").sum()),
-    )
-    other = photos.folder == "others"
-    sizes |= dict(others_train=int((other & train).sum()), others_test=int((other & ~train).sum()))
-    sizes |= dict(swapped=int((photos.kind == "swapped label").sum()), v1=int(v1.sum()))
-    sizes |= dict(v1_labels=photos.label[v1].nunique(), skipped=len(skipped))
+    own, other, split = photos.folder == "photos", photos.folder == "others", photos.split
+    test, v1 = photos[own & (split == "test")], photos[split == "v1_train"]
+    rows = dict(train=split == "v2_train", index=split == "index", test=own & (split == "test"))
+    rows |= {usage.lower(): own & (photos.usage == usage) for usage in ("Public", "Private")}
+    rows |= dict(others_train=other & (split == "v2_train"), others_test=other & (split == "test"))
+    rows |= dict(swapped=photos.kind == "swapped label", v1=split == "v1_train")
+    labels = set(photos.label[own])
+    sizes = dict(labels=len(labels), train_only=len(labels - set(test.label)))
+    sizes |= {name: int(some.sum()) for name, some in rows.items()}
+    sizes |= dict(v1_labels=v1.label.nunique(), skipped=len(skipped))
     reasons = dict(no_label=_LOOSE, two_labels="the same picture has another label")
-    reasons |= dict(copies="the same picture as", in_bench="for no training")
+    reasons |= dict(copies="the same picture as", in_bench=_ASKED)
     return sizes | {k: int(skipped.reason.str.startswith(why).sum()) for k, why in reasons.items()}
 
 # %% ../../../nbs/parts/photos/album.ipynb #4a530c0f
 VERDICT = 20  # Private test photos of landmarks, below which differences between methods are chance
 
 
-def _check_placed(folder: Path, photos: pd.DataFrame, skipped: pd.DataFrame):
+def _check_placed(folders: dict, photos: pd.DataFrame, skipped: pd.DataFrame):
     "Refuse an album in which nothing can be learned or asked."
+    if "v1" in folders and not (photos.folder == "v1").any():
+        why = _counted(skipped[skipped.folder == "v1"])
+        raise ParameterError(f"v1: no photo of {shown_name(folders['v1'])} is left: {why}")
     own = photos[photos.folder == "photos"]
     n_train = own.label[own.split == "v2_train"].nunique()
     if n_train > 1 and (own.split == "test").any():
@@ -346,20 +283,42 @@ def _check_placed(folder: Path, photos: pd.DataFrame, skipped: pd.DataFrame):
     what = f"{n_train} labels to train with, two are needed"
     if n_train > 1:
         what = f"no label with {LEAST} different pictures to train, search and ask with"
-    raise ParameterError(f"photos: {shown_name(folder)} has {what}" + (f"; left out: {why}" if why else ""))
+    where = f"photos: {shown_name(folders['photos'])}"
+    raise ParameterError(f"{where} has {what}" + (f"; left out: {why}" if why else ""))
 
 
 def _say(counts: dict):
     "Say what somebody should know before reading results."
     log(
-        f"album: {counts['labels']:,} labels; {counts['train']:,} training, {counts['index']:,} index and "
-        f"{counts['test']:,} test photos, {counts['others_test']:,} of nothing; {counts['skipped']:,} skipped"
+        f"album: {counts['labels']:,} labels; {counts['train']:,} training, {counts['index']:,} index, "
+        f"{counts['test']:,} and {counts['others_test']:,} other test photos; {counts['skipped']:,} skipped"
     )
     if counts["private"] < VERDICT:
         log(
             f"album: {counts['private']} Private test photos show a landmark; "
             f"with fewer than {VERDICT} no difference between methods is a verdict"
         )
+
+
+def _write_tables(photos: pd.DataFrame, skipped: pd.DataFrame, noise: float, out: Path):
+    "The layout, the truth if it is known, every photo with its place, and what is left out."
+    write_layout(photos, out)
+    if noise:
+        write_truth(photos, out)
+    front = ["image_id", "folder", "file", "label", "split", "usage", "landmark_id"]
+    columns = front + ["bytes", "width", "height", "changed", "sha256", "pixels", "picture"]
+    write_csv(photos[columns], out / "photos.csv")
+    write_csv(skipped[["file", "reason", "folder"]], out / "skipped.csv")
+
+
+def _copy_bench(folder: Path, out: Path):
+    "A benchmark's ground truth, and its images under second names."
+    name, truth, images = find_bench(folder)
+    home = out / "revisited" / name
+    (home / "jpg").mkdir(parents=True)
+    shutil.copyfile(truth, home / truth.name)
+    for i in images:
+        link_or_copy((folder / "jpg" / f"{i}.jpg").resolve(), home / "jpg" / f"{i}.jpg")
 
 
 def make_album(
@@ -384,24 +343,13 @@ def make_album(
         left = table[["folder", "file"]].assign(reason=reasons)[reasons != ""]
         table, in_bench = _place(table[reasons == ""], noise, seed)
         skipped = pd.concat([skipped, left, in_bench]).sort_values(["folder", "file"])
-        _check_placed(folders["photos"], table, skipped)
+        _check_placed(folders, table, skipped)
         table = _label(table, noise, seed)
-        table = _move(table, _seen_again(table, seen_share(v1), seed), tmp / "stage", tmp)
+        table = move_photos(_with_seen(table, seen_share(v1), seed), tmp / "stage", tmp)
         counts = _counts(table, skipped)
-        _write_world(table, skipped, noise, tmp)
+        _write_tables(table, skipped, noise, tmp)
         if bench:
             _copy_bench(folders["bench"], tmp)
         write_json(tmp / "album.json", dict(seed=seed, noise=noise, v1=v1, counts=counts))
     _say(counts)
     return counts
-
-
-def _write_world(photos: pd.DataFrame, skipped: pd.DataFrame, noise: float, out: Path):
-    "All tables of a world."
-    _write_layout(photos, out)
-    if noise:
-        _write_truth(photos, out)
-    front = ["image_id", "folder", "file", "label", "split", "usage", "landmark_id"]
-    columns = front + ["bytes", "width", "height", "changed", "sha256", "pixels", "picture"]
-    write_csv(photos[columns], out / "photos.csv")
-    write_csv(skipped[["file", "reason", "folder"]], out / "skipped.csv")
