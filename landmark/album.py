@@ -129,6 +129,11 @@ def _write_pages(
     return home / "report" / "index.html"
 
 # %% ../nbs/album.ipynb #b1d22ed2
+def _quoted(word: str) -> str:
+    "A word as a shell reads it."
+    return word if re.fullmatch(r"[\w.-]+", word) else '"' + re.sub(r'(["\\$`])', r"\\\1", word) + '"'
+
+
 def _counts_of(
     home: Path,  # what `run` returned
     seeds=(1,),  # splits
@@ -145,7 +150,7 @@ def command_of(
 ) -> str:  # a shell command, with the names of the folders only
     "What was typed."
     names = dict(DIR="photos", OTHER="others", BENCH="bench", V1="v1", NOISE="noise")
-    said = [f"{k}={Path(given[v]).name}" for k, v in names.items() if given[v]]
+    said = [f"{k}={_quoted(Path(given[v]).name)}" for k, v in names.items() if given[v]]
     return " ".join(["make album", *said, f'SEEDS="{" ".join(map(str, seeds))}"'])
 
 
