@@ -38,7 +38,7 @@ def runs(town, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LANDMARK_RUNS", str(tmp_path_factory.mktemp("runs")))
         given = album.given_of(town, v1="0")
-        album.check(given)
+        given = album.check(given)
         home = album.runs_dir() / given["runs"]
         write_text(home / "given.yaml", yaml.safe_dump(given))
         for step in album.steps_of(given):
