@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Voice', 'Asks', 'slider', 'Tunes', 'Whys', 'Desk', 'Around', 'Cleans', 'Takes']
 
-# %% ../../../nbs/parts/play/desk.ipynb #8b565fb4
+# %% ../../../nbs/parts/play/desk.ipynb #fd38ece1
 import html
 import threading
 from pathlib import Path
@@ -21,7 +21,7 @@ from .state import Play, TakesLong
 from .widgets import Crop, Drop, Plane, Wall
 from ..plots import COLOURS
 
-# %% ../../../nbs/parts/play/desk.ipynb #368eb99f
+# %% ../../../nbs/parts/play/desk.ipynb #32fba821
 class Voice:
     "One line for what a player should know."
 
@@ -53,7 +53,7 @@ class Voice:
             self.say(f"this should not have happened, nothing was changed ({type(e).__name__}: {one_line(e, 200)})")
         return None
 
-# %% ../../../nbs/parts/play/desk.ipynb #b171cc33
+# %% ../../../nbs/parts/play/desk.ipynb #b1d1f634
 class Asks:
     "The left side of the desk: who asks."
 
@@ -129,7 +129,7 @@ class Asks:
 
 _WIDE = w.Layout(width="auto")
 
-# %% ../../../nbs/parts/play/desk.ipynb #b4318b00
+# %% ../../../nbs/parts/play/desk.ipynb #56b51168
 _STYLE = dict(description_width="104px")
 _SLIM = w.Layout(width="320px")
 
@@ -205,7 +205,7 @@ class Tunes:
 
         self.voice.tries(move)
 
-# %% ../../../nbs/parts/play/desk.ipynb #3706ce42
+# %% ../../../nbs/parts/play/desk.ipynb #bef658ab
 class Whys:
     "Why a photo was found."
 
@@ -250,7 +250,7 @@ class Whys:
             ]
         self.box.layout.display = None
 
-# %% ../../../nbs/parts/play/desk.ipynb #603c5b03
+# %% ../../../nbs/parts/play/desk.ipynb #a024ba60
 class Desk:
     "Ask, tune, look at the list, ask why."
 
@@ -346,7 +346,7 @@ def _load():
     f = extract(speck, "rootsift")
     verify(f, f)
 
-# %% ../../../nbs/parts/play/desk.ipynb #da822e4c
+# %% ../../../nbs/parts/play/desk.ipynb #df5c00b7
 _MAP = [COLOURS["junk"], COLOURS["right"], COLOURS["wrong"], COLOURS["inserted"], COLOURS["query"]]
 _MANY = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#edc948", "#ff9da7", "#7f7f7f", "#6b8e23"]
 
@@ -404,7 +404,7 @@ class Around:
         "Show what was selected."
         self.selected.items = [dict(key=k, words=self.play.words(k)) for k in keys]
 
-# %% ../../../nbs/parts/play/desk.ipynb #58c33696
+# %% ../../../nbs/parts/play/desk.ipynb #6675dedd
 class Cleans:
     "Labels and cleaning at the thresholds of the desk."
 
@@ -445,7 +445,7 @@ class Cleans:
         rows = [(r, "right", "stays now") for r in c.came] + [(r, "wrong", "leaves now") for r in c.left]
         self.changed.items = [dict(key=play.evidence_key(r), frame=f, words=what) for r, f, what in rows[:200]]
 
-# %% ../../../nbs/parts/play/desk.ipynb #c37bfb6b
+# %% ../../../nbs/parts/play/desk.ipynb #8cb3a290
 class Takes:
     "The list and the settings as files."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pictured', 'Wall', 'Crop', 'Drop', 'Plane']
 
-# %% ../../../nbs/parts/play/widgets.ipynb #bdd3c424
+# %% ../../../nbs/parts/play/widgets.ipynb #b4c7e084
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ import landmark
 from ..core import one_line
 from ..plots import COLOURS
 
-# %% ../../../nbs/parts/play/widgets.ipynb #a826c8e9
+# %% ../../../nbs/parts/play/widgets.ipynb #03059e9d
 _HOME = Path(landmark.__file__).parent / "templates" / "play"
 
 
@@ -57,7 +57,7 @@ class Pictured(anywidget.AnyWidget):
         "Call `fn` with the key of every photo that is clicked."
         self.observe(lambda change: change.new and fn(change.new["key"]), "chosen")
 
-# %% ../../../nbs/parts/play/widgets.ipynb #dcffd44b
+# %% ../../../nbs/parts/play/widgets.ipynb #c253a4fb
 class Wall(Pictured):
     "Photos in rows, to be clicked."
 
@@ -69,7 +69,7 @@ class Wall(Pictured):
     empty = traitlets.Unicode("nothing here").tag(sync=True)  # what stands there without photos
     colours = traitlets.Dict(dict(COLOURS)).tag(sync=True)  # name of a frame → colour
 
-# %% ../../../nbs/parts/play/widgets.ipynb #10f43ac2
+# %% ../../../nbs/parts/play/widgets.ipynb #522433e4
 class Crop(anywidget.AnyWidget):
     "A photo on which a box is drawn."
 
@@ -78,7 +78,7 @@ class Crop(anywidget.AnyWidget):
     words = traitlets.Unicode().tag(sync=True)  # what stands below
     box = traitlets.List().tag(sync=True)  # x0, y0, x1, y1; empty: the whole photo
 
-# %% ../../../nbs/parts/play/widgets.ipynb #e1f3cfa1
+# %% ../../../nbs/parts/play/widgets.ipynb #32ce8ad2
 class Drop(anywidget.AnyWidget):
     "A place to drop a file."
 
@@ -125,12 +125,12 @@ class Drop(anywidget.AnyWidget):
         self.file = None
         self.send(dict(done=why))
 
-# %% ../../../nbs/parts/play/widgets.ipynb #7f2b95cd
+# %% ../../../nbs/parts/play/widgets.ipynb #5e321025
 class Plane(Pictured):
     "Photos on a plane, to zoom, select and click."
 
     _esm = _js("plane")
-    keys = traitlets.List().tag(sync=True)  # of the points [n]
+    points = traitlets.List().tag(sync=True)  # keys of the points [n]
     at = traitlets.Bytes().tag(sync=True)  # places in the unit square, float32 [n, 2]
     frames = traitlets.Bytes().tag(sync=True)  # colours by number, uint8 [n]
     edges = traitlets.Bytes().tag(sync=True)  # point, point, inliers: int32 [m, 3]
@@ -152,7 +152,7 @@ class Plane(Pictured):
         "Show other points."
         lines = np.zeros((0, 3)) if edges is None else np.asarray(edges)
         with self.hold_sync():
-            self.keys = list(keys)
+            self.points = list(keys)
             self.at, self.frames = np.asarray(at, "<f4").tobytes(), np.asarray(frames, np.uint8).tobytes()
             self.edges = lines.astype("<i4").tobytes()
             for name, value in traits.items():

@@ -31,7 +31,7 @@ function render({ model, el }) {
 
   function draw() {
     due = 0;
-    const { w, h } = size(), sharp = window.devicePixelRatio || 1, keys = model.get("keys");
+    const { w, h } = size(), sharp = window.devicePixelRatio || 1, keys = model.get("points");
     const colours = model.get("palette"), n = Math.min(keys.length, at.length / 2);
     canvas.width = w * sharp;
     canvas.height = h * sharp;
@@ -71,7 +71,7 @@ function render({ model, el }) {
     }
   }
   function photos(seen, w, h) {
-    const side = model.get("side"), taken = new Set(), wanted = [], keys = model.get("keys");
+    const side = model.get("side"), taken = new Set(), wanted = [], keys = model.get("points");
     const loud = model.get("loud");
     const first = [...seen].sort((a, b) => loud.includes(frames[b[0]]) - loud.includes(frames[a[0]]));
     for (const [i, x, y] of first) {
@@ -130,7 +130,7 @@ function render({ model, el }) {
   });
   canvas.addEventListener("pointerup", (e) => {
     if (!drag) return;
-    const keys = model.get("keys"), was = drag;
+    const keys = model.get("points"), was = drag;
     drag = null;
     if (was.select && box) {
       const [x0, y0, x1, y1] = [Math.min(box[0], box[2]), Math.min(box[1], box[3]), Math.max(box[0], box[2]),
@@ -164,7 +164,7 @@ function render({ model, el }) {
       pictures.set(key, img);
     }
   });
-  for (const name of ["at", "frames", "edges", "keys", "words"]) model.on(`change:${name}`, read);
+  for (const name of ["at", "frames", "edges", "points", "words"]) model.on(`change:${name}`, read);
   const wide = new ResizeObserver(later);
   wide.observe(canvas);
   read();
