@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Voice', 'Asks', 'slider', 'Tunes', 'Whys', 'Desk', 'Around', 'Cleans', 'Takes']
 
-# %% ../../../nbs/parts/play/desk.ipynb #fd38ece1
+# %% ../../../nbs/parts/play/desk.ipynb #16cb1cf8
 import html
 import threading
 from pathlib import Path
@@ -21,7 +21,7 @@ from .state import Play, TakesLong
 from .widgets import Crop, Drop, Plane, Wall
 from ..plots import COLOURS
 
-# %% ../../../nbs/parts/play/desk.ipynb #32fba821
+# %% ../../../nbs/parts/play/desk.ipynb #80373300
 class Voice:
     "One line for what a player should know."
 
@@ -53,7 +53,7 @@ class Voice:
             self.say(f"this should not have happened, nothing was changed ({type(e).__name__}: {one_line(e, 200)})")
         return None
 
-# %% ../../../nbs/parts/play/desk.ipynb #b1d1f634
+# %% ../../../nbs/parts/play/desk.ipynb #bfa3d5da
 class Asks:
     "The left side of the desk: who asks."
 
@@ -129,7 +129,7 @@ class Asks:
 
 _WIDE = w.Layout(width="auto")
 
-# %% ../../../nbs/parts/play/desk.ipynb #56b51168
+# %% ../../../nbs/parts/play/desk.ipynb #c7ecdd89
 _STYLE = dict(description_width="104px")
 _SLIM = w.Layout(width="320px")
 
@@ -162,7 +162,9 @@ class Tunes:
     ):
         self.play, self.voice, self.moved, s = play, voice, moved, play.settings
         menu = dict(style=_STYLE, layout=_SLIM)
-        self.model = w.Dropdown(options=list(play.source.models), value=s.model, description="model", **menu)
+        of = w.Layout(width="320px")
+        self.model = w.Dropdown(options=list(play.source.models), value=s.model, description="model", style=_STYLE, layout=of)
+        self.model.layout.display = None if len(play.source.models) > 1 else "none"
         methods = [(title, name) for name, title in play.methods().items()]
         self.method = w.Dropdown(options=methods, value=s.method, description="method", **menu)
         same = dict(style=_STYLE, layout=_SLIM)
@@ -205,7 +207,7 @@ class Tunes:
 
         self.voice.tries(move)
 
-# %% ../../../nbs/parts/play/desk.ipynb #bef658ab
+# %% ../../../nbs/parts/play/desk.ipynb #19007978
 class Whys:
     "Why a photo was found."
 
@@ -219,9 +221,10 @@ class Whys:
         self.show = w.ToggleButtons(options=shows, style=dict(button_width="auto"))
         self.pictures = {way: w.Image(format="jpeg", layout=w.Layout(max_width="100%")) for way in ("there", "back")}
         self.said, self.voters = w.HTML(), Wall(play.thumbs, side=72, empty="no training photo voted")
+        self.voted = w.HTML("<b>Who voted:</b> black for the photo that asks, blue for the one that was found.")
         self.show.observe(lambda _: self.draw(), "value")
         head = w.HTML("<b>Why this one?</b> Green: the frame of the one photo, as the map carries it into the other.")
-        self.box = w.VBox([head, self.said, self.show, *self.pictures.values(), self.voters])
+        self.box = w.VBox([head, self.said, self.show, *self.pictures.values(), self.voted, self.voters])
         self.box.layout.display = "none"
 
     def ask(self, key: str):
@@ -241,16 +244,17 @@ class Whys:
             rgb = self.why.picture(way, self.show.value)
             image.value = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
         self.said.value = "<br>".join(html.escape(s) for s in self.why.said)
-        self.voters.layout.display = None if self.why.voters is not None else "none"
+        for part in (self.voted, self.voters):
+            part.layout.display = None if self.why.voters is not None else "none"
         if self.why.voters is not None:
             self.voters.items = [
-                dict(key=f"{t.key}", words=f"{t.name}", note=f"{t.similarity:.2f} of {t.votes:.2f}", tip=f"for {t.who}",
+                dict(key=f"{t.key}", words=f"{t.name}", note=f"{t.similarity:.2f}", tip=f"{t.name}: for {t.who}",
                      frame="query" if t.who.endswith("asks") else "inserted")
                 for t in self.why.voters.drop_duplicates(["who", "key"]).itertuples()
             ]
         self.box.layout.display = None
 
-# %% ../../../nbs/parts/play/desk.ipynb #a024ba60
+# %% ../../../nbs/parts/play/desk.ipynb #13275e61
 class Desk:
     "Ask, tune, look at the list, ask why."
 
@@ -283,7 +287,7 @@ class Desk:
 
     def asked(self):
         "Another photo has asked."
-        self.whys.why, self.list.marked = None, ""
+        self.whys.why, self.list.marked, self.list.height = None, "", "620px"
         self.whys.box.layout.display = "none"
         self.draw()
 
@@ -324,7 +328,7 @@ class Desk:
 
     def look(self, key: str):
         "A photo of the list was clicked."
-        self.list.marked = key
+        self.list.marked, self.list.height = key, "310px"  # room for the answer below
         self.whys.ask(key)
 
     def all(self):
@@ -346,7 +350,7 @@ def _load():
     f = extract(speck, "rootsift")
     verify(f, f)
 
-# %% ../../../nbs/parts/play/desk.ipynb #df5c00b7
+# %% ../../../nbs/parts/play/desk.ipynb #4f713b49
 _MAP = [COLOURS["junk"], COLOURS["right"], COLOURS["wrong"], COLOURS["inserted"], COLOURS["query"]]
 _MANY = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#edc948", "#ff9da7", "#7f7f7f", "#6b8e23"]
 
@@ -361,7 +365,7 @@ class Around:
         self.desk, self.play = desk, desk.play
         sets = [(f"photos of the {k}", k) for k in ("index", "train") if k in self.play.source.sets]
         sets = [s for s in sets if not (self.play.source.same and s[1] == "train")]
-        self.way = w.ToggleButtons(options=["pca", "t-sne", "umap"], style=dict(button_width="auto"))
+        self.way = w.ToggleButtons(options=["pca", "t-sne", "umap"], style=dict(button_width="64px"))
         self.of, self.fresh = w.Dropdown(options=sets), w.Button(description="draw again")
         self.plane = Plane(self.play.thumbs)
         self.selected = Wall(self.play.thumbs, side=72, height="220px", empty="drag with shift to select photos")
@@ -372,6 +376,7 @@ class Around:
         self.plane.observe(lambda c: self.pick(c.new), "selected")
         self.selected.on_choice(desk.asks.ask)
         self.voice = Voice()
+        self.of.layout.display = None if len(sets) > 1 else "none"
         self.box = w.VBox([w.HBox([self.way, self.of, self.fresh]), self.voice.box, self.plane, self.selected])
         self.draw()
 
@@ -382,7 +387,7 @@ class Around:
             return
         keys, at, labels = found
         frames, palette, loud = self._listed(keys, labels)
-        words = f"{len(keys):,} photos. The wheel zooms, a drag moves, a drag with shift selects, a click asks."
+        words = f"{len(keys):,} photos. A click lets a photo ask; then the wheel zooms. A drag moves, a drag with shift selects."
         self.plane.show(keys, at, frames, palette=palette, loud=loud, words=words)
 
     def _listed(self, keys, labels) -> tuple:  # colours, palette, loud
@@ -393,7 +398,7 @@ class Around:
         if self.play.ranked is not None and self.of.value == "index":
             place = {k: i for i, k in enumerate(keys)}
             index, names = self.play.source.sets["index"], ["", "right", "wrong", "inserted"]
-            for x in self.play.ranked.rows[-1].tolist():
+            for x in self.play.ranked.rows[-1][: self.desk.n_shown].tolist():
                 if (i := place.get(index.key(x))) is not None:
                     base[i] = names.index(self.play.frame(x)) or 3
             if self.play.asking.key in place:
@@ -404,7 +409,7 @@ class Around:
         "Show what was selected."
         self.selected.items = [dict(key=k, words=self.play.words(k)) for k in keys]
 
-# %% ../../../nbs/parts/play/desk.ipynb #6675dedd
+# %% ../../../nbs/parts/play/desk.ipynb #f7a6049f
 class Cleans:
     "Labels and cleaning at the thresholds of the desk."
 
@@ -428,6 +433,8 @@ class Cleans:
                            self.said, self.plane, self.changed])
         labels = self.voice.tries(self.play.labels)
         self.label.options = labels or []
+        if labels:
+            self.label.value = labels[0][1]
 
     def draw(self):
         "Draw the label, and say what changes."
@@ -445,7 +452,7 @@ class Cleans:
         rows = [(r, "right", "stays now") for r in c.came] + [(r, "wrong", "leaves now") for r in c.left]
         self.changed.items = [dict(key=play.evidence_key(r), frame=f, words=what) for r, f, what in rows[:200]]
 
-# %% ../../../nbs/parts/play/desk.ipynb #8cb3a290
+# %% ../../../nbs/parts/play/desk.ipynb #7e9610fd
 class Takes:
     "The list and the settings as files."
 

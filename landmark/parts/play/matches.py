@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_in_words', 'Why', 'compare', 'voters_of']
 
-# %% ../../../nbs/parts/play/matches.ipynb #87a07e8d
+# %% ../../../nbs/parts/play/matches.ipynb #dd623fc4
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..local.features import LocalFeatures
 from ..local.verification import Verified, draw_matches, verify
 from ..photos.pictures import same_height
 
-# %% ../../../nbs/parts/play/matches.ipynb #9ec59f6a
+# %% ../../../nbs/parts/play/matches.ipynb #3fb4be35
 def map_in_words(
     affine: np.ndarray,  # from the one photo to the other, in pixels [2, 3]
 ) -> str:
@@ -31,7 +31,7 @@ def map_in_words(
     mirrored = ", mirrored" if np.linalg.det(a) < 0 else ""
     return f"{size:.2f} times as large, turned by {turn:.0f}°{squeezed}{mirrored}"
 
-# %% ../../../nbs/parts/play/matches.ipynb #9ee279a6
+# %% ../../../nbs/parts/play/matches.ipynb #d8b768a3
 @dataclass
 class Why:
     "Why a photo is in a list, or could be."
@@ -57,7 +57,7 @@ class Why:
             raise ValueError(f"way is {way!r}; allowed: there, back")
         turn = 1 if way == "there" else -1
         images, local = self.images[::turn], self.local[::turn]
-        small = same_height(*images, width=width, most=420)
+        small = same_height(*images, width=width, most=340)
         found = self.there if way == "there" else self.back
         if found is None:
             return draw_matches(*small, *local, _NOTHING, "both")
@@ -80,7 +80,7 @@ def _draw_frame(img, affine, a: LocalFeatures, b: LocalFeatures):
     at = np.clip(np.rint(corners * scale), -20000, 20000).astype(np.int32)
     cv2.polylines(img, [at], True, (42, 160, 98), 2, cv2.LINE_AA)
 
-# %% ../../../nbs/parts/play/matches.ipynb #e941ad01
+# %% ../../../nbs/parts/play/matches.ipynb #34466639
 def compare(
     query: str,  # key of the photo that asks
     found: str,  # key of the other one
@@ -105,7 +105,7 @@ def compare(
         said.append(f"The map: {map_in_words(there.affine)}.")
     return Why(query, found, there, back, n, said, None, images, local)
 
-# %% ../../../nbs/parts/play/matches.ipynb #b2cba786
+# %% ../../../nbs/parts/play/matches.ipynb #b5ae1b56
 def voters_of(
     sims: np.ndarray,  # similarities of the nearest training images [k]
     idxs: np.ndarray,  # their positions [k]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'newest', 'manifest_of', 'age_of', 'found_when_asked', 'open_run', 'open_photos', 'open_source']
 
-# %% ../../../nbs/parts/play/opening.ipynb #f8edc168
+# %% ../../../nbs/parts/play/opening.ipynb #7611aa49
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..photos.opening import Collection
 from ..provenance import code_hash
 from .ground import Padded, Photos, Sets, Source
 
-# %% ../../../nbs/parts/play/opening.ipynb #7d951fc2
+# %% ../../../nbs/parts/play/opening.ipynb #9b367b1c
 STAGES = ("rerank", "explore")  # artifacts one can play on
 
 
@@ -71,7 +71,7 @@ def age_of(
     when = str(man.get("finished", "some time ago"))[:10]
     return [f"This run was made by other code ({when}): lists may differ from those in its tables."]
 
-# %% ../../../nbs/parts/play/opening.ipynb #b9c7bce0
+# %% ../../../nbs/parts/play/opening.ipynb #95efb07f
 def found_when_asked(
     kind: str,  # of local features
     max_keypoints: int = 1000,  # per photo
@@ -92,11 +92,13 @@ def found_when_asked(
 
     return local
 
-# %% ../../../nbs/parts/play/opening.ipynb #079d1957
+# %% ../../../nbs/parts/play/opening.ipynb #b46c24a4
 def _beside(folder: Path, ref: str, cfg, what: str) -> Path:
     "An upstream artifact of a run, found again even where all runs were moved together."
     ref = str(ref)
-    for path in (Path(ref), project_root() / ref, *(runs_dir() / Path(*Path(ref).parts[-k:]) for k in (4, 5))):
+    homes = (runs_dir(), *Path(folder).resolve().parents[3:4])
+    moved = [home / Path(*Path(ref).parts[-k:]) for home in homes for k in (4, 5, 6)]
+    for path in (Path(ref), project_root() / ref, *moved):
         if path.exists() and not ref.startswith("@"):
             return path
     if ref.startswith("@"):
@@ -127,7 +129,7 @@ def _stored(name: str, ids, folder: Path):
         return store
     return Rows(store, rows_of(ids, store.ids, f"the photos of {name}"))
 
-# %% ../../../nbs/parts/play/opening.ipynb #3b5bee2d
+# %% ../../../nbs/parts/play/opening.ipynb #eb664e71
 def _voters(world: Path, folder: Path, clean: Path | None):
     "Training images that vote: image_id, landmark_id; None where there are no descriptors of them."
     if not (folder / "v2_train" / "card.json").exists():
@@ -169,7 +171,7 @@ def _path_in(world, split):
     "Where photos of a split lie."
     return lambda image_id: image_paths(world, split, [image_id])[0]
 
-# %% ../../../nbs/parts/play/opening.ipynb #835efee2
+# %% ../../../nbs/parts/play/opening.ipynb #4433556c
 def _network(extracted: Path, folder: Path):
     "The model that made a store, as `load_model` takes it, and how it was asked."
     from landmark.parts.nets.checkpoints import is_reference, model_file
@@ -211,7 +213,7 @@ def _describer(extracted: Path, folders: dict):
 
     return describe
 
-# %% ../../../nbs/parts/play/opening.ipynb #34d741af
+# %% ../../../nbs/parts/play/opening.ipynb #f21ac28e
 def _evidence_of_run(clean: Path | None, world: Path):
     "What 02_clean decided from: ids, labels, pairs, copies, and the truth where it is known."
 
@@ -241,7 +243,7 @@ def _right(world: Path, ids: pd.DataFrame):
     truth = truth[truth.split == "v2_train"].set_index("image_id").reindex(ids.image_id)
     return (truth.landmark_id == truth.true_landmark).to_numpy()
 
-# %% ../../../nbs/parts/play/opening.ipynb #bcccf320
+# %% ../../../nbs/parts/play/opening.ipynb #30a5a8bb
 def _params_of_run(man: dict):
     "Parameters for 05_rerank that make the present list again, for all queries."
 
@@ -265,7 +267,7 @@ def _answers(world: Path, sets: dict):
 
     return positives
 
-# %% ../../../nbs/parts/play/opening.ipynb #fb6f27ae
+# %% ../../../nbs/parts/play/opening.ipynb #8d135fb5
 def open_run(
     folder: Path,  # artifact of 05_rerank
 ) -> Source:
@@ -309,7 +311,7 @@ def _world(folder: Path, cfg, man: dict) -> str:
         return cfg.world
     return str(_beside(folder, cfg.world, cfg, "a world").resolve())
 
-# %% ../../../nbs/parts/play/opening.ipynb #70e01ca3
+# %% ../../../nbs/parts/play/opening.ipynb #9bde1e35
 def _described(c: Collection):
     "(model, file) → descriptor, as the collection's were made."
 
@@ -341,7 +343,7 @@ def _local(c: Collection):
 
     return local
 
-# %% ../../../nbs/parts/play/opening.ipynb #b86676f3
+# %% ../../../nbs/parts/play/opening.ipynb #6605f4b3
 def _evidence_of_collection(c: Collection):
     "The pairs that exploring verified, and the copies it found."
 
@@ -372,7 +374,7 @@ def _words_for(p: pd.DataFrame):
     files = p.file.to_numpy()
     return lambda row: str(files[row])
 
-# %% ../../../nbs/parts/play/opening.ipynb #ed5ce2e8
+# %% ../../../nbs/parts/play/opening.ipynb #02ab194b
 def open_photos(
     folder: Path,  # artifact of 09_explore
 ) -> Source:
@@ -418,7 +420,7 @@ def open_photos(
         params=params,
     )
 
-# %% ../../../nbs/parts/play/opening.ipynb #95adb35c
+# %% ../../../nbs/parts/play/opening.ipynb #ae9733b7
 def open_source(
     what: Path | str = "",  # artifact of 05_rerank or 09_explore; empty: the newest
 ) -> Source:

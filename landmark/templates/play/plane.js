@@ -1,5 +1,5 @@
-// Points on a plane, with edges between them; photos appear where there is room. The wheel zooms, a drag moves,
-// a drag with shift selects, a click chooses, a double click shows all.
+// Points on a plane, with edges between them; photos appear where there is room. A drag moves, a drag with shift
+// selects, a click chooses, a double click shows all; after a click the wheel zooms.
 function render({ model, el }) {
   el.classList.add("lm-play", "lm-plane");
   const canvas = document.createElement("canvas"), hint = document.createElement("div");
@@ -104,7 +104,9 @@ function render({ model, el }) {
     }
     return best;
   }
+  canvas.tabIndex = 0;
   canvas.addEventListener("wheel", (e) => {
+    if (document.activeElement !== canvas && !e.ctrlKey) return; // a page that is scrolled past is not zoomed
     e.preventDefault();
     const { w, h } = size(), [px, py] = place(e), before = view.zoom;
     view.zoom = Math.min(400, Math.max(1, view.zoom * Math.exp(-e.deltaY / 400)));
@@ -116,6 +118,7 @@ function render({ model, el }) {
   canvas.addEventListener("pointerdown", (e) => {
     drag = { from: place(e), moved: false, select: e.shiftKey, view: { ...view } };
     canvas.setPointerCapture(e.pointerId);
+    canvas.focus({ preventScroll: true });
   });
   canvas.addEventListener("pointermove", (e) => {
     if (!drag) return;
