@@ -1,5 +1,6 @@
 # make demo   everything on the drawn world, then the result tables        make test   export check, notebooks, pytest
 # make lab    JupyterLab                make photos DIR=folder             a report on your own photos
+# make play   ask, tune, ask why, in JupyterLab: on the newest run, or with DIR=folder on your own photos
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
@@ -20,7 +21,7 @@ MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test check fix lab photos runs report readme bench clean setup environment export
+.PHONY: demo test check fix lab photos play runs report readme bench clean setup environment export
 .DEFAULT_GOAL := demo
 
 setup:
@@ -44,6 +45,9 @@ lab: setup
 photos: setup
 	@test -n "$(DIR)" || { echo 'make photos DIR=folder [QUERY=photo.jpg] [WEIGHTS=folder of a model, hf:owner/name or pretrained:name]'; exit 2; }
 	@"$(BIN)/landmark_explore" "$(DIR)" $(if $(QUERY),"$(QUERY)") $(if $(WEIGHTS),-p weights "$(WEIGHTS)")
+
+play: setup
+	@"$(BIN)/python" -c "from landmark.play import main; main()" $(if $(DIR),"$(DIR)")
 
 runs: setup
 	@"$(BIN)/landmark_graph" runs

@@ -14,19 +14,11 @@ from dataclasses import field
 from pathlib import Path
 
 from .parts.config import make_config, stage_config
-from landmark.parts.core import (
-    ParameterError,
-    atomic_path,
-    default_world,
-    hash8,
-    log,
-    project_root,
-    runs_dir,
-)
+from .parts.core import ParameterError, atomic_path, default_world, hash8, log, project_root, runs_dir
 from .parts.data.worlds import make_world
 from .parts.images.reading import ImageError
 from .parts.play.asking import method_parameters
-from .parts.play.desk import Around, Cleans, Desk, Takes
+from .parts.play.desk import Desk
 from .parts.play.ground import Source, drawn_source
 from .parts.play.opening import found_when_asked, newest, open_source
 from .parts.play.state import Play
@@ -122,9 +114,7 @@ def page_of(
 
     nb = load_notebook_node(str(project_root() / "nbs" / "10_play.ipynb"))
     start = next(i for i, c in enumerate(nb.cells) if c.source.startswith("## The game"))
-    first = nbformat.v4.new_code_cell(
-        "from landmark.parts.config import open_parameters, read_parameters"
-    )
+    first = nbformat.v4.new_code_cell("from landmark.parts.config import open_parameters, read_parameters")
     first.metadata.tags = []
     nb.cells = [first, *nb.cells[start:]]
     given = {k: v for k, v in vars(cfg).items() if not k.startswith("_") and v != getattr(Config(), k)}
@@ -138,8 +128,8 @@ def page_of(
 
 # %% ../nbs/10_play.ipynb #98dc4792
 def main():
-    """`landmark_play [FOLDER] [--no-browser …]` opens the page in JupyterLab: on a run, on a folder of photos,
-    or on the newest run; what else is said is JupyterLab's."""
+    """`landmark_play [FOLDER] [--no-browser …]` opens the page in JupyterLab: on a run, a folder of photos,
+    or the newest run; what else is said is JupyterLab's."""
     asked, more = sys.argv[1:], []
     if "-h" in asked or "--help" in asked:
         return print(main.__doc__)
@@ -153,6 +143,8 @@ def main():
     log(f"play: {source.title}")
     of = str(Path(folder).expanduser().resolve()) if folder else ""
     page = page_of(Config(of=of), runs_dir().resolve() / "play" / f"play-{hash8(of)}.ipynb")
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(project_root()), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | dict(
+        PYTHONPATH=os.pathsep.join([str(project_root()), os.environ.get("PYTHONPATH", "")])
+    )
     done = subprocess.run([sys.executable, "-m", "jupyterlab", str(page), *more], env=env)
     sys.exit(done.returncode)

@@ -73,11 +73,21 @@ def _slid(n: int, method: str, knob: str, values):
 def lists(quick: bool, device: str):
     "A list after a slider has moved."
     for n in (200,) if quick else (1000, 50_000):
-        for method, knob, values in (("aqe", "alpha", np.arange(1, 9) / 2), ("sort+insert", "insert_thresh", np.arange(1, 9) / 10)):
+        for method, knob, values in (
+            ("aqe", "alpha", np.arange(1, 9) / 2),
+            ("sort+insert", "insert_thresh", np.arange(1, 9) / 10),
+        ):
             ours, plain = _slid(n, method, knob, values.tolist())
             note = f"{knob} moves; the plain version searches anew"
-            yield compare(f"play/list after a slider, {METHODS[method].title}", f"{n:,} photos", ours, plain,
-                          repeat=5, note=note, threads=2)
+            yield compare(
+                f"play/list after a slider, {METHODS[method].title}",
+                f"{n:,} photos",
+                ours,
+                plain,
+                repeat=5,
+                note=note,
+                threads=2,
+            )
 
 # %% ../../../nbs/parts/bench/play.ipynb #f4f3dd8d
 @benchmark("play")
@@ -100,7 +110,9 @@ def matches(quick: bool, device: str):
             return why.n_inliers
 
         side = "400" if quick else "800"
-        yield compare("play/matches drawn", f"two photos of {side} pixels", ours, repeat=3 if quick else 9, threads=2)
+        yield compare(
+            "play/matches drawn", f"two photos of {side} pixels", ours, repeat=3 if quick else 9, threads=2
+        )
 
 # %% ../../../nbs/parts/bench/play.ipynb #d48af59b
 _PLAY = """
@@ -129,7 +141,9 @@ def first_view(
 ) -> tuple:  # seconds to the first list, MiB at most, photos in view
     "Play in a process of its own."
     text = _PLAY.format(n=n, photo=photo)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=project_root(), check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, cwd=project_root(), check=True
+    )
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -142,4 +156,17 @@ def views(quick: bool, device: str):
             seen = [first_view(n, photo) for _ in range(1 if quick else 3)]
             seconds, peak = (float(np.median([s[k] for s in seen])) for k in (0, 1))
             note = "a new process; MiB of the whole process, with the map and a second list"
-            yield Row("play/first view", f"{n:,} photos", seconds, None, None, round(peak, 1), "cpu", 2, 0, 0, True, note)
+            yield Row(
+                "play/first view",
+                f"{n:,} photos",
+                seconds,
+                None,
+                None,
+                round(peak, 1),
+                "cpu",
+                2,
+                0,
+                0,
+                True,
+                note,
+            )

@@ -55,7 +55,9 @@ def neighbour_map(
         try:
             from umap import UMAP
         except ImportError:
-            raise ParameterError("umap needs the package umap-learn (pip install umap-learn); t-sne is here") from None
+            raise ParameterError(
+                "umap needs the package umap-learn (pip install umap-learn); t-sne is here"
+            ) from None
         return UMAP(random_state=seed).fit_transform(x).astype(np.float32)
     from sklearn.manifold import TSNE
 
@@ -73,7 +75,11 @@ def descriptor_map(
         raise ParameterError(f"a map is {way!r}; allowed: {', '.join(WAYS)}")
     if not len(x):
         raise ParameterError("there is nothing to draw a map of: no photo has a descriptor")
-    rows = np.arange(len(x)) if way == "pca" else np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).astype(int))
+    rows = (
+        np.arange(len(x))
+        if way == "pca"
+        else np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).astype(int))
+    )
     at = principal_map(x) if way == "pca" else neighbour_map(np.asarray(x[rows]), way)
     low, high = at.min(0), at.max(0)
     return rows, ((at - low) / np.maximum(high - low, 1e-9)).astype(np.float32)

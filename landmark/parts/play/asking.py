@@ -167,7 +167,7 @@ def knobs(
 def _knob(p: inspect.Parameter) -> Knob:
     "One parameter: whole numbers up to four times the default, others up to a round number above twice it."
     d = p.default
-    if isinstance(d, bool) or isinstance(d, str) or not isinstance(d, (int, float)) or not math.isfinite(d):
+    if isinstance(d, (bool, str)) or not isinstance(d, (int, float)) or not math.isfinite(d):
         kind = type(d) if isinstance(d, (bool, str, float)) else str
         return Knob(p.name, kind, d)
     if isinstance(d, int):

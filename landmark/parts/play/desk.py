@@ -35,7 +35,9 @@ class Voice:
     def say(self, text: str = "", then=None):
         "Show a sentence, with a button where there is a choice."
         self.said, self.then = text, then
-        mark = f'<span role="status" style="color:{COLOURS["wrong"]}">{html.escape(text)}</span>' if text else ""
+        mark = (
+            f'<span role="status" style="color:{COLOURS["wrong"]}">{html.escape(text)}</span>' if text else ""
+        )
         self.line.value = mark
         self.yes.layout.display = None if then else "none"
 
@@ -50,7 +52,9 @@ class Voice:
         except (ParameterError, ValueError, OSError, MemoryError) as e:
             self.say(one_line(e, 300) or type(e).__name__)
         except Exception as e:
-            self.say(f"this should not have happened, nothing was changed ({type(e).__name__}: {one_line(e, 200)})")
+            self.say(
+                f"this should not have happened, nothing was changed ({type(e).__name__}: {one_line(e, 200)})"
+            )
         return None
 
 # %% ../../../nbs/parts/play/desk.ipynb #bfa3d5da
@@ -163,7 +167,9 @@ class Tunes:
         self.play, self.voice, self.moved, s = play, voice, moved, play.settings
         menu = dict(style=_STYLE, layout=_SLIM)
         of = w.Layout(width="320px")
-        self.model = w.Dropdown(options=list(play.source.models), value=s.model, description="model", style=_STYLE, layout=of)
+        self.model = w.Dropdown(
+            options=list(play.source.models), value=s.model, description="model", style=_STYLE, layout=of
+        )
         self.model.layout.display = None if len(play.source.models) > 1 else "none"
         methods = [(title, name) for name, title in play.methods().items()]
         self.method = w.Dropdown(options=methods, value=s.method, description="method", **menu)
@@ -219,11 +225,17 @@ class Whys:
         self.play, self.voice, self.why, self.key = play, voice, None, ""
         shows = [("matches and inliers", "both"), ("before RANSAC", "matches"), ("after RANSAC", "inliers")]
         self.show = w.ToggleButtons(options=shows, style=dict(button_width="auto"))
-        self.pictures = {way: w.Image(format="jpeg", layout=w.Layout(max_width="100%")) for way in ("there", "back")}
+        self.pictures = {
+            way: w.Image(format="jpeg", layout=w.Layout(max_width="100%")) for way in ("there", "back")
+        }
         self.said, self.voters = w.HTML(), Wall(play.thumbs, side=72, empty="no training photo voted")
-        self.voted = w.HTML("<b>Who voted:</b> black for the photo that asks, blue for the one that was found.")
+        self.voted = w.HTML(
+            "<b>Who voted:</b> black for the photo that asks, blue for the one that was found."
+        )
         self.show.observe(lambda _: self.draw(), "value")
-        head = w.HTML("<b>Why this one?</b> Green: the frame of the one photo, as the map carries it into the other.")
+        head = w.HTML(
+            "<b>Why this one?</b> Green: the frame of the one photo, as the map carries it into the other."
+        )
         self.box = w.VBox([head, self.said, self.show, *self.pictures.values(), self.voted, self.voters])
         self.box.layout.display = "none"
 
@@ -248,8 +260,13 @@ class Whys:
             part.layout.display = None if self.why.voters is not None else "none"
         if self.why.voters is not None:
             self.voters.items = [
-                dict(key=f"{t.key}", words=f"{t.name}", note=f"{t.similarity:.2f}", tip=f"{t.name}: for {t.who}",
-                     frame="query" if t.who.endswith("asks") else "inserted")
+                dict(
+                    key=f"{t.key}",
+                    words=f"{t.name}",
+                    note=f"{t.similarity:.2f}",
+                    tip=f"{t.name}: for {t.who}",
+                    frame="query" if t.who.endswith("asks") else "inserted",
+                )
                 for t in self.why.voters.drop_duplicates(["who", "key"]).itertuples()
             ]
         self.box.layout.display = None
@@ -272,7 +289,15 @@ class Desk:
         self.tunes, self.whys = Tunes(play, self.voice, self.draw), Whys(play, self.voice)
         self.list.on_choice(self.look)
         self.more.on_click(lambda _: self.all())
-        right = [self.tunes.box, self.voice.box, self.steps, self.list, self.more, self.missed_head, self.missed]
+        right = [
+            self.tunes.box,
+            self.voice.box,
+            self.steps,
+            self.list,
+            self.more,
+            self.missed_head,
+            self.missed,
+        ]
         side = w.VBox([*right, self.whys.box], layout=w.Layout(flex="1 1 420px", min_width="0"))
         notes = [w.HTML(f"<i>{html.escape(n)}</i>") for n in play.source.notes]
         both = w.HBox([self.asks.box, side], layout=w.Layout(flex_flow="row wrap", grid_gap="14px"))
@@ -282,8 +307,9 @@ class Desk:
         "Let the first photo ask."
         photos = self.play.source.sets["queries"]
         if not photo and not len(photos):
-            return self.voice.say(f"{self.play.source.title} has no photo that could ask; drop one on the left")
-        self.asks.ask(photo or photos.key(0))
+            self.voice.say(f"{self.play.source.title} has no photo that could ask; drop one on the left")
+        else:
+            self.asks.ask(photo or photos.key(0))
 
     def asked(self):
         "Another photo has asked."
@@ -299,9 +325,13 @@ class Desk:
         self.list.items = [self._item(k, x) for k, x in enumerate(r.rows[-1][: self.n_shown].tolist(), 1)]
         self.steps.value = self._said()
         self.more.layout.display = None if len(r.rows[-1]) > self.n_shown else "none"
-        lost = [dict(key=index.key(x), words=self.play.words(index.key(x)), frame="few") for x in r.missed[:60]]
+        lost = [
+            dict(key=index.key(x), words=self.play.words(index.key(x)), frame="few") for x in r.missed[:60]
+        ]
         n, shown = len(r.missed), None if lost else "none"
-        self.missed_head.value = f"<b>Missed:</b> {n} right photo{'s' * (n != 1)} not in the list" if lost else ""
+        self.missed_head.value = (
+            f"<b>Missed:</b> {n} right photo{'s' * (n != 1)} not in the list" if lost else ""
+        )
         self.missed.items, self.missed.layout.display = lost, shown
         if self.whys.why is not None:
             self.whys.ask(self.whys.key)
@@ -310,7 +340,13 @@ class Desk:
         "One photo of the list."
         r, key = self.play.ranked, self.play.source.sets["index"].key(row)
         before = r.place(row, 0)
-        way = "new" if before is None else "" if before == rank else f"{'▲' if before > rank else '▼'}{abs(before - rank)}"
+        way = (
+            "new"
+            if before is None
+            else ""
+            if before == rank
+            else f"{'▲' if before > rank else '▼'}{abs(before - rank)}"
+        )
         sim = r.sims.get(row)
         note = f"{rank}  {way}  " + (f"{sim:.2f}" if sim is not None else "")
         words = self.play.words(key)
@@ -352,7 +388,18 @@ def _load():
 
 # %% ../../../nbs/parts/play/desk.ipynb #4f713b49
 _MAP = [COLOURS["junk"], COLOURS["right"], COLOURS["wrong"], COLOURS["inserted"], COLOURS["query"]]
-_MANY = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#edc948", "#ff9da7", "#7f7f7f", "#6b8e23"]
+_MANY = [
+    "#4e79a7",
+    "#f28e2b",
+    "#59a14f",
+    "#b07aa1",
+    "#9c755f",
+    "#76b7b2",
+    "#edc948",
+    "#ff9da7",
+    "#7f7f7f",
+    "#6b8e23",
+]
 
 
 class Around:
@@ -368,7 +415,9 @@ class Around:
         self.way = w.ToggleButtons(options=["pca", "t-sne", "umap"], style=dict(button_width="64px"))
         self.of, self.fresh = w.Dropdown(options=sets), w.Button(description="draw again")
         self.plane = Plane(self.play.thumbs)
-        self.selected = Wall(self.play.thumbs, side=72, height="220px", empty="drag with shift to select photos")
+        self.selected = Wall(
+            self.play.thumbs, side=72, height="220px", empty="drag with shift to select photos"
+        )
         for control in (self.way, self.of):
             control.observe(lambda _: self.draw(), "value")
         self.fresh.on_click(lambda _: self.draw())
@@ -377,7 +426,9 @@ class Around:
         self.selected.on_choice(desk.asks.ask)
         self.voice = Voice()
         self.of.layout.display = None if len(sets) > 1 else "none"
-        self.box = w.VBox([w.HBox([self.way, self.of, self.fresh]), self.voice.box, self.plane, self.selected])
+        self.box = w.VBox(
+            [w.HBox([self.way, self.of, self.fresh]), self.voice.box, self.plane, self.selected]
+        )
         self.draw()
 
     def draw(self):
@@ -387,12 +438,17 @@ class Around:
             return
         keys, at, labels = found
         frames, palette, loud = self._listed(keys, labels)
-        words = f"{len(keys):,} photos. A click lets a photo ask; then the wheel zooms. A drag moves, a drag with shift selects."
+        how = "A click lets a photo ask; then the wheel zooms. A drag moves, a drag with shift selects."
+        words = f"{len(keys):,} photos. {how}"
         self.plane.show(keys, at, frames, palette=palette, loud=loud, words=words)
 
     def _listed(self, keys, labels) -> tuple:  # colours, palette, loud
         "Colours by label, and those of the list on top."
-        base = np.zeros(len(keys), int) if labels is None else 5 + np.unique(labels, return_inverse=True)[1] % len(_MANY)
+        base = (
+            np.zeros(len(keys), int)
+            if labels is None
+            else 5 + np.unique(labels, return_inverse=True)[1] % len(_MANY)
+        )
         if labels is not None:
             base[np.asarray(labels) == -1] = 0
         if self.play.ranked is not None and self.of.value == "index":
@@ -426,11 +482,20 @@ class Cleans:
         self.sliders = desk.tunes.fixed[1:]
         for s in self.sliders:
             s.observe(lambda _: self.draw(), "value")
-        mine = [w.IntSlider(s.value, s.min, s.max, description=s.description, style=_STYLE) for s in self.sliders]
+        mine = [
+            w.IntSlider(s.value, s.min, s.max, description=s.description, style=_STYLE) for s in self.sliders
+        ]
         for mirror, s in zip(mine, self.sliders):
             w.link((mirror, "value"), (s, "value"))
-        self.box = w.VBox([w.HBox([self.label, *mine], layout=w.Layout(flex_flow="row wrap")), self.voice.box,
-                           self.said, self.plane, self.changed])
+        self.box = w.VBox(
+            [
+                w.HBox([self.label, *mine], layout=w.Layout(flex_flow="row wrap")),
+                self.voice.box,
+                self.said,
+                self.plane,
+                self.changed,
+            ]
+        )
         labels = self.voice.tries(self.play.labels)
         self.label.options = labels or []
         if labels:
@@ -447,10 +512,14 @@ class Cleans:
         edges = np.concatenate([g.edges, g.n_inliers[:, None]], 1)
         frames = np.where(g.kept, 1, 2)
         stay = f"{int(g.kept.sum())} of {len(g.rows)} photos of this label stay, {len(g.edges)} pairs verify"
-        self.plane.show(keys, g.at, frames, edges, palette=_MAP, loud=[1, 2], words=f"{stay}. Green stays, red leaves.")
+        self.plane.show(
+            keys, g.at, frames, edges, palette=_MAP, loud=[1, 2], words=f"{stay}. Green stays, red leaves."
+        )
         self.said.value = f"<b>Cleaning:</b> {html.escape(str(c))}."
         rows = [(r, "right", "stays now") for r in c.came] + [(r, "wrong", "leaves now") for r in c.left]
-        self.changed.items = [dict(key=play.evidence_key(r), frame=f, words=what) for r, f, what in rows[:200]]
+        self.changed.items = [
+            dict(key=play.evidence_key(r), frame=f, words=what) for r, f, what in rows[:200]
+        ]
 
 # %% ../../../nbs/parts/play/desk.ipynb #7e9610fd
 class Takes:

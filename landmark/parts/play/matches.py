@@ -92,13 +92,16 @@ def compare(
     "Verify two photos both ways, with everything one may want to draw."
     images = tuple(read_image(p, max_side=700) for p in paths)
     if empty := [name for name, f in zip(names, local) if not len(f)]:
-        said = [f"No local features in {' and in '.join(empty)}: nothing can be matched, only the looks speak."]
+        said = [
+            f"No local features in {' and in '.join(empty)}: nothing can be matched, only the looks speak."
+        ]
         return Why(query, found, None, None, 0, said, None, images, local)
     there, back = verify(*local), verify(*local[::-1])
     n = min(there.n_inliers, back.n_inliers)
     verdict = "verified" if n >= min_inliers else "not verified"
     said = [
-        f"{there.n_matches} matches, {there.n_inliers} of them inliers; back: {back.n_matches} and {back.n_inliers}.",
+        f"{there.n_matches} matches, {there.n_inliers} of them inliers; "
+        f"back: {back.n_matches} and {back.n_inliers}.",
         f"The smaller count is {n}, {min_inliers} are needed: {verdict}.",
     ]
     if there.n_inliers:

@@ -31,8 +31,8 @@ from ..images.reading import image_size, read_image
 from ..local.cleaning import first_copies, read_pairs
 from ..local.features import LocalFeatures, extract, extract_many, open_local
 from ..photos.opening import Collection
-from ..provenance import code_hash
 from .ground import Padded, Photos, Sets, Source
+from ..provenance import code_hash
 
 # %% ../../../nbs/parts/play/opening.ipynb #9b367b1c
 STAGES = ("rerank", "explore")  # artifacts one can play on
@@ -208,7 +208,9 @@ def _describer(extracted: Path, folders: dict):
         how = dict(scales=tuple(card["scales"]), multiple=card["multiple"], min_side=card["min_side"])
         x, at, bad = by_scales(net, [str(path)], group_sizes(wh, card["sizes"]), batch_size=1, **how)
         if not len(at):
-            raise ParameterError(f"{Path(path).name} cannot be described: {bad[0][1] if bad else 'no reason'}")
+            raise ParameterError(
+                f"{Path(path).name} cannot be described: {bad[0][1] if bad else 'no reason'}"
+            )
         return x[0]
 
     return describe
@@ -230,7 +232,9 @@ def _evidence_of_run(clean: Path | None, world: Path):
         copy_of = first_copies(store.column("hash"), labels)
         use = copy_of[pairs["image"]] != copy_of[pairs["partner"]]
         out = {k: pairs[k][use] for k in ("image", "partner", "n_inliers")}
-        return out | dict(ids=ids.image_id.to_numpy(str), labels=labels, copy_of=copy_of, right=_right(world, ids))
+        return out | dict(
+            ids=ids.image_id.to_numpy(str), labels=labels, copy_of=copy_of, right=_right(world, ids)
+        )
 
     return evidence
 
@@ -248,7 +252,17 @@ def _params_of_run(man: dict):
     "Parameters for 05_rerank that make the present list again, for all queries."
 
     def params(model: str, method: str, topk: int, options: dict) -> tuple:
-        keep = ("profile", "seed", "world", "descriptors", "clean", "kind", "max_keypoints", "max_side", "min_side")
+        keep = (
+            "profile",
+            "seed",
+            "world",
+            "descriptors",
+            "clean",
+            "kind",
+            "max_keypoints",
+            "max_side",
+            "min_side",
+        )
         same = {k: man["config"][k] for k in keep if man["config"].get(k)}
         mine = dict(name="played", models=[model], methods=[method], topk=topk)
         numbers = {k: 1e30 if v == float("inf") else v for k, v in options.items()}
@@ -322,7 +336,9 @@ def _described(c: Collection):
         cfg = c.cfg
         with tempfile.TemporaryDirectory() as d:
             sizes = cfg.max_keypoints, cfg.local_side
-            mine = open_local(extract_many([path], ["query"], Path(d) / "local", cfg.kind, *sizes, n_workers=1))
+            mine = open_local(
+                extract_many([path], ["query"], Path(d) / "local", cfg.kind, *sizes, n_workers=1)
+            )
             mask_store(mine, read_list(c.dir / "local"), n_workers=1)
             x = describe_by_words(mine, c.dir / "words.npy", cfg.n_words, cfg.seed)
         if c.facts.get("network"):
@@ -402,7 +418,9 @@ def open_photos(
         return others if labels[row] >= 0 and others else None
 
     def params(model: str, method: str, topk: int, options: dict) -> tuple:
-        return "explore", {k: v for k, v in man["config"].items() if k not in ("query", "device", "n_workers")}
+        return "explore", {
+            k: v for k, v in man["config"].items() if k not in ("query", "device", "n_workers")
+        }
 
     return Source(
         f"{c.cfg.name} ({len(p):,} photos)",

@@ -241,7 +241,9 @@ def sets(self: Play, model: str = "") -> Sets:
         of = self.source.models[model]()
         small = {k: getattr(of, k) for k in ("index", "train") if getattr(of, k) is not None}
         small = {k: x for k, x in small.items() if 4 * len(x) * x.shape[1] <= 2**28}
-        self._host[model] = {k: np.concatenate([b for _, b in blocks_of(x)] or [x[:]]) for k, x in small.items()}
+        self._host[model] = {
+            k: np.concatenate([b for _, b in blocks_of(x)] or [x[:]]) for k, x in small.items()
+        }
         self._sets[model], self._lists[model] = of, {}
     return self._sets[model]
 
@@ -257,7 +259,9 @@ def _vector(self: Play, asking: Asking, model: str) -> np.ndarray:  # [d]
         else:
             x = np.asarray(self.source.describe(model, asking.path), np.float32)
         if not x.any():
-            raise ParameterError(f"{asking.name} could not be described: it shows nothing that a descriptor sees")
+            raise ParameterError(
+                f"{asking.name} could not be described: it shows nothing that a descriptor sees"
+            )
         asking.vectors[model] = x
     return asking.vectors[model]
 
@@ -325,7 +329,9 @@ def compute(self: Play, asking: Asking, settings: Settings, anyway: bool = False
     seconds = waits_for(made, settings.method, settings.topk, **options) * made.queries.shape[1] / _SPEED
     if seconds > _PATIENCE and not anyway:
         n = len(made.index)
-        said = f"{settings.method} first compares all {n:,} photos with each other, about {seconds:,.0f} s, once"
+        said = (
+            f"{settings.method} first compares all {n:,} photos with each other, about {seconds:,.0f} s, once"
+        )
         raise TakesLong(said)
     self._fetch(made, settings)
     steps = steps_of(settings.method)
@@ -414,7 +420,9 @@ def table(self: Play) -> pd.DataFrame:  # rank, image_id, similarity, before, st
         right = "" if r.positives is None else x in r.positives
         before = r.place(x, 0)
         key = index.key(x)
-        rows.append((k, index.ids[x], key, self.words(key), round(r.sims.get(x, math.nan), 4), before, step, right))
+        rows.append(
+            (k, index.ids[x], key, self.words(key), round(r.sims.get(x, math.nan), 4), before, step, right)
+        )
     names = ["rank", "image_id", "key", "words", "similarity", "before", "inserted_by", "right"]
     return pd.DataFrame(rows, columns=names).astype(dict(before="Int64"))
 
@@ -443,7 +451,10 @@ def _votes(self: Play, asking: Asking, row: int) -> tuple:  # voters of both, se
     self._keep(made, s.model)
     (q, f), said = (t.iloc[0] for t in tables), []
     both, name = q.votes + f.votes, self.source.label
-    said.append(f"Its label is {name(q.label)} ({q.votes:.2f}), that of the found photo {name(f.label)} ({f.votes:.2f}).")
+    said.append(
+        f"Its label is {name(q.label)} ({q.votes:.2f}), "
+        f"that of the found photo {name(f.label)} ({f.votes:.2f})."
+    )
     if "insert_thresh" in s.options() and q.label == f.label:
         t = s.options()["insert_thresh"]
         said.append(f"Together {both:.2f}, {'above' if both > t else 'not above'} the threshold of {t:g}.")

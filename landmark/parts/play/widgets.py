@@ -33,7 +33,9 @@ class Pictured(anywidget.AnyWidget):
     "A widget that shows photos by their keys."
 
     _css = _STYLE
-    chosen = traitlets.Dict().tag(sync=True)  # key of the photo that was clicked, and a number that is new each time
+    chosen = traitlets.Dict().tag(
+        sync=True
+    )  # key of the photo that was clicked, and a number that is new each time
 
     def __init__(
         self,
@@ -114,7 +116,8 @@ class Drop(anywidget.AnyWidget):
     def _begin(self, content):
         "An empty file under a name of our own, with the ending it had."
         if int(content.get("size", 0)) > self.most:
-            return self._stop(f"larger than {self.most >> 20} MB; make it smaller first")
+            self._stop(f"larger than {self.most >> 20} MB; make it smaller first")
+            return
         ending = "".join(c for c in Path(str(content["begin"])).suffix[:8] if c.isalnum() or c == ".")
         number = len(list(Path(self.folder.name).iterdir()))
         self.file = Path(self.folder.name) / f"{number}{ending}"
