@@ -306,7 +306,7 @@ def open_run(
         {m: _opened(sets, d, table) for m, d in folders.items()},
         names=names,
         positives=_answers(world, sets),
-        describe=_describer(extracted, folders),
+        describe=None if man["metrics"].get("made_up") else _describer(extracted, folders),
         local=found_when_asked(cfg.kind or "rootsift", **how),
         evidence=_evidence_of_run(clean, world),
         min_inliers=cleaning.get("min_inliers") or 12,
@@ -385,6 +385,20 @@ def _matrix(c: Collection):  # [photos, d], zeros where a photo could not be des
     return x if 4 * x.shape[0] * x.shape[1] > _MOST else x[:]
 
 
+def _opened_photos(c: Collection, labels: np.ndarray, own: np.ndarray):
+    "What opens the descriptors of a collection."
+
+    @cache
+    def opened() -> Sets:
+        x = _matrix(c)
+        if not len(own):
+            return Sets(x, x)
+        voters = Padded(x.store, x.rows[own]) if isinstance(x, Padded) else x[own]
+        return Sets(x, x, voters, labels[own], own)
+
+    return opened
+
+
 def _words_for(p: pd.DataFrame):
     "What stands below a photo: its file."
     files = p.file.to_numpy()
@@ -405,14 +419,6 @@ def open_photos(
     if len(own):
         sets["train"] = Photos("train", ids[own], c.path.__getitem__, lambda row: words(own[row]))
 
-    @cache
-    def opened() -> Sets:
-        x = _matrix(c)
-        if not len(own):
-            return Sets(x, x)
-        voters = Padded(x.store, x.rows[own]) if isinstance(x, Padded) else x[own]
-        return Sets(x, x, voters, labels[own], own)
-
     def positives(row: int):
         others = set(np.flatnonzero(labels == labels[row]).tolist()) - {row}
         return others if labels[row] >= 0 and others else None
@@ -425,7 +431,7 @@ def open_photos(
     return Source(
         f"{c.cfg.name} ({len(p):,} photos)",
         sets,
-        {"network and words" if c.facts.get("network") else "words": opened},
+        {"network and words" if c.facts.get("network") else "words": _opened_photos(c, labels, own)},
         same=True,
         names={int(k): v.replace("_", " ") for k, v in zip(labels, p.label) if k >= 0},
         positives=positives,

@@ -166,12 +166,13 @@ class TakesLong(ParameterError):
     "Something that a player should be asked about before it starts."
 
 
-_PATIENCE = 6.0  # seconds that nobody is asked about
 _SPEED = 2e10  # products of numbers in a second, on two cores
 
 
 class Play:
     "What is asked, how, and what came of it."
+
+    _patience = 6.0  # seconds that nobody is asked about
 
     def __init__(
         self,
@@ -327,7 +328,7 @@ def compute(self: Play, asking: Asking, settings: Settings, anyway: bool = False
         return self._kept[key]
     made, options = self.problem(asking, settings), settings.options()
     seconds = waits_for(made, settings.method, settings.topk, **options) * made.queries.shape[1] / _SPEED
-    if seconds > _PATIENCE and not anyway:
+    if seconds > self._patience and not anyway:
         n = len(made.index)
         said = (
             f"{settings.method} first compares all {n:,} photos with each other, about {seconds:,.0f} s, once"
