@@ -55,12 +55,12 @@ def test_lists_are_those_of_the_run(ranked):
         if path.stem not in p.methods() or ("everything", "everything") in needs_of([path.stem]):
             continue  # in such a graph all queries of a run take part
         rows = np.load(path)
-        for q in range(0, len(rows), 5):
+        for q in range(0, len(rows), 3):
             p.ask(f"queries/{q}")
             p.set(method=path.stem)
             assert p.ranked.rows[-1].tolist() == rows[q][rows[q] >= 0].tolist(), (path.stem, q)
             compared += 1
-    assert compared > 20
+    assert compared >= 20
 
 
 def test_average_precision_is_that_of_the_run(ranked):

@@ -54,19 +54,26 @@ def _slid(n: int, method: str, knob: str, values):
     play, of = Play(source), source.models["made up"]()
     play.ask("queries/7")
     play.set(method=method, anyway=True)
-    mine, last = count(), {}
+    mine, last, lists = count(), {}, {}
 
     def ours():
         last["ours"] = values[next(mine) % len(values)]
         play._kept.clear()  # a list that is kept costs nothing, and is no figure
-        return play.set(**{knob: last["ours"]}, anyway=True).rows[-1]
+        lists[last["ours"]] = play.set(**{knob: last["ours"]}, anyway=True).rows[-1]
+        return lists
 
     def plain():
         value = last["ours"]
         problem = Problem(of.queries[[7]], of.index, of.train, of.labels, how=dict(device="cpu"))
-        return rank(problem, method, 100, **{knob: value})[0]
+        return value, rank(problem, method, 100, **{knob: value})[0]
 
     return ours, plain
+
+
+def _same_list(lists, found):
+    "Places of the plain list that ours fills otherwise, for the same value."
+    value, row = found
+    return len(row), int((lists[value] != row).sum())
 
 
 @benchmark("play")
@@ -84,6 +91,7 @@ def lists(quick: bool, device: str):
                 f"{n:,} photos",
                 ours,
                 plain,
+                agree=_same_list,
                 repeat=5,
                 note=note,
                 threads=2,
@@ -92,7 +100,7 @@ def lists(quick: bool, device: str):
 # %% ../../../nbs/parts/bench/play.ipynb #f4f3dd8d
 @benchmark("play")
 def matches(quick: bool, device: str):
-    "Two photos verified both ways, and drawn."
+    "Two photos verified both ways, and drawn; local features at hand, or found for the one."
     import cv2
 
     with tempfile.TemporaryDirectory() as d:
@@ -103,16 +111,16 @@ def matches(quick: bool, device: str):
         play.ask("queries/0")
         play.why("index/1")
 
-        def ours():
-            why = play.why(f"index/{next(turn)}")
+        def ours(number=None):
+            why = play.why(f"index/{next(turn) if number is None else number}")
             for way in ("there", "back"):
                 cv2.imencode(".jpg", why.picture(way))
             return why.n_inliers
 
         side = "400" if quick else "800"
-        yield compare(
-            "play/matches drawn", f"two photos of {side} pixels", ours, repeat=3 if quick else 9, threads=2
-        )
+        size, same = f"two photos of {side} pixels", dict(repeat=3 if quick else 9, threads=2)
+        yield compare("play/matches drawn", size, lambda: ours(1), **same)
+        yield compare("play/matches drawn, local features found for one", size, ours, **same)
 
 # %% ../../../nbs/parts/bench/play.ipynb #d48af59b
 _PLAY = """

@@ -6,6 +6,7 @@
 __all__ = ['Voice', 'Asks', 'slider', 'Tunes', 'Whys', 'Desk', 'Around', 'Cleans', 'Takes']
 
 # %% ../../../nbs/parts/play/desk.ipynb #16cb1cf8
+import contextlib
 import html
 import threading
 from pathlib import Path
@@ -280,7 +281,7 @@ class Desk:
         play: Play,  # the game
         n_shown: int = 24,  # photos of the list at first
     ):
-        self.play, self.voice, self.n_shown = play, Voice(), n_shown
+        self.play, self.voice, self.n_shown, self.seen = play, Voice(), n_shown, False
         self.steps = w.HTML()
         self.list = Wall(play.thumbs, self.warm, height="620px", empty="choose a photo on the left")
         self.missed = Wall(play.thumbs, side=72, height="200px")
@@ -335,6 +336,8 @@ class Desk:
         self.missed.items, self.missed.layout.display = lost, shown
         if self.whys.why is not None:
             self.whys.ask(self.whys.key)
+        if self.seen:  # by a page: nobody clicks in a headless run
+            threading.Thread(target=self.ahead, daemon=True).start()
 
     def _item(self, rank: int, row: int) -> dict:
         "One photo of the list."
@@ -374,17 +377,30 @@ class Desk:
 
     def warm(self):
         "Load what verification needs while the player looks at the first list."
-        threading.Thread(target=_load, daemon=True).start()
+        self.seen = True
+        threading.Thread(target=_load, args=(self,), daemon=True).start()
+
+    def ahead(self):
+        "Local features of the first photos of the list, before anybody asks why."
+        ranked, index = self.play.ranked, self.play.source.sets["index"]
+        if ranked is None or self.play.source.local is None:
+            return
+        for key in [self.play.asking.key, *(index.key(x) for x in ranked.rows[-1][:10].tolist())]:
+            if self.play.ranked is not ranked:
+                return  # another list came
+            with contextlib.suppress(Exception):  # whoever clicks on it is told
+                self.play.local(key)
 
 
-def _load():
-    "Verify two specks, so that the libraries are there."
+def _load(desk: Desk):
+    "Verify two specks, so that the libraries are there; then look ahead."
     from landmark.parts.local.features import extract
     from landmark.parts.local.verification import verify
 
     speck = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     f = extract(speck, "rootsift")
     verify(f, f)
+    desk.ahead()
 
 # %% ../../../nbs/parts/play/desk.ipynb #4f713b49
 _MAP = [COLOURS["junk"], COLOURS["right"], COLOURS["wrong"], COLOURS["inserted"], COLOURS["query"]]

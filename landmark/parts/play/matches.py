@@ -13,7 +13,9 @@ import pandas as pd
 
 from ..images.reading import read_image
 from ..local.features import LocalFeatures
-from ..local.verification import Verified, draw_matches, verify
+from ..local.kinds import rule_for
+from ..local.matching import Prepared
+from ..local.verification import Verified, draw_matches, verify_prepared
 from ..photos.pictures import same_height
 
 # %% ../../../nbs/parts/play/matches.ipynb #3fb4be35
@@ -81,6 +83,16 @@ def _draw_frame(img, affine, a: LocalFeatures, b: LocalFeatures):
     cv2.polylines(img, [at], True, (42, 160, 98), 2, cv2.LINE_AA)
 
 # %% ../../../nbs/parts/play/matches.ipynb #34466639
+def _both_ways(a: LocalFeatures, b: LocalFeatures) -> list:
+    "What `verify` finds in either direction; each photo is prepared once."
+    ready, rule, out = (Prepared(a), Prepared(b)), rule_for(a.kind), []
+    for one, other in (ready, ready[::-1]):
+        n, model, m1, m2, mask = verify_prepared(one, other, rule)
+        pairs = np.stack([m1, m2], 1)
+        out.append(Verified(int(n), model.reshape(2, 3), pairs, pairs[mask]))
+    return out
+
+
 def compare(
     query: str,  # key of the photo that asks
     found: str,  # key of the other one
@@ -96,7 +108,7 @@ def compare(
             f"No local features in {' and in '.join(empty)}: nothing can be matched, only the looks speak."
         ]
         return Why(query, found, None, None, 0, said, None, images, local)
-    there, back = verify(*local), verify(*local[::-1])
+    there, back = _both_ways(*local)
     n = min(there.n_inliers, back.n_inliers)
     verdict = "verified" if n >= min_inliers else "not verified"
     said = [

@@ -7,6 +7,7 @@ __all__ = ['STAGES', 'newest', 'manifest_of', 'age_of', 'found_when_asked', 'ope
 
 # %% ../../../nbs/parts/play/opening.ipynb #7611aa49
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,15 +81,16 @@ def found_when_asked(
     most: int = 600,  # photos whose local features are kept
 ):  # (file, key) → `LocalFeatures`
     "Find local features of one photo at a time."
-    kept = {}
+    kept, lock = {}, threading.Lock()
 
     def local(path, key="") -> LocalFeatures:
-        if path not in kept:
-            img = read_image(path, max_side=max_side)
-            kept[path] = extract(img, kind, max_keypoints, min_side)
-            if len(kept) > most:
-                kept.pop(next(iter(kept)))
-        return kept[path]
+        if (found := kept.get(path)) is None:
+            found = extract(read_image(path, max_side=max_side), kind, max_keypoints, min_side)
+            with lock:  # some are found ahead, by a thread
+                kept[path] = found
+                if len(kept) > most:
+                    kept.pop(next(iter(kept)))
+        return found
 
     return local
 

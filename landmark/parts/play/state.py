@@ -110,6 +110,7 @@ class Asking:
     me: int = -1  # its position in the index
     box: tuple | None = None  # what was cropped, shares of width and height
     vectors: dict = field(default_factory=dict)  # model → descriptor
+    lists: dict = field(default_factory=dict)  # model → its searches
 
 
 _LARGE = 2048  # longest side from which a small copy is kept
@@ -279,7 +280,7 @@ def problem(self: Play, asking: Asking, settings: Settings) -> Asked:
         counts.known = self._known
     made = Asked(query, of.index, of.train, of.labels, counts=counts, me=asking.me, own=of.own)
     made.host, made.folder = self._host[model], None
-    made.how, made.lists = dict(device="cpu"), dict(self._lists[model])
+    made.how, made.lists = dict(device="cpu"), self._lists[model] | asking.lists.get(model, {})
     return made
 
 
@@ -292,9 +293,11 @@ def local(self: Play, key: str):
 
 
 @patch
-def _keep(self: Play, made: Asked, model: str):
-    "Searches of the whole index are worth keeping; those of one photo are not."
-    self._lists[model] |= {k: v for k, v in made.lists.items() if not {"queries", "everything"} & set(k)}
+def _keep(self: Play, made: Asked, asking: Asking, model: str):
+    "Searches of the whole index are kept for all, those of one photo as long as it asks."
+    own = {k for k in made.lists if {"queries", "everything"} & set(k)}
+    self._lists[model] |= {k: v for k, v in made.lists.items() if k not in own}
+    asking.lists[model] = {k: made.lists[k] for k in own}
 
 # %% ../../../nbs/parts/play/state.ipynb #fcb84b88
 @patch
@@ -343,7 +346,7 @@ def compute(self: Play, asking: Asking, settings: Settings, anyway: bool = False
     except Exception as e:
         given = ", ".join(f"{k} {v}" for k, v in options.items())
         raise ParameterError(f"{settings.method} cannot work with {given}: {e}") from None
-    self._keep(made, settings.model)
+    self._keep(made, asking, settings.model)
     out = self._judge(asking, made, steps, rows, settings.topk)
     self._kept[key] = out
     while len(self._kept) > 500:
@@ -449,7 +452,7 @@ def _votes(self: Play, asking: Asking, row: int) -> tuple:  # voters of both, se
     for a, at, who in (("queries", 0, "the photo that asks"), ("index", row, "the photo that was found")):
         sims, idxs = made.knn(a, "train", k)
         tables.append(voters_of(sims[at], idxs[at], made.labels, self.source.sets["train"].key, who))
-    self._keep(made, s.model)
+    self._keep(made, asking, s.model)
     (q, f), said = (t.iloc[0] for t in tables), []
     both, name = q.votes + f.votes, self.source.label
     said.append(
