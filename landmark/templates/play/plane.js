@@ -21,12 +21,13 @@ function render({ model, el }) {
   }
   const size = () => ({ w: canvas.clientWidth || 600, h: model.get("height") });
   function onto(i) {
-    const { w, h } = size(), m = 26;
+    const { w, h } = size(), m = margin();
     return [
       w / 2 + (at[2 * i] - view.x) * (w - 2 * m) * view.zoom,
       h / 2 - (at[2 * i + 1] - view.y) * (h - 2 * m) * view.zoom,
     ];
   }
+  const margin = () => model.get("side") / 2 + 4; // so that no photo is cut
   const later = () => (due = due || requestAnimationFrame(draw));
 
   function draw() {
@@ -111,8 +112,8 @@ function render({ model, el }) {
     const { w, h } = size(), [px, py] = place(e), before = view.zoom;
     view.zoom = Math.min(400, Math.max(1, view.zoom * Math.exp(-e.deltaY / 400)));
     const k = 1 / before - 1 / view.zoom;
-    view.x += ((px - w / 2) / (w - 52)) * k;
-    view.y -= ((py - h / 2) / (h - 52)) * k;
+    view.x += ((px - w / 2) / (w - 2 * margin())) * k;
+    view.y -= ((py - h / 2) / (h - 2 * margin())) * k;
     later();
   }, { passive: false });
   canvas.addEventListener("pointerdown", (e) => {
@@ -126,8 +127,8 @@ function render({ model, el }) {
     drag.moved = drag.moved || Math.hypot(dx, dy) > 4;
     if (drag.select) box = [...drag.from, ...to];
     else if (drag.moved) {
-      view.x = drag.view.x - dx / ((w - 52) * view.zoom);
-      view.y = drag.view.y + dy / ((h - 52) * view.zoom);
+      view.x = drag.view.x - dx / ((w - 2 * margin()) * view.zoom);
+      view.y = drag.view.y + dy / ((h - 2 * margin()) * view.zoom);
     }
     later();
   });
