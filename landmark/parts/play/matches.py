@@ -47,6 +47,7 @@ class Why:
     voters: pd.DataFrame | None = None  # who, label, similarity, key: training photos that voted
     images: tuple = ()  # both photos, RGB
     local: tuple = ()  # both photos' local features
+    small: dict = field(default_factory=dict)  # width → both photos at one height
 
     def picture(
         self,
@@ -58,8 +59,10 @@ class Why:
         if way not in ("there", "back"):
             raise ValueError(f"way is {way!r}; allowed: there, back")
         turn = 1 if way == "there" else -1
-        images, local = self.images[::turn], self.local[::turn]
-        small = same_height(*images, width=width, most=340)
+        local = self.local[::turn]
+        if width not in self.small:
+            self.small[width] = same_height(*self.images, width=width, most=340)
+        small = self.small[width][::turn]
         found = self.there if way == "there" else self.back
         if found is None:
             return draw_matches(*small, *local, _NOTHING, "both")
@@ -85,11 +88,17 @@ def _draw_frame(img, affine, a: LocalFeatures, b: LocalFeatures):
 # %% ../../../nbs/parts/play/matches.ipynb #34466639
 def _both_ways(a: LocalFeatures, b: LocalFeatures) -> list:
     "What `verify` finds in either direction; each photo is prepared once."
-    ready, rule, out = (Prepared(a), Prepared(b)), rule_for(a.kind), []
-    for one, other in (ready, ready[::-1]):
-        n, model, m1, m2, mask = verify_prepared(one, other, rule)
-        pairs = np.stack([m1, m2], 1)
-        out.append(Verified(int(n), model.reshape(2, 3), pairs, pairs[mask]))
+    import torch
+
+    ready, rule, out, before = (Prepared(a), Prepared(b)), rule_for(a.kind), [], torch.get_num_threads()
+    torch.set_num_threads(1)  # one pair is too small to share
+    try:
+        for one, other in (ready, ready[::-1]):
+            n, model, m1, m2, mask = verify_prepared(one, other, rule)
+            pairs = np.stack([m1, m2], 1)
+            out.append(Verified(int(n), model.reshape(2, 3), pairs, pairs[mask]))
+    finally:
+        torch.set_num_threads(before)
     return out
 
 
