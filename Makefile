@@ -1,6 +1,7 @@
 # make demo   everything on the drawn world, then the result tables        make test   export check, notebooks, pytest
 # make lab    JupyterLab                make photos DIR=folder             a report on your own photos
 # make album DIR=folder [OTHER=folder] [BENCH=folder] [V1=share] [NOISE=share]   every stage on your labelled photos
+# make play   ask, tune, ask why, in JupyterLab: on the newest run, or with DIR=folder on your own photos
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
@@ -23,7 +24,7 @@ MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test check fix lab photos album runs report readme bench clean setup environment export
+.PHONY: demo test check fix lab photos album play runs report readme bench clean setup environment export
 .DEFAULT_GOAL := demo
 
 setup:
@@ -51,6 +52,9 @@ photos: setup
 album: setup
 	@test -n "$(DIR)" || { echo 'make album DIR=folder [OTHER=folder] [BENCH=folder] [V1=share or folder] [NOISE=share] [SEEDS="1 2 3"] [KEEP=1]'; exit 2; }
 	@"$(BIN)/landmark_album" "$(DIR)" --others "$(OTHER)" --bench "$(BENCH)" --v1 "$(V1)" --noise "$(NOISE)" --seeds $(SEEDS) --cores $(CORES) $(if $(KEEP),--keep)
+
+play: setup
+	@"$(BIN)/python" -c "from landmark.play import main; main()" $(if $(DIR),"$(DIR)")
 
 runs: setup
 	@"$(BIN)/landmark_graph" runs

@@ -44,7 +44,7 @@ class Config:
     profile: str = "mini"  # names the folder of runs
     name: str = "default"  # names this run
     seed: int = 1  # names the folder; every benchmark has seeds of its own
-    only: str = "metrics"  # a family: verify, rerank, search, train, extract, data, metrics; empty: all
+    only: str = "metrics"  # a family: verify, rerank, search, train, extract, data, metrics, play; empty: all
     quick: bool = True  # small sizes: the ratios show that all runs, not what it costs
     device: str = "cpu"  # auto, cpu, cuda
 

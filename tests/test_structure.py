@@ -24,7 +24,8 @@ MODULES = {
 STAGES = graph.STAGES | {
     "benchmark": "08_benchmark",
     "explore": "09_explore",
-}  # the last two run outside the graph: on the clock, and on people's own photos
+    "play": "10_play",
+}  # the last three run outside the graph: on the clock, on people's own photos, and with a mouse
 
 
 def imports(name):

@@ -211,7 +211,7 @@ def compare(
     )
 
 # %% ../../../nbs/parts/bench/side_by_side.ipynb #6559da1a
-FAMILIES = ("verify", "rerank", "search", "train", "extract", "data", "metrics")
+FAMILIES = ("verify", "rerank", "search", "train", "extract", "data", "metrics", "play")
 REGISTRY = {}
 
 
