@@ -58,7 +58,7 @@ def given_of(
     return given | dict(runs=f"album-{name}")
 
 # %% ../nbs/album.ipynb #c72677bd
-FEW = 20  # inliers of a pair in a small album; what chance asked for on the albums tried here was less
+FEW = 16  # inliers of a pair in a small album: about what chance asks for in the middle of a larger one
 
 
 def steps_of(
