@@ -72,12 +72,12 @@ def steps_of(
 def few_pairs(
     labels,  # label of each photo
 ) -> dict:  # with `inliers`, the number a pair needs, where chance cannot tell
-    "In a small album too few pairs of different labels exist to learn from what chance does; a number is given."
+    "A small album has too few pairs of different labels to say what chance does; it gets a number."
     sizes = -(-pd.Series(labels, dtype=object).value_counts() // 2)  # the training half
     pairs = (sizes.sum() ** 2 - (sizes**2).sum()) // 2
     if pairs >= 1.2 * LEAST:  # some photos may be copies
         return {}
-    log(f"album: {pairs:,} pairs of different labels are too few to learn chance from; {FEW} inliers are asked")
+    log(f"album: {pairs:,} pairs of different labels say little of chance; {FEW} inliers are asked")
     return dict(inliers=str(FEW))
 
 

@@ -29,7 +29,7 @@ from .parts.play.state import Play
 class Config:
     "How a game begins."
 
-    of: str = ""  # artifact of 05_rerank or 09_explore, an album's runs, or a folder of photos; empty: the newest
+    of: str = ""  # artifact of 05 or 09, an album's runs, or a folder of photos; empty: the newest
     query: str = ""  # the photo that asks first: a key such as queries/3, an image id, or a file
     model: str = ""  # whose descriptors; empty: the first
     method: str = "baseline"  # a registered re-ranking method
