@@ -48,9 +48,10 @@ def given_of(
     def whole(path):
         return str(Path(path).expanduser().resolve()) if str(path) else ""
 
-    v1 = "" if str(v1).strip("0. ") == "" else str(v1).strip()
+    v1 = str(v1).strip() if str(v1).strip("0. ") else ""
+    noise = str(noise).strip() if str(noise).strip("0. ") else "0"
     given = dict(photos=whole(photos), others=whole(others), bench=whole(bench))
-    given |= dict(v1=v1 if is_share(v1) else whole(v1), noise=str(noise))
+    given |= dict(v1=v1 if is_share(v1) else whole(v1), noise=noise)
     name = re.sub(r"[^\w.-]+", "-", Path(given["photos"]).name).strip("-.") or "photos"
     taken = runs_dir() / f"album-{name}" / "given.yaml"
     if taken.exists() and read_yaml(taken)["photos"] != given["photos"]:

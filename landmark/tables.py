@@ -480,7 +480,8 @@ def make_tables(
         no_noise=(read("no_noise", "metrics.csv"), _table_of_models),
         no_other=(read("no_other", "metrics.csv"), _table_of_models),
     )
-    tables = {k: make(df) for k, (df, make) in makers.items() if len(df)}
+    made = {k: make(df) for k, (df, make) in makers.items() if len(df)}
+    tables = {k: t for k, t in made.items() if len(t)}
     judged = {k: read(k, "per_query.csv") for k in _JUDGED}
     judged["equal_steps"] = at_equal_steps(judged["models"], judged["equal_steps"])
     verdicts = table_verdicts(judged, n_boot)
