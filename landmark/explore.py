@@ -66,9 +66,7 @@ class Config:
     seed: int = 1  # seed of the vocabulary
     photos: str = ""  # the folder of photos; sub-folders are labels
     query: str = ""  # one photo to name; not needed for the collection
-    weights: str = (
-        "pretrained:tf_efficientnet_lite0"  # or a folder, @train/name/model, @album; empty: VLAD alone
-    )
+    weights: str = "pretrained:tf_efficientnet_lite0"  # or a folder, @train/name/model, @album; empty: none
     network_side: int = 512  # longest side for the network
     kind: str = "rootsift"  # kind of local features
     max_photos: int = 5000  # photos to read, equal shares for all labels; 0: all

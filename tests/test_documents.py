@@ -102,4 +102,5 @@ def test_no_figure_is_typed_by_hand(name):
     text = "".join("".join(c["source"]) + "\n" for c in nb["cells"])
     for kind in ("table", "beside", "figure"):
         between = re.findall(rf"<!-- {kind}: .*? -->\n(.*?)<!-- /{kind} -->", text, flags=re.S)
-        assert between.count("") == text.count(f"<!-- {kind}:") > 0
+        assert between.count("") == text.count(f"<!-- {kind}:")
+    assert "<!-- table:" in text and "<!-- figure:" in text
