@@ -1,9 +1,7 @@
 "JupyterLab opens the page one plays with, and a browser plays: every promise of 10_play, with the mouse."
 
-import importlib.util
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from test_browser import CHROMIUM, browser
 
 from landmark import play
 from landmark.parts.core import runs_dir
@@ -19,9 +18,6 @@ from landmark.parts.data.layout import read_images
 from landmark.parts.data.worlds import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if not importlib.util.find_spec("playwright"):
-    CHROMIUM = None
 pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium on this machine (apt install chromium), or no Playwright (pip install)"
 )
@@ -86,29 +82,24 @@ def _wait(url, server, log):
 @pytest.fixture(scope="module")
 def tab(lab):
     "The page in a browser, all cells run, and what the console said."
-    from playwright.sync_api import sync_playwright
-
     address, home = lab
-    with sync_playwright() as p:
-        args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=args)
-        tab = chromium.new_page(viewport=dict(width=1400, height=1000))
-        tab.set_default_timeout(PATIENCE)
-        tab.said = []
-        tab.on("console", lambda m: tab.said.append(m.text) if m.type == "error" else None)
-        tab.on("pageerror", lambda e: tab.said.append(str(e)))
-        tab.goto(address)
-        tab.wait_for_selector(".jp-Notebook")
-        tab.wait_for_selector("#jp-main-statusbar :text('Idle')")  # the kernel is there
-        tab.locator(".lm-MenuBar-item").filter(has_text="Run").click()
-        tab.locator(".lm-Menu-itemLabel").filter(has_text=re.compile("^Run All Cells$")).click()
-        try:
-            tab.wait_for_selector(".lm-wall[data-n='20'] img[src^='data:image/jpeg']")
-        except Exception:
-            tab.screenshot(path=home / "failed.png")
-            raise AssertionError(f"no list came: {home / 'failed.png'}; {tab.said}") from None
-        yield tab
-        chromium.close()
+    tab = browser().new_page(viewport=dict(width=1400, height=1000))
+    tab.set_default_timeout(PATIENCE)
+    tab.said = []
+    tab.on("console", lambda m: tab.said.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: tab.said.append(str(e)))
+    tab.goto(address)
+    tab.wait_for_selector(".jp-Notebook")
+    tab.wait_for_selector("#jp-main-statusbar :text('Idle')")  # the kernel is there
+    tab.locator(".lm-MenuBar-item").filter(has_text="Run").click()
+    tab.locator(".lm-Menu-itemLabel").filter(has_text=re.compile("^Run All Cells$")).click()
+    try:
+        tab.wait_for_selector(".lm-wall[data-n='20'] img[src^='data:image/jpeg']")
+    except Exception:
+        tab.screenshot(path=home / "failed.png")
+        raise AssertionError(f"no list came: {home / 'failed.png'}; {tab.said}") from None
+    yield tab
+    tab.close()
 
 
 def shown(tab, wall=1):
