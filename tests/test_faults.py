@@ -81,7 +81,7 @@ def test_unknown_profile(tmp_path):
     ],
 )
 def test_parameter_files_are_checked_before_a_kernel_starts(monkeypatch, files, words):
-    monkeypatch.setattr(graph, "read_profile", lambda p: files)
+    monkeypatch.setattr(graph, "read_profile", lambda p, given=None: files)
     with pytest.raises(core.ParameterError) as e:
         graph.plan("p")
     assert words in str(e.value)
