@@ -204,7 +204,7 @@ def test_only_what_stands_behind_a_change_runs_again(runs, monkeypatch):
     monkeypatch.setattr(
         graph,
         "read_profile",
-        lambda p: files | {("rerank", "final"): files["rerank", "final"] | {"alpha": 2.0}},
+        lambda p, given=None: files | {("rerank", "final"): files["rerank", "final"] | {"alpha": 2.0}},
     )
     after = {(s.stage, s.name): s.fingerprint for s in graph.plan("tiny")}
     assert {k for k in before if before[k] != after[k]} == {("rerank", "final"), ("tables", "main")}
