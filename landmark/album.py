@@ -9,6 +9,7 @@ __all__ = ['FEW', 'given_of', 'steps_of', 'few_pairs', 'check', 'run', 'tables_o
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from landmark.parts.core import (
     project_root,
     read_json,
     runs_dir,
+    write_csv,
     write_json,
     write_text,
 )
@@ -147,11 +149,6 @@ def _write_pages(
     return home / "report" / "index.html"
 
 # %% ../nbs/album.ipynb #b1d22ed2
-def _quoted(word: str) -> str:
-    "A word as a shell reads it."
-    return word if re.fullmatch(r"[\w.-]+", word) else '"' + re.sub(r'(["\\$`])', r"\\\1", word) + '"'
-
-
 def _counts_of(
     home: Path,  # what `run` returned
     seeds=(1,),  # splits
@@ -168,7 +165,7 @@ def command_of(
 ) -> str:  # a shell command, with the names of the folders only
     "What was typed."
     names = dict(DIR="photos", OTHER="others", BENCH="bench", V1="v1", NOISE="noise")
-    said = [f"{k}={_quoted(Path(given[v]).name)}" for k, v in names.items() if given[v]]
+    said = [f"{k}={shlex.quote(Path(given[v]).name)}" for k, v in names.items() if given[v]]
     return " ".join(["make album", *said, f'SEEDS="{" ".join(map(str, seeds))}"'])
 
 
@@ -182,7 +179,7 @@ def keep(
     made, tables = tables_of(home, seeds), Path(out) / "tables"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(made, tables, ignore=shutil.ignore_patterns("manifest.json", "state.json"))
-    _counts_of(home, seeds).to_csv(tables / "counts.csv", index=False)
+    write_csv(_counts_of(home, seeds), tables / "counts.csv")
     steps = steps_of(given, seeds)
     code = {s: code_hash(f"landmark.{s}") for s in sorted({s.stage for s in steps})}
     seconds = {s.seed: 0 for s in steps}

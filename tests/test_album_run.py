@@ -58,7 +58,7 @@ def test_every_stage_leaves_its_tables(runs):
 def test_what_is_kept_holds_numbers_only(runs, tmp_path):
     out = album.keep(runs, out=tmp_path / "kept")
     assert {p.suffix for p in out.rglob("*") if p.is_file()} == {".csv", ".md", ".json"}
-    assert read_json(out / "report.json")["command"] == 'make album DIR="my town" NOISE=0 SEEDS="1"'
+    assert read_json(out / "report.json")["command"] == "make album DIR='my town' NOISE=0 SEEDS=\"1\""
     assert str(runs) not in (out / "report.json").read_text()
     counts = pd.read_csv(out / "tables" / "counts.csv")
     assert {"v2_train", "index", "test"} <= set(counts.split)
