@@ -18,6 +18,7 @@ from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, log, pick_device, read_json, write_csv
 from landmark.parts.data.layout import (
     landmark_names,
+    read_ids,
     read_images,
     read_recognition_solution,
     read_truth,
@@ -435,7 +436,7 @@ def _tables(solution, steps):
 
 def run(
     cfg: Config,  # what to recognise, and how
-) -> Path:  # the artifact: metrics, predictions, per_query, voters, limits, names, naming (.csv) and more
+) -> Path:  # the artifact: metrics, per_query, voters, limits, names, naming (.csv) and more
     "Predict a landmark for every test image and judge it."
     world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
@@ -455,7 +456,8 @@ def run(
         metrics, per_query = _tables(solution, steps)
         write_csv(metrics, st.dir / "metrics.csv")
         write_csv(per_query, st.dir / "per_query.csv")
-        write_recognition(st.dir / "predictions.csv", solution.image_id, *steps["+ distractor rule"])
+        answers = solution.image_id, *steps["+ distractor rule"], read_ids(world, "test")
+        write_recognition(st.dir / "submission_recognition.csv.gz", *answers)
         write_csv(voters, st.dir / "voters.csv")
         called = landmark_names(world)
         named, st.metrics["naming"] = name_photos(solution, steps, voters, called, cfg.max_wrong)

@@ -41,7 +41,7 @@ from landmark.parts.data.layout import (
 from .parts.data.submission import write_retrieval
 from .parts.data.worlds import world_of
 from .parts.descriptors.ensemble import choose_models, join_models
-from .parts.descriptors.store import Rows, l2n, rows_of, write_store
+from .parts.descriptors.store import Rows, l2n, rows_of, says, write_store
 from .parts.local.carrier import learn, mask_store, read_list
 from .parts.local.features import LocalStore, extract_many, made_with, open_local, untrained_kind
 from .parts.local.kinds import rule_for
@@ -70,7 +70,9 @@ class Config:
     methods: list[str] = field(default_factory=list)  # registered methods; all if none is named
     clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
     queries: str = "scored"  # scored: queries that have an answer; all: every test image
-    submit: list[str] = field(default_factory=list)  # methods whose lists are written as a submission, too
+    submit: list[str] = field(
+        default_factory=list
+    )  # methods whose lists are written as submissions; last: to hand in
     topk: int = 100  # length of the lists
     alpha: float = 3.0  # αQE, DBA: exponent of the similarities
     n_qe: int = 10  # αQE, DBA: neighbours
@@ -407,6 +409,13 @@ def _judged(name, model, aps, table, unread, topk):
     return metrics, per_query
 
 
+def _submit(cfg, world, model, method, queries, ranks, index, out):
+    "Write a method's lists as a submission; those of the last one asked for have the name to hand in."
+    files = [f"submission-{model}-{method}.csv"]
+    for file in files + ["submission_retrieval.csv.gz"] * (method == cfg.submit[-1]):
+        write_retrieval(out / file, queries, ranks, index, read_ids(world, "test"))
+
+
 def _rank_landmarks(cfg, world, model, stores, clean, out, params, times):
     "mAP@100 on Google Landmarks: rows of metrics, rows per query."
     if not (made := landmark_problem(cfg, world, stores, clean)):
@@ -423,8 +432,7 @@ def _rank_landmarks(cfg, world, model, stores, clean, out, params, times):
     for name, path in progress(paths.items(), f"rank {model}", len(paths)):
         ranks = _ranked(path, problem, name, cfg.topk, params, note)
         if name in cfg.submit:
-            ids = stores["index"].ids, read_ids(world, "test")
-            write_retrieval(out / f"submission-{model}-{name}.csv", table.query_id, ranks, *ids)
+            _submit(cfg, world, model, name, table.query_id, ranks, stores["index"].ids, out)
         _, aps = map_at_k(ranks, positives, cfg.topk, per_query=True)
         m, p = _judged(name, model, aps, table, unread, cfg.topk)
         metrics += m
@@ -439,6 +447,8 @@ def _rank_revisited(cfg, world, model, stores, bench, out, params, times):
     problem, truth = made
     note, topk = partial(times.note, model, bench), len(problem.index)
     paths = {m: out / "ranks" / model / f"{bench}-{m}.npy" for m in runnable(cfg, problem)}
+    if says(stores[f"{bench}_query"].card["made_by"], "crop_queries") is False:
+        bench = f"{bench} un-cropped"
     _prepare(paths, problem, topk, params, note)
     metrics, per_query = [], []
     for name, path in paths.items():

@@ -83,9 +83,10 @@ def test_a_submitted_list_scores_what_the_table_says(tmp_path, monkeypatch):
         rerank.run(rerank.Config(world="tiny", methods=["baseline"], submit=["sort"]))
     asked = dict(methods=["baseline", "sort+insert"], models=["arcface_v2"], submit=["sort+insert"])
     out, world = rerank.run(rerank.Config(world="tiny", **asked)), make_world("tiny")
-    assert [p.name for p in out.glob("submission-*")] == ["submission-arcface_v2-sort+insert.csv"]
-    file = out / "submission-arcface_v2-sort+insert.csv"
-    sent = read_retrieval(file, read_ids(world, "test"), read_ids(world, "index"))
+    files = "submission-arcface_v2-sort+insert.csv", "submission_retrieval.csv.gz"
+    assert sorted(p.name for p in out.glob("submission*")) == list(files)
+    sent, same = (read_retrieval(out / f, read_ids(world, "test"), read_ids(world, "index")) for f in files)
+    assert sent.equals(same)
     sent = sent.set_index("image_id").images
     m, solution = pd.read_csv(out / "metrics.csv"), read_retrieval_solution(world)
     for u in ("Public", "Private"):
@@ -99,7 +100,7 @@ def test_submitted_predictions_score_what_the_table_says(tmp_path, monkeypatch):
     monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path))
     monkeypatch.setenv("LANDMARK_WORLD", "tiny")
     out, world = recognize.run(recognize.Config(world="tiny")), make_world("tiny")
-    sent = read_recognition(out / "predictions.csv", read_ids(world, "test"))
+    sent = read_recognition(out / "submission_recognition.csv.gz", read_ids(world, "test"))
     solution = read_recognition_solution(world)
     assert sent.image_id.tolist() == solution.image_id.tolist()
     m = pd.read_csv(out / "metrics.csv")
