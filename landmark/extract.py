@@ -62,6 +62,7 @@ class Config:
     multiple: int = 16  # sides are rounded down to multiples of this (32 in the original)
     bench_side: int = 96  # longest side on the revisited benchmarks (1024 in the original)
     bench_scales: list[float] = field(default_factory=lambda: [0.5**0.5, 1.0, 2**0.5])  # their factors
+    crop_queries: bool = True  # crop their queries to the box; false: whole ones, marked un-cropped
     precision: str = "fp32"  # fp32, bf16 or fp16 (of the network)
     dtype: str = "float16"  # float16 or float32 (of what is stored)
     batch_size: int = 32  # images at a time
@@ -146,6 +147,8 @@ def card_of(
         precision=cfg.precision,
     )
     settings = settings_of(cfg, split)
+    if not cfg.crop_queries and split.endswith("_query"):
+        settings["crop_queries"] = False
     return card | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 # %% ../nbs/04_extract.ipynb #f4d83d90
@@ -193,7 +196,7 @@ def _seen_in(cfg, world, split, number):
     "What `inputs_of` wants to know of a shard."
     a, b = number * cfg.shard_size, (number + 1) * cfg.shard_size
     cache_dir = None if cfg.in_memory else stage_dir("extract", cfg).parent / "sizes"
-    return world, split, cfg.sizes, cfg.bench_side, a, b, cache_dir
+    return world, split, cfg.sizes, cfg.bench_side, a, b, cache_dir, cfg.crop_queries
 
 
 @functools.lru_cache(maxsize=1)
@@ -230,7 +233,7 @@ def extract_shard(
 ) -> list:  # image ids and reasons of what could not be read
     "Describe the images of one shard and write it."
     cfg, world, _, store_dir, split, number, card, _, alone, *_ = job
-    all_ids, _ = read_split(world, split)
+    all_ids, _ = read_split(world, split, cfg.crop_queries)
     ids = all_ids[number * cfg.shard_size : (number + 1) * cfg.shard_size]
     notes = Path(store_dir) / f"unfinished-{number:05d}.npz"
     with one_thread() if alone else threads_as_found():
@@ -269,7 +272,7 @@ def plan(
     "Every store that is wanted."
     stores = []
     for split in wanted_splits(cfg, world):
-        n_parts = max(1, -(-len(read_split(world, split)[0]) // cfg.shard_size))
+        n_parts = max(1, -(-len(read_split(world, split, cfg.crop_queries)[0]) // cfg.shard_size))
         for name, folder in models.items():
             stores.append((out / name / split, str(folder), split, n_parts, card_of(cfg, folder, split)))
     return stores
@@ -298,7 +301,8 @@ MANY = 1000  # images for which it pays to start processes
 
 def _n_left(cfg, world, todo):
     "Images of the shards that are to be made."
-    last = {split: len(read_split(world, split)[0]) for split in {job[4] for job in todo}}
+    splits = {job[4] for job in todo}
+    last = {split: len(read_split(world, split, cfg.crop_queries)[0]) for split in splits}
     return sum(min(cfg.shard_size, last[job[4]] - job[5] * cfg.shard_size) for job in todo)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import ParameterError, check_names, path_inside
-from .revisited import read_ground_truth
+from .revisited import query_boxes, read_ground_truth
 from .tables import read_lists, read_table
 from ..images.reading import image_path
 
@@ -91,22 +91,21 @@ def image_paths(
 def read_boxes(
     world: Path,  # folder of a world
     split: str,  # name of the split
+    crop: bool = True,  # False: whole queries
 ) -> np.ndarray:  # x0, y0, x1, y1 in pixels [n, 4], or None where images are taken whole
     "The boxes to which the queries of a benchmark are cropped."
-    if split in _SPLITS or not split.endswith("_query"):
+    if split in _SPLITS or not split.endswith("_query") or not crop:
         return None
-    boxes = [g["bbx"] for g in _bench(Path(world), split)["gnd"]]
-    if without := [i for i, box in enumerate(boxes) if not box]:
-        raise ValueError(f"{split} of {world}: gnd[{without[0]}] has no box (bbx) for its query")
-    return np.array(boxes, dtype=float).reshape(-1, 4)
+    return query_boxes(_bench(Path(world), split), split.rpartition("_")[0])
 
 # %% ../../../nbs/parts/data/layout.ipynb #1c09a9ca
 def read_images(
     world: Path,  # folder of a world
     split: str,  # v1_train, v2_train, index, test, <benchmark>_query or <benchmark>_index
+    crop: bool = True,  # False: queries of a benchmark are taken whole
 ) -> pd.DataFrame:  # image_id, path; landmark_id for training sets; x0, y0, x1, y1 for benchmark queries
     "The images of a split, in the order of its table."
-    ids, boxes = read_ids(world, split), read_boxes(world, split)
+    ids, boxes = read_ids(world, split), read_boxes(world, split, crop)
     df = pd.DataFrame(dict(image_id=pd.Series(ids, dtype=object), path=image_paths(world, split, ids)))
     if split in ("v1_train", "v2_train"):
         v, k = _SPLITS[split]

@@ -28,9 +28,10 @@ def is_bench(
 def read_split(
     world: Path,  # folder of a world
     split: str,  # name of the split
+    crop: bool = True,  # False: queries of a benchmark are taken whole
 ) -> tuple:  # image ids [n], boxes in pixels [n, 4] or None
     "The images of a split, and what of each is looked at."
-    return read_ids(world, split), read_boxes(world, split)
+    return read_ids(world, split), read_boxes(world, split, crop)
 
 # %% ../../../nbs/parts/descriptors/inputs.ipynb #a7f63645
 def inputs_of(
@@ -41,9 +42,10 @@ def inputs_of(
     a: int = 0,  # first of its images
     b: int = None,  # and the one after the last
     cache_dir: Path = None,  # folder to remember sizes in
+    crop: bool = True,  # False: queries of a benchmark are taken whole
 ) -> tuple:  # paths, width and height of each network input at scale 1 [n, 2], boxes or None
     "Images of a split and the size at which the network sees them."
-    ids, boxes = read_split(world, split)
+    ids, boxes = read_split(world, split, crop)
     paths = image_paths(world, split, ids[a:b])
     if boxes is None:
         wh = scan_sizes(paths, cache_dir)
@@ -82,10 +84,11 @@ def photos_of(
     a: int,  # first of its images
     b: int,  # and the one after the last
     cache_dir: Path,  # folder to remember sizes in, or None
+    crop: bool,  # queries of a benchmark are cropped to their box
     in_memory: bool,  # keep decoded images
 ) -> tuple:  # photos, paths, width and height of each network input [n, 2]
     "The photos of a shard; the same object while the shard stays the same."
-    paths, wh, boxes = inputs_of(world, split, sizes, bench_side, a, b, cache_dir)
+    paths, wh, boxes = inputs_of(world, split, sizes, bench_side, a, b, cache_dir, crop)
     photos = Crops(paths, [tuple(map(int, s)) for s in wh], boxes)
     return (Remember(photos) if in_memory else photos), paths, wh
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import ParameterError, atomic_path, link_or_copy, log, write_csv, write_json
-from ..data.revisited import read_ground_truth
+from ..data.revisited import query_boxes, read_ground_truth
 from ..images.reading import image_path
 from .copies import copy_groups, find_copies
 from .importing import import_files, scan_folder, shown_name, take_files
@@ -59,21 +59,22 @@ def seen_share(
 def find_bench(
     folder: Path,  # with `jpg/` and one `gnd_<name>.pkl`
 ) -> tuple:  # name, path of its ground truth, image names
-    "The benchmark in a folder, every image of which is there."
+    "The benchmark in a folder, every image of which is there, and every query cropped."
     folder = Path(folder)
     found = sorted(folder.glob("gnd_*.pkl"))
     if len(found) != 1:
         there = ", ".join(p.name for p in found) or "none"
         raise ParameterError(f"bench: {shown_name(folder)} must hold one gnd_<name>.pkl; there is {there}")
     try:
-        truth = read_ground_truth(found[0])
+        truth, name = read_ground_truth(found[0]), found[0].stem.removeprefix("gnd_")
+        query_boxes(truth, name)
     except ValueError as e:
         raise ParameterError(f"bench: {e}") from None
     images = sorted({*truth["imlist"], *truth["qimlist"]})
     if missing := [i for i in images if not (folder / "jpg" / f"{i}.jpg").is_file()]:
         few = f"{len(missing):,} of {len(images):,} images are not there, for instance jpg/{missing[0]}.jpg"
         raise ParameterError(f"bench: {shown_name(folder)}: {few}")
-    return found[0].stem.removeprefix("gnd_"), found[0], images
+    return name, found[0], images
 
 # %% ../../../nbs/parts/photos/album.ipynb #e27a59d3
 def _folders(photos, others, bench, v1) -> dict:  # name → folder, of those that are given

@@ -65,27 +65,30 @@ def benchmark_maps(
     batch_size: int = 32,  # images at a time
     n_loaders: int = 0,  # worker processes that load images
     max_bad: float = 0.01,  # largest share of unreadable images in each set
+    crop: bool = True,  # False: whole queries, and names that say un-cropped
 ) -> dict:  # "rnorth M" → mAP
     "mAP Medium of plain search on each revisited benchmark."
 
     def describe(split):
-        return describe_images(model, read_images(world, split), max_side, batch_size, n_loaders, max_bad)
+        df = read_images(world, split, crop)
+        return describe_images(model, df, max_side, batch_size, n_loaders, max_bad)
 
     found = {}
     for name in benchmarks(world):
         ranks = (-describe(f"{name}_query") @ describe(f"{name}_index").T).argsort(1, kind="stable")
         medium = revisited(ranks, read_revisited(world, name)["gnd"])["M"]
-        found[f"{name} M"] = round(float(medium["map"]), 4)
+        found[f"{name} M" if crop else f"{name} un-cropped M"] = round(float(medium["map"]), 4)
     return found
 
 # %% ../../../nbs/parts/training/evaluation.ipynb #90a56056
 def check_benchmarks(
     world: Path,  # folder of a world
     max_bad: float = 0.01,  # largest share of unreadable images in each set
+    crop: bool = True,  # each query needs a box to be cropped to
 ) -> list:  # names of the benchmarks
     "See that the benchmarks of a world can be searched; a world without any is only told of."
     names = benchmarks(world)
-    for df in (read_images(world, f"{name}_{kind}") for name in names for kind in ("query", "index")):
+    for df in (read_images(world, f"{name}_{kind}", crop) for name in names for kind in ("query", "index")):
         empty = np.flatnonzero(scan_sizes(df.path.tolist()).min(1) == 0)
         _refuse([(df.path[i], "header not readable") for i in empty], len(df), max_bad)
     if not names:
