@@ -28,7 +28,24 @@ from landmark.parts.core import (
     read_json,
     write_csv,
 )
-from .parts.data.layout import read_images, read_table, read_truth, splits
+from landmark.parts.data.layout import (
+    benchmarks,
+    read_boxes,
+    read_ids,
+    read_images,
+    read_table,
+    read_truth,
+    splits,
+)
+from landmark.parts.data.leakage import (
+    TRAINED,
+    overlap_table,
+    read_overlap,
+    refuse_shared,
+    shared_files,
+    shared_ids,
+    trained_labels,
+)
 from .parts.images.formats import ImageError
 from .parts.images.jpeg import jpeg_damage
 from .parts.images.reading import image_size, read_image
@@ -58,6 +75,8 @@ class Config:
     max_photos: int = 0  # photos: at most so many of a folder, equal shares for all labels; 0: all
     max_side: int = 1024  # photos: longest side of the copies
     check: str = "sizes"  # folders: look for files only, read their sizes, or decode all pixels
+    shared: str = "refuse"  # folders: evaluation images among the training images: refuse, or list
+    overlap: str = ""  # folders: CSV (benchmark, landmark_id) of v2's labels that a benchmark shows
     n_workers: int = 0  # processes, 0 is one per core
 
 # %% ../nbs/00_data.ipynb #bba2ad21
@@ -143,11 +162,15 @@ def _look(job: tuple) -> str:
 
 def _check_split(world: Path, split: str, check: str, n_workers: int) -> list:
     "What is wrong with one image set: (split, image_id, problem) each."
-    df = read_images(world, split)
+    df = read_images(world, split, crop=False)
     if not len(df):
         return [(split, "", "the table lists no image")]
     looks = parallel_map(_look, [(p, check) for p in df.path], n_workers, split)
     found = [(split, i, problem) for i, problem in zip(df.image_id, looks) if problem]
+    try:
+        read_boxes(world, split)
+    except ParameterError as e:
+        found.append((split, "", str(e)))
     if "landmark_id" in df:
         for landmark, n in df.landmark_id.value_counts().items():
             if n == 1:
@@ -201,7 +224,7 @@ def summary_table(
     world: Path,  # folder in the Google Landmarks layout
 ) -> pd.DataFrame:  # split, fact, value, count
     "Counts per split: kinds, aspects and lights where the truth is known, class sizes, usage."
-    rows = [(s, "images", "", len(read_images(world, s))) for s in splits(world)]
+    rows = [(s, "images", "", len(read_images(world, s, crop=False))) for s in splits(world)]
     for split in {"v1_train", "v2_train"} & set(splits(world)):
         rows += _label_sizes(world, split)
     for kind in ("retrieval", "recognition"):
@@ -256,13 +279,39 @@ def _make(cfg: Config, world: Path, knobs: Knobs | None, album: dict | None):
         write_csv(pd.DataFrame(counts.items(), columns=["photos", "count"]), world.parent / "counts.csv")
 
 
+def _look_for_leaks(cfg: Config, world: Path, out_dir: Path) -> dict:  # shared
+    "Refuse, or list, evaluation images that train; say which labels show a benchmark's landmarks."
+    shared = shared_ids(world, {s: read_ids(world, s) for s in TRAINED if s in splits(world)})
+    if cfg.check != "files":
+        shared = pd.concat([shared, shared_files(world, cfg.n_workers)]).drop_duplicates()
+    write_csv(shared, out_dir / "shared.csv")
+    if cfg.shared == "refuse":
+        refuse_shared(shared, world, "data")
+    listed = read_overlap(_overlap_file(cfg), world) if cfg.overlap else None
+    if benchmarks(world):
+        write_csv(overlap_table(trained_labels(world), benchmarks(world), listed), out_dir / "overlap.csv")
+    if listed is not None:
+        write_csv(listed, out_dir / "overlap_labels.csv")
+    return dict(shared=len(shared))
+
+
+def _overlap_file(cfg: Config) -> Path | None:
+    "The list of overlapping landmarks, if there is one."
+    return project_root() / Path(cfg.overlap).expanduser() if cfg.overlap else None
+
+
 def run(
     cfg: Config,
 ) -> Path:  # the artifact: world/ if drawn or made, datasets, summary, counts and problems if there are any
     "Draw a world into the artifact's `world/`, make one of photos, or check a folder; summarise it."
     knobs, album = knobs_of(cfg), album_of(cfg)
+    _check_numbers(cfg)
     folder = None if knobs or album else _folder_of(cfg)
-    inputs = _listing(cfg, album) if album else [folder]
+    if cfg.shared not in ("refuse", "list"):
+        raise ParameterError(f"data: shared is {cfg.shared!r}; allowed: refuse, list")
+    if cfg.overlap and not folder:
+        raise ParameterError("data: overlap can only be given for a folder in the Google Landmarks layout")
+    inputs = _listing(cfg, album) if album else [folder, _overlap_file(cfg)]
     with open_stage("data", cfg, inputs=inputs, code=__name__) as st:
         if st.done:
             return st.dir
@@ -270,8 +319,9 @@ def run(
             shutil.rmtree(left)  # of a run that was killed
         world = folder or st.dir / "world"
         _make(cfg, world, knobs, album)
+        leaks = _look_for_leaks(cfg, world, st.dir) if folder else {}
         problems = pd.DataFrame() if knobs else check_world(world, cfg.check, cfg.n_workers or 0)
-        counts = _report(problems, st.dir)
+        counts = _report(problems, st.dir) | leaks
         table, summary = datasets_table(world), summary_table(world)
         write_csv(table, st.dir / "datasets.csv")
         write_csv(summary, st.dir / "summary.csv")

@@ -7,8 +7,8 @@ __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNI
            'read_all', 'table_datasets', 'columns_of', 'table_losses', 'table_training', 'at_equal_steps',
            'table_equal_steps', 'table_start', 'table_reranking', 'table_recognition', 'table_naming',
            'table_reliability', 'table_cleaning', 'table_kept', 'table_lost', 'table_grid', 'table_cleaners',
-           'table_by_label', 'table_separation', 'table_restriction', 'table_parameters', 'table_verdicts',
-           'as_markdown', 'make_tables', 'run', 'main']
+           'table_by_label', 'table_separation', 'table_restriction', 'table_parameters', 'table_overlap',
+           'table_verdicts', 'as_markdown', 'make_tables', 'run', 'main']
 
 # %% ../nbs/07_tables.ipynb #ad8037a7
 import tempfile
@@ -21,6 +21,7 @@ import pandas as pd
 from .parts.artifacts import artifact, open_stage
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, read_json, write_csv, write_json, write_text
+from .parts.data.leakage import clean_labels, overlap_table
 from .parts.paper import beside, in_order, mean_sd, measured, paper, paper_dir, pivot
 from .parts.plots import to_markdown
 from .parts.rerank.confidence import OUTCOMES, expected_error, wilson
@@ -94,12 +95,18 @@ _BENCHMARKS = dict(rnorth="RNorth", rsouth="RSouth", roxford5k="ROxf", rparis6k=
 REVISITED = {(b, f"mAP {p}"): f"{title} {p}" for b, title in _BENCHMARKS.items() for p in "MH"}
 
 
+def _title(bench: str) -> str:
+    "What a benchmark is called; one whose queries were not cropped says so."
+    name, *un_cropped = bench.split()
+    return " ".join([_BENCHMARKS.get(name, name.capitalize()), *un_cropped])
+
+
 def columns_of(
     df: pd.DataFrame,  # metrics.csv of 05_rerank, stacked
 ) -> dict:  # (benchmark, metric) → column title, of what was measured
     "The columns of a table of retrieval: both halves of the queries, then every benchmark there is."
     others = sorted(b for b in set(df.benchmark) - set(_BENCHMARKS) if not b.startswith("gld_"))
-    known = RETRIEVAL | REVISITED | {(b, f"mAP {p}"): f"{b.capitalize()} {p}" for b in others for p in "MH"}
+    known = RETRIEVAL | REVISITED | {(b, f"mAP {p}"): f"{_title(b)} {p}" for b in others for p in "MH"}
     return measured(df[df.value.notna()], known)
 
 
@@ -387,6 +394,18 @@ def _used(man: dict, name: str):
         value = ", then ".join(map(str, value))
     return value if given is None or chosen in (None, value) else f"{chosen} (chosen on Public)"
 
+# %% ../nbs/07_tables.ipynb #c60aa135
+def table_overlap(
+    found: pd.DataFrame,  # overlap.csv of 00_data, stacked
+    listed: pd.DataFrame,  # its overlap_labels.csv, stacked; empty if no list was given
+    clean: pd.DataFrame,  # train_clean.csv of 02_clean, stacked; empty without a cleaning
+) -> pd.DataFrame:  # benchmark, training set, labels, images
+    "Training labels, and their photos, that show landmarks of a benchmark."
+    own = {} if not len(clean) else {"GLD-v2 (clean)": clean_labels(clean)}
+    ours = overlap_table(own, list(dict.fromkeys(found.benchmark)), listed if len(listed) else None)
+    t = pd.concat([found.drop(columns="seed"), ours], ignore_index=True).drop_duplicates()
+    return t.sort_values("benchmark", kind="stable", ignore_index=True)
+
 # %% ../nbs/07_tables.ipynb #95348c72
 def table_verdicts(
     per_query: dict,  # table name → stacked per_query.csv
@@ -430,6 +449,7 @@ TITLES = dict(
     one_aspect="Control: one aspect per landmark",
     no_noise="Control: no noise",
     no_other="Control: no photos of other things",
+    overlap="Training labels that show landmarks of a benchmark",
     verdicts="The paper's conclusions, on this data",
 )
 
@@ -479,6 +499,7 @@ def make_tables(
         one_aspect=(read("one_aspect", "metrics.csv"), _table_one_aspect),
         no_noise=(read("no_noise", "metrics.csv"), _table_of_models),
         no_other=(read("no_other", "metrics.csv"), _table_of_models),
+        overlap=(read("data", "overlap.csv"), lambda df: _table_overlap(df, read)),
     )
     made = {k: make(df) for k, (df, make) in makers.items() if len(df)}
     tables = {k: t for k, t in made.items() if len(t)}
@@ -486,6 +507,10 @@ def make_tables(
     judged["equal_steps"] = at_equal_steps(judged["models"], judged["equal_steps"])
     verdicts = table_verdicts(judged, n_boot)
     return tables | (dict(verdicts=verdicts) if len(verdicts) else {})
+
+
+def _table_overlap(df, read):
+    return table_overlap(df, read("data", "overlap_labels.csv"), read("clean", "train_clean.csv"))
 
 
 def _table_one_aspect(df):

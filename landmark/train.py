@@ -27,6 +27,7 @@ from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_di
 from .parts.config import own_parameters, stage_config, stage_main
 from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, write_csv
 from .parts.data.layout import train_set as read_train_set
+from .parts.data.leakage import refuse_shared, shared_ids
 from .parts.data.worlds import world_of
 from .parts.images.batching import size_table
 from .parts.images.decoding import EncodedPhotos, why_not
@@ -109,6 +110,7 @@ class Config:
     scale_up_epochs: int = 1  # how many
     stop_after: int = 0  # stop after so many epochs, though the cosine is planned for more; 0: no
     evaluate: bool = False  # mAP on the revisited benchmarks after each epoch, in metrics.csv
+    crop_queries: bool = True  # there, crop queries to their box; false: whole ones, marked un-cropped
 
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -343,7 +345,8 @@ def _train(cfg, name, out):
 
     def look(model, epoch):
         world, side = world_of(cfg), longest_side(listed(cfg.sizes)[-1])
-        return benchmark_maps(model, world, side, cfg.batch_size, cfg.n_loaders, cfg.max_bad)
+        how = cfg.batch_size, cfg.n_loaders, cfg.max_bad, cfg.crop_queries
+        return benchmark_maps(model, world, side, *how)
 
     told = dict(on_epoch=look if cfg.evaluate else None, on_log=watch, desc=name)
     device = pick_device(cfg.device)
@@ -418,8 +421,9 @@ def run(
             _agree(cfg, not st.done)
         if st.done:
             return st.dir
+        _check_apart(cfg, names, world)
         if cfg.evaluate:
-            check_benchmarks(world, cfg.max_bad)
+            check_benchmarks(world, cfg.max_bad, cfg.crop_queries)
         table = _train_all(cfg, names, st.dir, together)
         write_csv(table, st.dir / "models.csv")
         st.metrics.update({r.model: dict(loss=r.loss, accuracy=r.accuracy) for r in table.itertuples()})
@@ -448,6 +452,15 @@ def _upstream(cfg, names):
         if name.endswith("-clean") and not cfg.clean:
             artifact(cfg, cfg.clean)
     return found
+
+
+def _check_apart(cfg, names, world):
+    "Refuse training sets that hold what the model will be asked about."
+    for name in dict.fromkeys(split_name(name)[1].removeprefix("v1+") for name in names):
+        clean = artifact(cfg, cfg.clean) / "train_clean.csv" if name == "v2-clean" else None
+        ids = read_train_set(world, name, clean).image_id.to_numpy(str)
+        split = f"{name.removesuffix('-clean')}_train"
+        refuse_shared(shared_ids(world, {split: ids}), world, f"train, {name}")
 
 
 def longest_first(
