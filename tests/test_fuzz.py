@@ -6,6 +6,7 @@ no memory beyond a bound, whatever a header claims. `FUZZ=1000` tries as many ch
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -24,10 +25,11 @@ from safetensors.torch import save_file
 from landmark.parts.config import read_yaml
 from landmark.parts.core import ParameterError
 from landmark.parts.data import layout
-from landmark.parts.data.download import DownloadError, unpack
+from landmark.parts.data.download import DownloadError
 from landmark.parts.data.revisited import read_ground_truth
 from landmark.parts.data.submission import SubmissionError, read_recognition, read_retrieval
 from landmark.parts.data.tables import read_table
+from landmark.parts.data.tars import unpack, unpack_named
 from landmark.parts.descriptors.hdf5 import read_h5
 from landmark.parts.descriptors.store import StoreError, open_store, write_store
 from landmark.parts.images.formats import ImageError
@@ -268,6 +270,9 @@ def test_ground_truth(tmp_path):
 
 def test_tars(tmp_path):
     fuzz(tars(), lambda p: unpack(p, p.parent / "train"), [DownloadError], tmp_path, "images_000.tar")
+    names = {"012aaaaaaaaaaaaa"}
+    packed = {"tgz": gzip.compress(tars()["tar"])}
+    fuzz(packed, lambda p: unpack_named(p, p.parent / "train", names), [DownloadError], tmp_path, "toy.tgz")
 
 
 def test_h5(tmp_path):

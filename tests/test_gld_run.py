@@ -1,7 +1,7 @@
 """The profile gld from an empty folder to two files to hand in: every step of it, on a small world that is served here.
 
 The parameter files are those of `params/gld`, read and planned by the graph. What is changed in them stands in
-`CHANGED`, and nothing else: the world, the machine, and sizes.
+`CHANGED` and `ALWAYS`, and nothing else: the machine and sizes; and stage 00 hears where the data is served.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from gld_bucket import N_TARS, NAMES, served
 
 from landmark import graph
 from landmark.parts.core import read_json
-from landmark.parts.data.gld import fetch_gld
 from landmark.parts.data.handover import COMPETITIONS, check_submission, hand_in
 from landmark.parts.data.layout import (
     benchmarks,
@@ -53,32 +52,30 @@ CHANGED = dict(  # parameter → value; only where a file of params/gld states t
 ALWAYS = dict(device="cpu", devices=1, n_workers=1, n_negatives=2)  # wherever a stage has it
 
 
-def changed(stage, params, world):
+def changed(stage, params):
     "A parameter file of gld for this test."
     fields = {f.name for f in dataclasses.fields(importlib.import_module(f"landmark.{stage}").Config)}
     out = {k: CHANGED.get(k, v) for k, v in params.items()}
-    out |= {k: v for k, v in ALWAYS.items() if k in fields}
-    return out | (dict(world=str(world)) if "world" in params else {})
+    return out | {k: v for k, v in ALWAYS.items() if k in fields}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    "Folder of the world, steps of the profile, what was asked of the server: all done, in this process."
+    "The drawn world, the fetched one, the steps of the profile: all done, in this process."
     home = tmp_path_factory.mktemp("gld")
     with pytest.MonkeyPatch.context() as patch:
         drawn = make_world("tiny", 1)
         patch.setenv("LANDMARK_RUNS", str(home / "runs"))
-        world = home / "gld"
+        patch.setenv("LANDMARK_DATA", str(home))
+        small = {key: changed(key[0], params) for key, params in graph.read_profile("gld").items()}
         with served(drawn) as hosts:
-            how = dict(bucket=hosts.bucket, revisited=hosts.revisited, n_tars=N_TARS, n_threads=2, pause=0.01)
-            missing = fetch_gld(world, v1_urls=hosts.v1_urls(drawn, home / "v1.csv"), **how)
-            assert not len(missing), missing.to_string()
-        files = graph.read_profile("gld")
-        small = {key: changed(key[0], params, world) for key, params in files.items()}
-        steps = graph.plan("gld", more=small, given=dict(runs="gld-small"))
-        for step in steps:
-            importlib.import_module(f"landmark.{step.stage}").run(step.cfg)
-        yield drawn, world, {f"{s.stage}/{s.name}": s for s in steps}
+            urls = str(hosts.v1_urls(drawn, home / "v1.csv"))
+            small["data", "main"] |= dict(bucket=hosts.bucket, revisited=hosts.revisited, v1_urls=urls)
+            small["data", "main"] |= dict(n_tars=N_TARS)
+            steps = graph.plan("gld", more=small, given=dict(runs="gld-small"))
+            for step in steps:
+                importlib.import_module(f"landmark.{step.stage}").run(step.cfg)
+        yield drawn, home / "gld", {f"{s.stage}/{s.name}": s for s in steps}
 
 
 def test_every_changed_value_is_one_that_gld_states():

@@ -10,25 +10,29 @@ from pathlib import Path
 
 from ..artifacts import artifact
 from ..core import ParameterError, default_world, locked, project_root, runs_dir
+from .wish import gld_home
 from ..minigld.world import VERSION, WORLDS, draw_world
 
 # %% ../../../nbs/parts/data/worlds.ipynb #c9335e6c
 def find_world(
-    world: str = "default",  # default, a drawn world (tiny, mini, midi), or a folder
+    world: str = "default",  # default, a drawn world (tiny, mini, midi), gld, or a folder
     seed: int = 1,  # seed of a drawn world
 ) -> Path:  # its folder; that of a drawn world may not be there yet
     "Where a world is."
     name = default_world() if world == "default" else world
     if name in WORLDS:
         return runs_dir() / "worlds" / f"{name}-seed{seed}-{VERSION}"
-    path = Path(name) if Path(name).is_absolute() else project_root() / name
+    gld = name in ("gld", "data/gld")
+    path = gld_home() if gld else Path(name) if Path(name).is_absolute() else project_root() / name
     if not path.is_dir():
-        raise ParameterError(f"world is {world!r}: neither a drawn world ({', '.join(WORLDS)}) nor a folder")
+        fetched = f"; {path} comes to be by stage 00 with world: gld, or by landmark_fetch" if gld else ""
+        neither = f"neither a drawn world ({', '.join(WORLDS)}) nor a folder"
+        raise ParameterError(f"world is {world!r}: {neither}{fetched}")
     return path
 
 # %% ../../../nbs/parts/data/worlds.ipynb #e4ea9b1c
 def make_world(
-    world: str = "default",  # default, a drawn world (tiny, mini, midi), or a folder
+    world: str = "default",  # default, a drawn world (tiny, mini, midi), gld, or a folder
     seed: int = 1,  # seed of a drawn world
 ) -> Path:  # its folder, complete
     "Where a world is; a drawn one is drawn if it is not there yet."

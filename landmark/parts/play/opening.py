@@ -323,7 +323,7 @@ def _world(folder: Path, cfg, man: dict) -> str:
     "The world of a run, as `world_of` takes it."
     if cfg.world == "default":
         return man.get("world") or "default"
-    if cfg.world in ("tiny", "mini", "midi"):
+    if cfg.world in ("tiny", "mini", "midi", "gld", "data/gld"):
         return cfg.world
     return str(_beside(folder, cfg.world, cfg, "a world").resolve())
 
