@@ -5,7 +5,8 @@
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
-# PROFILE=mini|midi|gld   SEEDS="1 2 3"   VENV=folder shares one environment (about 8 GB) between clones
+# PROFILE=mini|midi|gld   SEEDS="1 2 3"   BEGIN=v1|official|imagenet, what gld begins with
+# VENV=folder shares one environment (about 8 GB) between clones
 
 SHELL   := bash
 OK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -16,6 +17,7 @@ SEEDS   ?= 1
 CORES   ?= all
 V1      ?= 0.4
 NOISE   ?= 0
+GIVEN   := $(if $(BEGIN),begin=$(BEGIN))
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 # folders may have spaces in their names: every recipe quotes them, and no target carries one
 BIN     := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
@@ -39,8 +41,8 @@ environment:
 	@rm -f "$(BIN)"/../.landmark-*; touch "$(MADE)"
 
 demo: setup
-	@"$(BIN)/snakemake" --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
-	@"$(BIN)/landmark_graph" done $(PROFILE) $(SEEDS)
+	@"$(BIN)/snakemake" --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)" $(GIVEN)
+	@"$(BIN)/landmark_graph" done $(PROFILE) $(GIVEN) $(SEEDS)
 
 lab: setup
 	"$(BIN)/jupyter" lab nbs
@@ -77,7 +79,7 @@ fix: setup
 	@"$(BIN)/python" tests/check.py --fix
 
 report: setup
-	@"$(BIN)/landmark_report" $(PROFILE) $(SEEDS)
+	@"$(BIN)/landmark_report" $(PROFILE) $(GIVEN) $(SEEDS)
 	@"$(BIN)/landmark_report" readme
 
 bench: setup
