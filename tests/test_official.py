@@ -58,7 +58,7 @@ def bad(kept, what):
     "A list that does not fit, and what is said of it."
     first, second = kept.images.str.split().str[0].iloc[:2]
     spoilt = dict(
-        unknown=(kept.assign(images=kept.images + " 00ff"), "images that v2/train.csv does not have"),
+        unknown=(kept.assign(images=[*kept.images[:-1], "00ff"]), "images that v2/train.csv does not have"),
         twice=(
             kept.assign(images=[f"{x} {first}" for x in kept.images]),
             f"{first} is listed twice, under label",
