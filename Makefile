@@ -5,6 +5,7 @@
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
+# make test-slurm   a small Slurm on this machine, the whole graph through it
 # PROFILE=mini|midi|gld   SEEDS="1 2 3"   BEGIN=v1|official|imagenet, what gld begins with
 # VENV=folder shares one environment (about 8 GB) between clones
 
@@ -26,7 +27,7 @@ MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test check fix lab photos album play runs report readme bench clean setup environment export
+.PHONY: demo test test-slurm check fix lab photos album play runs report readme bench clean setup environment export
 .DEFAULT_GOAL := demo
 
 setup:
@@ -71,6 +72,14 @@ test: setup
 	@"$(BIN)/nbdev_test" --n_workers $(JOBS) --pause 0.1
 	@echo "== tests"
 	@"$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
+
+# installed where that is possible; the test skips with a sentence where it is not
+test-slurm: export LANDMARK_TEST_SLURM := 1
+test-slurm: setup
+	@PATH=$$PATH:/usr/sbin; for p in munged slurmctld slurmd squeue; do command -v $$p >/dev/null && continue; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || break; echo "installing Slurm and munge from the system's packages"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; break; done
+	@"$(BIN)/python" -m pytest -rs tests/test_slurm.py
 
 check: setup
 	@"$(BIN)/python" tests/check.py

@@ -3,8 +3,10 @@
 #   snakemake --cores all --config profile=gld begin=official     what params/gld leaves open
 #   make album DIR=folder              params/album with what it leaves open, by `--config given=file`
 #   landmark_search run mini recipe    the trials of params/mini/search/recipe.yaml, by `--config search=recipe`
-# One engine for a laptop, Slurm and Kubernetes: only Snakemake's own --profile differs.
+#   snakemake --cores all --resources gpu=8 --config profile=gld       one machine with eight GPUs
+#   snakemake --profile profiles/slurm --config profile=gld            a cluster
 import os
+import re
 from landmark import graph, preflight, search
 from landmark.parts.config import read_yaml
 
@@ -19,7 +21,8 @@ try:
     if wanted and given:
         raise graph.ParameterError(f"a search takes params/{profile} as it is; {', '.join(given)} cannot be given")
     steps = search.plan(profile, wanted, seeds) if wanted else graph.plan(profile, seeds, only, given=given)
-    STEPS = graph.prepare(steps)
+    STEPS = graph.with_shards(graph.prepare(steps))
+    ASKED = graph.resources(profile, STEPS)
 except graph.ParameterError as e:
     raise WorkflowError(str(e))
 
@@ -36,10 +39,11 @@ rule all:
     input: [s.stamp for s in STEPS]
     default_target: True
 
-for step in STEPS:
+for step, asked in zip(STEPS, ASKED):
     rule:
-        name: f"{step.stage}_{step.name}_seed{step.seed}".replace("-", "_")
+        name: re.sub(r"\W", "_", f"{step.stage}_{step.name}_seed{step.seed}")
         input: [u.stamp for u in step.upstream]
         output: step.stamp
         params: command=search.command(step)
+        resources: **asked
         shell: "{params.command}"

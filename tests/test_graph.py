@@ -290,3 +290,37 @@ def test_ways_to_begin():
 def graph_sets(cfg):
     "Training sets of a config."
     return [cfg.train_set] if isinstance(cfg.train_set, str) else cfg.train_set
+
+
+def test_a_job_of_the_cluster_gets_what_its_step_asks_for(tmp_path):
+    "The profile for Slurm is one that Snakemake takes; a step's own numbers stand before its defaults."
+    options = ["--dry-run", "--profile", "profiles/slurm", "--set-resources", "train_v1_seed1:gpu=2"]
+    command = [sys.executable, "-m", "snakemake", *options, "--config", "profile=tiny", "only=train/v1"]
+    env = {**os.environ, "LANDMARK_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    asked = said.partition("rule train_v1_seed1:")[2].partition("resources: ")[2].splitlines()[0]
+    assert {"gpu=2", "mem_mb=12288", "cpus_per_task=8", "nodes=1"} <= set(asked.split(", ")), asked
+
+
+def test_shards_work_side_by_side(tmp_path, monkeypatch):
+    "Two processes verify a half each; the step itself joins them, and nothing differs from one process."
+    from landmark import graph, verify
+    from landmark.parts.local.cleaning import read_pairs
+
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path))
+    few = dict(world="tiny", chunk_pairs=20, compare_labels=0, n_different=0)
+    files = {("verify", "one"): few, ("verify", "two"): few | dict(n_shards=2)}
+    monkeypatch.setattr(graph, "read_profile", lambda p, given=None: files)
+    one, *shards, two = graph.with_shards(graph.prepare(graph.plan("p")))
+    assert [s.name for s in (one, *shards, two)] == ["one", "two.shard0of2", "two.shard1of2", "two"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [subprocess.Popen(graph.command(s), shell=True, env=env) for s in shards]
+    assert [p.wait(600) for p in running] == [0, 0] and all(s.stamp.exists() for s in shards)
+    by_hand = [pd.read_csv(s.made.parent / "images.csv") for s in shards]
+    assert all(len(images) for images in by_hand)
+    whole, alone = (read_pairs(verify.run(s.cfg) / "pairs") for s in (two, one))
+    assert len(whole) and all((whole[k] == alone[k]).all() for k in ("image", "partner", "n_inliers"))
+    graph.prepare(shards)
+    assert all(s.stamp.exists() for s in shards), "what is finished is not stale"
