@@ -5,7 +5,9 @@
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
-# PROFILE=mini|midi|gld   SEEDS="1 2 3"   VENV=folder shares one environment (about 8 GB) between clones
+# make test-slurm   a small Slurm on this machine, the whole graph through it
+# PROFILE=mini|midi|gld   SEEDS="1 2 3"   BEGIN=v1|official|imagenet, what gld begins with
+# VENV=folder shares one environment (about 8 GB) between clones
 
 SHELL   := bash
 OK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -16,6 +18,7 @@ SEEDS   ?= 1
 CORES   ?= all
 V1      ?= 0.4
 NOISE   ?= 0
+GIVEN   := $(if $(BEGIN),begin=$(BEGIN))
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 # folders may have spaces in their names: every recipe quotes them, and no target carries one
 BIN     := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
@@ -24,7 +27,7 @@ MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test check fix lab photos album play runs report readme bench clean setup environment export
+.PHONY: demo test test-slurm check fix lab photos album play runs report readme bench clean setup environment export
 .DEFAULT_GOAL := demo
 
 setup:
@@ -39,8 +42,8 @@ environment:
 	@rm -f "$(BIN)"/../.landmark-*; touch "$(MADE)"
 
 demo: setup
-	@"$(BIN)/snakemake" --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)"
-	@"$(BIN)/landmark_graph" done $(PROFILE) $(SEEDS)
+	@"$(BIN)/snakemake" --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime --config profile=$(PROFILE) "seeds=$(SEEDS)" $(GIVEN)
+	@"$(BIN)/landmark_graph" done $(PROFILE) $(GIVEN) $(SEEDS)
 
 lab: setup
 	"$(BIN)/jupyter" lab nbs
@@ -70,6 +73,14 @@ test: setup
 	@echo "== tests"
 	@"$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
 
+# installed where that is possible; the test skips with a sentence where it is not
+test-slurm: export LANDMARK_TEST_SLURM := 1
+test-slurm: setup
+	@PATH=$$PATH:/usr/sbin; for p in munged slurmctld slurmd squeue; do command -v $$p >/dev/null && continue; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || break; echo "installing Slurm and munge from the system's packages"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; break; done
+	@"$(BIN)/python" -m pytest -rs tests/test_slurm.py
+
 check: setup
 	@"$(BIN)/python" tests/check.py
 
@@ -77,7 +88,7 @@ fix: setup
 	@"$(BIN)/python" tests/check.py --fix
 
 report: setup
-	@"$(BIN)/landmark_report" $(PROFILE) $(SEEDS)
+	@"$(BIN)/landmark_report" $(PROFILE) $(GIVEN) $(SEEDS)
 	@"$(BIN)/landmark_report" readme
 
 bench: setup

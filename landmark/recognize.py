@@ -17,6 +17,7 @@ from .parts.artifacts import artifact, digest_of, open_stage
 from .parts.config import stage_config, stage_main
 from .parts.core import ParameterError, is_tiny, log, pick_device, read_json, write_csv
 from landmark.parts.data.layout import (
+    clean_list,
     landmark_names,
     read_ids,
     read_images,
@@ -56,7 +57,7 @@ class Config:
     models: list[str] = field(default_factory=list)  # models in it; the last if none is named
     weights: list[float] = field(default_factory=list)  # join the models into one; none: the last alone
     pca_dims: int = 0  # whiten with PCA learned on training descriptors, keep so many dimensions; 0: do not
-    clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
+    clean: str = ""  # artifact of 02_clean, or official: only its images vote; empty: all training images
     verified: str = ""  # artifact of 01_verify whose local features are used again; empty: new ones
     delf: str = ""  # artifact of 01_verify that holds the trained DELF, for kind delf
     voting_k: int = 3  # training images that vote, and are verified
@@ -100,7 +101,7 @@ def inputs_of(
     cfg: Config,  # the stage's
     world: Path,  # the images' world
     extracted: Path,  # artifact of 04_extract
-    clean: Path,  # artifact of 02_clean, or None
+    clean: Path,  # folder with a `train_clean.csv`, or None
 ) -> tuple:  # test descriptors, training descriptors, training table (image_id, landmark_id, path), model
     "What takes part."
     models = choose_models(cfg, extracted, ("test", "v2_train"))
@@ -440,8 +441,8 @@ def run(
     "Predict a landmark for every test image and judge it."
     world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
-    named = cfg.clean, cfg.verified, cfg.delf
-    clean, verified, delf = (artifact(cfg, ref) if ref else None for ref in named)
+    verified, delf = (artifact(cfg, ref) if ref else None for ref in (cfg.verified, cfg.delf))
+    clean = clean_list(cfg, world).parent if cfg.clean else None
     if not 0 <= cfg.max_wrong < 1:
         raise ParameterError(f"recognize: max_wrong is {cfg.max_wrong}; allowed: 0 or more, less than 1")
     check_local(cfg, delf, verified)

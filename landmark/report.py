@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from markupsafe import Markup
 
-from .graph import STAGES, plan
+from .graph import STAGES, plan, read_words
 from landmark.parts.core import (
     ParameterError,
     log,
@@ -131,12 +131,14 @@ def write_index(
 def report(
     profile: str,  # which runs
     seeds=(1,),  # the tables speak of all of them, the pages show the first
+    given: dict | None = None,  # values that the profile's files leave open
 ) -> Path:  # reports/<profile>
     "Render every finished step of a profile; what was there before is replaced as a whole."
-    steps, home = plan(profile, seeds), project_root() / "reports" / profile
+    steps, home = plan(profile, seeds, given=given), project_root() / "reports" / profile
     missing = [f"{s.stage}/{s.name} (seed {s.seed})" for s in steps if not s.stamp.exists()]
     if missing:
-        command = f'make demo PROFILE={profile} SEEDS="{" ".join(map(str, seeds))}"'
+        said = "".join(f" {k.upper()}={v}" for k, v in (given or {}).items())
+        command = f'make demo PROFILE={profile}{said} SEEDS="{" ".join(map(str, seeds))}"'
         raise ParameterError(
             f"{len(missing)} steps of profile {profile} have not run with this code: "
             f"{', '.join(missing[:5])}; run `{command}` first"
@@ -222,7 +224,8 @@ def write_searches(
 
 # %% ../nbs/report.ipynb #8e82b94f
 def main():
-    "`landmark_report PROFILE [SEED …]` renders a report; `landmark_report readme` README.md and RESULTS.md."
+    """`landmark_report PROFILE [NAME=VALUE …] [SEED …]` renders a report;
+    `landmark_report readme` README.md and RESULTS.md."""
     what, *rest = sys.argv[1:] or ["help"]
     if what in ("help", "-h", "--help"):
         print(main.__doc__)
@@ -233,6 +236,6 @@ def main():
 
             print("wrote", *write_front())
         else:
-            print(f"wrote {report(what, [int(s) for s in rest] or [1])}/index.html")
+            print(f"wrote {report(*read_words([what, *rest]))}/index.html")
     except ParameterError as e:
         sys.exit(str(e))

@@ -31,6 +31,7 @@ from landmark.parts.core import (
 )
 from landmark.parts.data.layout import (
     benchmarks,
+    clean_list,
     read_ids,
     read_images,
     read_retrieval_solution,
@@ -68,7 +69,7 @@ class Config:
     models: list[str] = field(default_factory=list)  # models in it; all if none is named
     weights: list[float] = field(default_factory=list)  # join the models into one; none: each by itself
     methods: list[str] = field(default_factory=list)  # registered methods; all if none is named
-    clean: str = ""  # artifact of 02_clean: only its images and labels vote; empty: all training images
+    clean: str = ""  # artifact of 02_clean, or official: only its images vote; empty: all training images
     queries: str = "scored"  # scored: queries that have an answer; all: every test image
     submit: list[str] = field(
         default_factory=list
@@ -156,7 +157,7 @@ def voters(
     cfg: Config,  # which training images
     world: Path,  # the images' world
     store,  # descriptors of v2_train, or None
-    clean: Path = None,  # artifact of 02_clean
+    clean: Path = None,  # folder with a `train_clean.csv`: an artifact of 02_clean, or the world's v2
 ) -> tuple:  # descriptors, labels; None, None without a store
     "Training images that vote, and their labels."
     if store is None:
@@ -280,7 +281,7 @@ def landmark_problem(
     cfg: Config,  # the stage's
     world: Path,  # with the retrieval solution
     stores: dict,  # split → store, of one model
-    clean: Path = None,  # artifact of 02_clean
+    clean: Path = None,  # folder with a `train_clean.csv`: an artifact of 02_clean, or the world's v2
 ) -> tuple:  # problem; table query_id, usage; relevant positions per query; usage of unread queries
     "What is ranked on Google Landmarks, and what judges it; None without the splits."
     if not {"test", "index"} <= set(stores):
@@ -505,7 +506,7 @@ def run(
     _tell_options(cfg)
     world, made_up = world_of(cfg), is_tiny(cfg) and not cfg.descriptors
     extracted = None if made_up else artifact(cfg, cfg.descriptors)
-    clean = artifact(cfg, cfg.clean) if cfg.clean else None
+    clean = clean_list(cfg, world).parent if cfg.clean else None
     params = parameters_of(cfg)
 
     def models():

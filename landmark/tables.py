@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'REVISITED', 'LOSSES', 'TRAIN_SETS', 'METHODS', 'RECOGNITION', 'CLEANERS', 'ORIGINAL', 'TITLES', 'Config',
-           'read_all', 'table_datasets', 'columns_of', 'table_losses', 'table_training', 'at_equal_steps',
+           'read_all', 'table_datasets', 'columns_of', 'table_losses', 'beginnings', 'table_training', 'at_equal_steps',
            'table_equal_steps', 'table_start', 'table_reranking', 'table_recognition', 'table_naming',
            'table_reliability', 'table_cleaning', 'table_kept', 'table_lost', 'table_grid', 'table_cleaners',
            'table_by_label', 'table_separation', 'table_restriction', 'table_parameters', 'table_overlap',
@@ -58,7 +58,7 @@ class Config:
 # %% ../nbs/07_tables.ipynb #3587f0aa
 def read_all(
     dirs: list,  # artifacts of one stage, over seeds
-    file: str,  # a CSV in each; of manifest.json the metrics, name and seconds
+    file: str,  # a CSV in each; of manifest.json the metrics, name and seconds; config: its parameters
     tiny: bool = False,  # is this the test world?
 ) -> pd.DataFrame:  # the tables, stacked, with a column `seed`
     "Stack one table over the seeds."
@@ -69,6 +69,8 @@ def read_all(
             raise ParameterError(f"{d} was made from invented inputs for a test; it cannot go into a table")
         if file == "manifest.json":
             out.append(_manifest_row(man))
+        elif file == "config":
+            out.append(pd.DataFrame([man["config"]]))
         elif (d / file).exists():
             out.append(pd.read_csv(d / file).assign(seed=man["config"]["seed"]))
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
@@ -131,13 +133,33 @@ def table_losses(
     return beside(t, paper("losses"), "loss", _PAPER).fillna("–")
 
 
+def beginnings(
+    trained: pd.DataFrame,  # configs of 03_train, stacked
+    data: pd.DataFrame,  # metrics of 00_data, stacked
+) -> dict:  # training set → what its training began with; nothing for drawn worlds and albums
+    "Which of the ways of a real collection was taken: after GLD-v1 or from ImageNet, and cleaned by whom."
+    if not {"drawn", "album"} <= set(data) or data[["drawn", "album"]].any(axis=None):
+        return {}
+    out = {}
+    for c in trained.itertuples():
+        fresh = "ImageNet" if c.pretrained or c.weights else "no weights"
+        by = "published" if c.clean == "official" else "own"
+        for s in [c.train_set] if isinstance(c.train_set, str) else c.train_set:
+            clean = f", {by} clean set" if s.endswith("-clean") else ""
+            out[s] = ("GLD-v1" if s.startswith("v1+") else fresh) + clean
+    return out
+
+
 def table_training(
     models: pd.DataFrame,  # metrics.csv of 05_rerank for every model, stacked
+    begins: dict | None = None,  # what `beginnings` says
 ) -> pd.DataFrame:  # a row a training set
     "Training sets with ArcFace (table 2 of 1906.04087)."
     df = models[models.model.isin([f"arcface_{s}" for s in TRAIN_SETS]) & (models.method == "baseline")]
     df = df.assign(data=df.model.str.removeprefix("arcface_"))
     t = in_order(pivot(df, "data", columns_of(df)), "data", TRAIN_SETS)
+    if begins:
+        t.insert(1, "training begins with", t.data.map(begins).fillna("–"))
     theirs = paper("training_data").assign(data=lambda d: d.data.str.replace(" ", ""))
     return beside(t, theirs, "data", _PAPER)
 
@@ -478,10 +500,11 @@ def make_tables(
     data = pd.concat([read("data", "datasets.csv"), read("clean", "datasets.csv")])
     models, rerank = read("models", "metrics.csv"), read("rerank", "metrics.csv")
     quality, bins = read("clean", "quality.csv"), read("recognize", "reliability.csv")
+    begins = beginnings(read("train", "config"), read("data", "manifest.json"))
     makers = dict(
         datasets=(data, table_datasets),
         losses=(models, table_losses),
-        training=(models, table_training),
+        training=(models, lambda df: table_training(df, begins)),
         equal_steps=(at_equal_steps(models, read("equal_steps", "metrics.csv")), table_equal_steps),
         start=(read("scratch", "metrics.csv"), lambda df: table_start(df, models)),
         kept=(quality, lambda df: table_kept(df, read("clean", "datasets.csv"))),

@@ -26,6 +26,7 @@ import torch
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
 from .parts.config import own_parameters, stage_config, stage_main
 from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, write_csv
+from .parts.data.layout import clean_list
 from .parts.data.layout import train_set as read_train_set
 from .parts.data.leakage import refuse_shared, shared_ids
 from .parts.data.worlds import world_of
@@ -64,7 +65,7 @@ class Config:
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
     train_set: str | list[str] = "v1"  # one of TRAIN_SETS, or several: one model each
     parent: str = ""  # artifact of 03_train with the v1 models, for v1+…
-    clean: str = ""  # artifact of 02_clean, for …-clean
+    clean: str = ""  # artifact of 02_clean, for …-clean; official: the published list
     sizes: str | list[str] = "96"  # size group (S2, SM2, L2 … or pixels); a list rises over the epochs
     augment: str = "soft"  # none, soft, middle
     in_memory: bool = True  # decode photos once and keep them reduced
@@ -197,7 +198,7 @@ def load_photos(
 ) -> tuple:  # Photos, class ids [n], landmark ids of the classes [c]
     "A training set, ready to be drawn from."
     world = world_of(cfg)
-    clean = artifact(cfg, cfg.clean) / "train_clean.csv" if set_name == "v2-clean" else None
+    clean = clean_list(cfg, world) if set_name == "v2-clean" else None
     df = read_train_set(world, set_name, clean)
     if not len(df):
         raise ParameterError(f"train: the training set {set_name} of {world} has no images")
@@ -390,7 +391,7 @@ def card_of(
     if train_set.startswith("v1+"):
         used["parent"] = artifact(cfg, cfg.parent)
     if train_set.endswith("-clean"):
-        used["clean"] = artifact(cfg, cfg.clean)
+        used["clean"] = clean_list(cfg, world).parent
     elsewhere = UNHASHED | {"world", "parent", "clean", "loss", "train_set"}
     return dict(
         dict(name=name, loss=loss, train_set=train_set),
@@ -413,7 +414,7 @@ def run(
     if int(os.environ.get("RANK", 0)):
         return _follow(cfg, names)
     world = world_of(cfg)
-    inputs = [world, *_upstream(cfg, names)]
+    inputs = [world, *_upstream(cfg, names, world)]
     if cfg.devices > 1 and together == 1:
         return launch(cfg)
     with open_stage("train", cfg, inputs=inputs, code=__name__) as st:
@@ -438,10 +439,11 @@ def _follow(cfg, names):
     return stage_dir("train", cfg)
 
 
-def _upstream(cfg, names):
+def _upstream(cfg, names, world):
     "What the run is made from besides its world; complains before anything is trained."
-    references = ((cfg.parent, "v1+"), (cfg.clean, "-clean"))
-    found = [artifact(cfg, ref) for ref, used in references if ref and any(used in n for n in names)]
+    found = [artifact(cfg, cfg.parent)] if cfg.parent and any("v1+" in n for n in names) else []
+    if any(n.endswith("-clean") for n in names):
+        found.append(clean_list(cfg, world).parent)
     if cfg.weights and Path(cfg.weights).is_file():
         found.append(Path(cfg.weights))  # other weights, another model
     elif cfg.pretrained:
@@ -449,8 +451,6 @@ def _upstream(cfg, names):
     for name in names:
         if "_v1+" in name and not cfg.parent:
             start_model(cfg, name)
-        if name.endswith("-clean") and not cfg.clean:
-            artifact(cfg, cfg.clean)
     return found
 
 
@@ -475,7 +475,7 @@ def longest_first(
 
     world = world_of(cfg)
     sets = {split_name(name)[1].removeprefix("v1+") for name in names}
-    clean = artifact(cfg, cfg.clean) / "train_clean.csv" if "v2-clean" in sets else None
+    clean = clean_list(cfg, world) if "v2-clean" in sets else None
     n_photos = {s: len(read_train_set(world, s, clean if s == "v2-clean" else None)) for s in sets}
     return sorted(names, key=work, reverse=True)
 

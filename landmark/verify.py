@@ -29,7 +29,7 @@ from landmark.parts.core import (
     read_json,
     write_csv,
 )
-from .parts.data.layout import read_images, read_truth
+from .parts.data.layout import read_images, read_truth, train_set
 from .parts.data.worlds import world_of
 from .parts.descriptors.store import open_store, rows_of
 from .parts.images.reading import read_image
@@ -78,7 +78,8 @@ class Config:
     kind: str = "rootsift"  # kind of local features: rootsift, xfeat, aliked, delf
     trunk: str = ""  # of DELF: a model trained on v1, or from elsewhere: pretrained:tf_efficientnet_lite0
     stride: int = 16  # pixels per step of the trunk's map, DELF's block 3
-    delf_epochs: int = 3  # epochs of its attention on v1
+    delf_epochs: int = 3  # epochs of its attention
+    delf_set: str = "v1"  # training set of its attention: v1, v2, v2-clean (as published)
     delf: str = ""  # verification whose DELF is used, as shards on several machines must; empty: train one
     min_score: float = 1.0  # attention a local feature of DELF needs; 1 is an average place of the v1 photos
     max_keypoints: int = 1000  # local features per image
@@ -324,17 +325,17 @@ _SHARD = 256  # images per shard of local features
 
 
 def _train_delf(cfg, out, device, world):
-    "Attention and projection from the v1 training photos."
+    "Attention and projection from labelled training photos."
     from landmark.parts.local import delf as d
     from landmark.parts.nets.checkpoints import load_model, read_card
 
     model = trunk_model(cfg)
     backbone, name = load_model(model).backbone, read_card(model)["backbone"]
-    v1 = read_images(world, "v1_train")
-    classes = np.unique(v1.landmark_id, return_inverse=True)[1]
+    photos = train_set(world, cfg.delf_set)
+    classes = np.unique(photos.landmark_id, return_inverse=True)[1]
     trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
     how = dict(seed=cfg.seed, device=device, min_score=cfg.min_score)
-    made, losses = d.make_delf(trunk, v1.path.tolist(), classes, cfg.delf_epochs, **how)
+    made, losses = d.make_delf(trunk, photos.path.tolist(), classes, cfg.delf_epochs, **how)
     write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out / "delf_loss.csv")
     d.save_delf(made, out / "delf", name, not isinstance(backbone.channels, int), trunk=cfg.trunk)
 

@@ -220,3 +220,107 @@ def test_executed_notebooks_are_reports(runs, monkeypatch, tmp_path):
         for src in re.findall(r'src="([^"]+)"', text):
             assert (tmp_path / src).exists()
         assert "Traceback" not in text
+
+
+def above(step):
+    "All that a step comes after."
+    return {(u.stage, u.name) for u in step.upstream}.union(*(above(u) for u in step.upstream))
+
+
+@pytest.mark.parametrize("begin", ["v1", "official", "imagenet"])
+def test_nothing_begins_before_its_folder_is_checked(begin):
+    "Of a world that is a folder, in each of the ways to begin, and of a few steps alone."
+    from landmark import graph
+
+    for only in (None, ["rerank/ensemble"]):
+        first, *others = graph.plan("gld", only=only, given=dict(begin=begin))
+        assert (first.stage, first.name) == ("data", "main") and not first.upstream
+        assert all(first in s.upstream for s in others if s.stage != "tables")
+        assert all(("data", "main") in above(s) for s in others)
+
+
+def test_a_folder_has_its_own_check(monkeypatch):
+    "Two folders, each under any of its names, wait for their own; what is drawn is read by reference."
+    from landmark import graph
+    from landmark.parts.core import project_root
+
+    files = {
+        ("data", "one"): dict(world="data/one"),
+        ("data", "two"): dict(world="data/two"),
+        ("data", "drawn"): dict(world="tiny"),
+        ("train", "one"): dict(world=str(project_root() / "data/one")),
+        ("train", "two"): dict(world="data/../data/two"),
+        ("train", "none"): dict(world="data/three"),
+        ("train", "drawn"): dict(world="@data/drawn/world"),
+        ("train", "elsewhere"): dict(world="tiny"),
+    }
+    monkeypatch.setattr(graph, "read_profile", lambda p, given=None: files)
+    after = {s.name: [u.name for u in s.upstream] for s in graph.plan("tiny") if s.stage == "train"}
+    assert after == dict(one=["one"], two=["two"], none=[], drawn=["drawn"], elsewhere=[])
+
+
+def test_ways_to_begin():
+    "What each way trains, cleans and verifies; the ensemble has six models in all of them."
+    from landmark import graph
+
+    def plan(begin):
+        return {(s.stage, s.name): s for s in graph.plan("gld", given=dict(begin=begin))}
+
+    v1, official, imagenet = map(plan, ("v1", "official", "imagenet"))
+    assert set(v1) == {(s.stage, s.name) for s in graph.plan("gld")}, "v1 is the usual way"
+    for steps in (v1, official, imagenet):
+        assert len(steps["extract", "ensemble"].cfg.models) == 6
+        assert ("recognize", "ensemble") in steps and ("tables", "main") in steps
+    for steps in (official, imagenet):
+        trained = [s.cfg for s in steps.values() if s.stage == "train"]
+        assert not any("v1" in name for c in trained for name in graph_sets(c)), "without GLD-v1"
+        assert not any(c.parent for c in trained) and all(c.pretrained or c.weights for c in trained)
+    assert {s for s, _ in v1} - {s for s, _ in official} == {"clean"}
+    assert {s.cfg.clean for k, s in official.items() if k[0] == "train"} == {"official"}
+    assert (
+        official["rerank", "ensemble"].cfg.clean == official["recognize", "ensemble"].cfg.clean == "official"
+    )
+    assert ("clean", "v30f3") in imagenet and ("verify", "main") in imagenet
+    assert imagenet["verify", "main"].cfg.descriptors.endswith("/resnet101.tv_in1k/v2_train")
+    assert {s["verify", "delf"].cfg.delf_set for s in (v1, official, imagenet)} == {"v1", "v2-clean", "v2"}
+    with pytest.raises(graph.ParameterError, match="is 'offical'; allowed are v1, official, imagenet"):
+        plan("offical")
+
+
+def graph_sets(cfg):
+    "Training sets of a config."
+    return [cfg.train_set] if isinstance(cfg.train_set, str) else cfg.train_set
+
+
+def test_a_job_of_the_cluster_gets_what_its_step_asks_for(tmp_path):
+    "The profile for Slurm is one that Snakemake takes; a step's own numbers stand before its defaults."
+    options = ["--dry-run", "--profile", "profiles/slurm", "--set-resources", "train_v1_seed1:gpu=2"]
+    command = [sys.executable, "-m", "snakemake", *options, "--config", "profile=tiny", "only=train/v1"]
+    env = {**os.environ, "LANDMARK_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    asked = said.partition("rule train_v1_seed1:")[2].partition("resources: ")[2].splitlines()[0]
+    assert {"gpu=2", "mem_mb=12288", "cpus_per_task=8", "nodes=1"} <= set(asked.split(", ")), asked
+
+
+def test_shards_work_side_by_side(tmp_path, monkeypatch):
+    "Two processes verify a half each; the step itself joins them, and nothing differs from one process."
+    from landmark import graph, verify
+    from landmark.parts.local.cleaning import read_pairs
+
+    monkeypatch.setenv("LANDMARK_RUNS", str(tmp_path))
+    few = dict(world="tiny", chunk_pairs=20, compare_labels=0, n_different=0)
+    files = {("verify", "one"): few, ("verify", "two"): few | dict(n_shards=2)}
+    monkeypatch.setattr(graph, "read_profile", lambda p, given=None: files)
+    one, *shards, two = graph.with_shards(graph.prepare(graph.plan("p")))
+    assert [s.name for s in (one, *shards, two)] == ["one", "two.shard0of2", "two.shard1of2", "two"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [subprocess.Popen(graph.command(s), shell=True, env=env) for s in shards]
+    assert [p.wait(600) for p in running] == [0, 0] and all(s.stamp.exists() for s in shards)
+    by_hand = [pd.read_csv(s.made.parent / "images.csv") for s in shards]
+    assert all(len(images) for images in by_hand)
+    whole, alone = (read_pairs(verify.run(s.cfg) / "pairs") for s in (two, one))
+    assert len(whole) and all((whole[k] == alone[k]).all() for k in ("image", "partner", "n_inliers"))
+    graph.prepare(shards)
+    assert all(s.stamp.exists() for s in shards), "what is finished is not stale"

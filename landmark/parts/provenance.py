@@ -96,19 +96,21 @@ _LIBRARIES = (
 
 
 def environment() -> dict:  # versions, hardware
-    "Library versions and hardware, for the manifest."
+    "Library versions, hardware, and the cluster's job with its GPUs, for the manifest."
     libs = {}
     for lib in _LIBRARIES.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             libs[lib] = importlib.metadata.version(lib)
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ""
+    asked = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES")
     return dict(
         python=platform.python_version(),
         machine=platform.machine(),
         system=platform.system(),
         cores=os.cpu_count(),
         gpu=gpu,
+        job={k: os.environ[k] for k in asked if k in os.environ},
         libraries=libs,
     )
 

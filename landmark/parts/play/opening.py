@@ -18,6 +18,8 @@ import pandas as pd
 from ..artifacts import artifact
 from ..core import ParameterError, project_root, read_json, runs_dir, sha256_of
 from landmark.parts.data.layout import (
+    OFFICIAL,
+    clean_list,
     image_paths,
     landmark_names,
     read_ids,
@@ -132,12 +134,11 @@ def _stored(name: str, ids, folder: Path):
     return Rows(store, rows_of(ids, store.ids, f"the photos of {name}"))
 
 # %% ../../../nbs/parts/play/opening.ipynb #eb664e71
-def _voters(world: Path, folder: Path, clean: Path | None):
+def _voters(world: Path, folder: Path, csv: Path | None):
     "Training images that vote: image_id, landmark_id; None where there are no descriptors of them."
     if not (folder / "v2_train" / "card.json").exists():
         return None
-    csv = clean / "train_clean.csv" if clean else None
-    table = train_set(world, "v2-clean" if clean else "v2", csv)
+    table = train_set(world, "v2-clean" if csv else "v2", csv)
     return table[table.image_id.isin(set(stores_of(folder)["v2_train"].ids))].reset_index(drop=True)
 
 
@@ -293,12 +294,13 @@ def open_run(
     world = world_of(SimpleNamespace(world=_world(folder, cfg, man), seed=cfg.seed, profile=cfg.profile))
     extracted = folder / "made_up" if man["metrics"].get("made_up") else None
     extracted = extracted or _beside(folder, cfg.descriptors, cfg, "descriptors")
-    clean = _beside(folder, cfg.clean, cfg, "a clean set") if cfg.clean else None
+    published = clean_list(cfg, world) if cfg.clean == OFFICIAL else None
+    clean = _beside(folder, cfg.clean, cfg, "a clean set") if cfg.clean and not published else None
     folders, names = _models(extracted, cfg.models), landmark_names(world)
     voting = [m for m in folders if (folders[m] / "v2_train").exists()] or list(folders)
     folders = {m: folders[m] for m in dict.fromkeys([*voting, *folders])}  # those with voters first
     first = folders[voting[0]]
-    table = _voters(world, first, clean)
+    table = _voters(world, first, clean / "train_clean.csv" if clean else published)
     sets = _sets(world, first, table, names)
     cleaning = read_json(clean / "manifest.json")["config"] if clean else {}
     how = {k: getattr(cfg, k, v) for k, v in dict(max_keypoints=1000, max_side=800, min_side=0).items()}
