@@ -51,7 +51,7 @@ class Config:
     name: str = "default"  # names this run
     seed: int = 1  # seed of world and training
     world: str = "default"  # drawn world (tiny, mini, midi), or a folder in the Google Landmarks layout
-    models: str | list[str] = ""  # artifacts of 03_train, hf:owner/name, pretrained:tf_efficientnet_lite0
+    models: str | list[str] = ""  # artifacts of 03_train, file:folder, hf:owner/name, pretrained:name
     select: list[str] = field(default_factory=list)  # names of the models that are wanted; empty: all
     splits: list[str] = field(
         default_factory=lambda: ["index", "test"]

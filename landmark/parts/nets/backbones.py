@@ -130,6 +130,13 @@ def _fishnet150():
     return fishnet150()
 
 
+@backbone("fishnet150_wide")
+def _fishnet150_wide():
+    from landmark.parts.nets.fishnet import fishnet150
+
+    return fishnet150(halved=False)
+
+
 _NO_HUB = (
     "{} has no weights on the hub; give its published checkpoint as `weights`, or set `pretrained: false`."
 )

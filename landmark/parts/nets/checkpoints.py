@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import ParameterError, atomic_path, read_json, write_json, write_text
+from ..core import ParameterError, atomic_path, project_root, read_json, write_json, write_text
 from .backbones import make_model, pretrained_file
 from .model_cards import readme_of
 from .state_dicts import read_state
@@ -103,15 +103,21 @@ def save_model(
 # %% ../../../nbs/parts/nets/checkpoints.ipynb #bad7d2ce
 def is_reference(
     ref,  # what somebody calls a model
-) -> bool:  # hf:… and pretrained:…
-    "Whether a model is named by where it comes from and has no folder here."
-    return str(ref).startswith(("pretrained:", "hf:"))
+) -> bool:  # hf:…, pretrained:… and file:…
+    "Whether a model is named by where it comes from, and is no artifact of a run here."
+    return str(ref).startswith(("pretrained:", "hf:", "file:"))
+
+
+def _here(ref):
+    "What `file:` means, as a path; anything else as it is."
+    return project_root() / str(ref).removeprefix("file:") if str(ref).startswith("file:") else ref
 
 
 def model_name(
     ref,  # a folder, a file of weights, hf:owner/name, pretrained:name
 ) -> str:  # which can be part of a path
     "What a model is called in tables and folders."
+    ref = _here(ref)
     if is_reference(ref):
         return str(ref).partition(":")[2].rpartition("/")[2].replace("@", "-")
     path = Path(ref)
@@ -124,6 +130,7 @@ def model_file(
     ref,  # a folder, a file of weights, hf:owner/name, pretrained:name
 ) -> Path:  # its weights, here
     "The file that makes a model what it is."
+    ref = _here(ref)
     kind, _, name = str(ref).partition(":")
     if is_reference(ref):
         return pretrained_file(name) if kind == "pretrained" else hf_file(name, "weights.safetensors")
@@ -156,6 +163,7 @@ def read_card(
     ref,  # a folder, a file of weights, hf:owner/name, pretrained:name
 ) -> dict:  # backbone, pooling, dim, and what else is known
     "What a model says of itself."
+    ref = _here(ref)
     kind, _, name = str(ref).partition(":")
     if is_reference(ref):
         return _bare_card(name) if kind == "pretrained" else read_json(hf_file(name, "card.json"))
@@ -176,6 +184,7 @@ def load_model(
     device="cpu",  # where it should be
 ) -> nn.Module:  # a RetrievalModel in evaluation mode
     "Read a model; nothing in its files is run."
+    ref = _here(ref)
     card = read_card(ref)
     bare = str(ref).startswith("pretrained:")
     model = make_model(card["backbone"], card["pooling"], card["dim"], pretrained=bare)

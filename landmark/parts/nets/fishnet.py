@@ -91,6 +91,7 @@ class Fish(nn.Module):
         self,
         n_blocks: tuple,  # blocks of each stage
         n_refine: tuple,  # blocks that refine the joined map of stages 4 to 9
+        halved: bool = True,  # the last map as the classifier gets it; False: as it is before, twice as wide
     ):
         super().__init__()
         c, stages = [64], []  # channels of every map, the stem's first
@@ -102,12 +103,13 @@ class Fish(nn.Module):
             else:
                 stages.append(_join(i, c[-1], planes, n, c[JOINED[i]], n_refine[i - 4]))
             c.append(planes + (c[JOINED[i]] if i > 3 else 0))
-        stages[9].append(_halve(c[-1]))
+        if halved:
+            stages[9].append(_halve(c[-1]))
         self.fish = nn.ModuleList(nn.ModuleList(s) for s in stages)
-        self.channels = [c[7], c[8], c[9], c[10] // 2]
+        self.channels = [c[7], c[8], c[9], c[10] // 2 if halved else c[10]]
 
     def forward(self, x):
-        "Maps of the head at strides 4, 8, 16 and 32; the last one as the classifier would get it."
+        "Maps of the head at strides 4, 8, 16 and 32."
         maps = [x]
         for i, s in enumerate(self.fish):
             if i < 3:
@@ -120,7 +122,7 @@ class Fish(nn.Module):
                 trunk, side = s[2](s[0](maps[-1])), s[1](maps[JOINED[i]])
                 y = torch.cat([_fit(trunk, side) if i < 7 else trunk, side], 1)
             maps.append(y)
-        return [*maps[7:10], self.fish[9][3](maps[10])]
+        return [*maps[7:10], self.fish[9][3](maps[10]) if len(self.fish[9]) > 3 else maps[10]]
 
 
 def _fit(x, like):
@@ -138,6 +140,7 @@ class FishNet(nn.Module):
         self,
         n_blocks: tuple,  # blocks of each of the ten stages
         n_refine: tuple,  # blocks that refine the joined map of stages 4 to 9
+        halved: bool = True,  # the last map as the classifier gets it; False: as it is before, twice as wide
     ):
         super().__init__()
 
@@ -146,7 +149,7 @@ class FishNet(nn.Module):
 
         self.conv1, self.conv2, self.conv3 = conv(3, 32, 2), conv(32, 32), conv(32, 64)
         self.pool1 = nn.MaxPool2d(3, 2, 1)
-        self.fish = Fish(n_blocks, n_refine)
+        self.fish = Fish(n_blocks, n_refine, halved)
         self.channels = self.fish.channels
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -157,9 +160,11 @@ class FishNet(nn.Module):
         return self.fish(self.pool1(self.conv3(self.conv2(self.conv1(x)))))
 
 # %% ../../../nbs/parts/nets/fishnet.ipynb #6efbfe14
-def fishnet150() -> FishNet:
+def fishnet150(
+    halved: bool = True,  # the last map as the classifier gets it; False: as it is before, twice as wide
+) -> FishNet:
     "The backbone of four of the original's models."
-    return FishNet((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4))
+    return FishNet((2, 4, 8, 4, 2, 2, 2, 2, 2, 4), (2, 2, 2, 2, 2, 4), halved)
 
 
 def fishnet99() -> FishNet:
