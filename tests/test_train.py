@@ -653,42 +653,6 @@ def test_card_and_best_epoch(tmp_path, monkeypatch):
     assert a.keys() == b.keys() and not same(a, b), "best and last are two epochs"
 
 
-def test_decode_on_the_gpu_falls_back_and_says_so(world, capfd):
-    with pytest.raises(ParameterError, match="`decode` is 'tpu'"):
-        train.run(train.Config(world=str(world), decode="tpu", **SMALL))
-    with pytest.raises(ParameterError, match="set `in_memory: false`"):
-        train.run(train.Config(world=str(world), decode="gpu", **SMALL))
-    a, b = (
-        train.run(train.Config(world=str(world), name=d, decode=d, in_memory=False, **SMALL))
-        for d in ("cpu", "gpu")
-    )
-    assert "`decode: gpu` was asked for, but training runs on the CPU" in capfd.readouterr().err and same(
-        weights(a, "arcface_v1"), weights(b, "arcface_v1")
-    )
-
-
-def test_photos_as_bytes_train_like_photos(world, monkeypatch):
-    """The path of the GPU decoder, run on the CPU: nearly the same photos give nearly the same loss,
-    and a photo cut off is left out."""
-    path = image_path(world / "v1" / "train", pd.read_csv(world / "v1" / "train.csv", dtype=str).id[0])
-    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
-    args = {
-        **SMALL,
-        "in_memory": False,
-        "augment": "middle",
-        "lr": 0.0,
-        "lr_end": 0.0,
-        "frozen_bn": True,
-        "epochs": 1,
-    }
-    plain = train.run(train.Config(world=str(world), name="plain", **args))
-    monkeypatch.setattr(train, "_kind", lambda cfg: train.EncodedPhotos)
-    encoded = train.run(train.Config(world=str(world), name="encoded", **args, n_loaders=1))
-    a, b = (pd.read_csv(d / "arcface_v1" / "metrics.csv") for d in (plain, encoded))
-    np.testing.assert_allclose(a.loss, b.loss, rtol=0.05)
-    assert pd.read_csv(encoded / "arcface_v1" / "unreadable.csv").path.tolist() == [str(path)]
-
-
 def test_curves_come_to_the_notebook_while_it_trains(tmp_path):
     "A cell that trains shows one picture and renews it before it has ended."
     import nbformat

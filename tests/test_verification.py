@@ -174,7 +174,7 @@ def test_fused_kernels_compile_for_a_gpu_without_fused_multiply_add():
         return ASTSource(fn=fn, signature={**names, **dict.fromkeys(const, "constexpr")}, constexprs=const)
 
     places = dict(maps="*fp32", p="*fp32", q="*fp32", limit="*fp32", out="*i32", t="i32", m="i32")
-    count = made(kernels._count, places, T=64, B=64)
+    count = made(kernels._count, places, T=64, B=32)
     features = dict(a="*i8", b="*i8", na="*i64", out="*i64", ka="i32", kb="i32", d="i32")
     near = made(kernels._nearest, features, D=64, B=64)
 

@@ -22,7 +22,6 @@ from .data import photos_of_noise
 from .side_by_side import PeakMemory, Row, benchmark, compare, device_name, use_threads
 from ..descriptors.extraction import describe_scales
 from ..images.batching import aspect_groups, size_table
-from ..images.decoding import EncodedPhotos, why_not
 from ..images.loading import Photos
 from ..nets.backbones import make_model
 from ..nets.losses import MarginHead
@@ -318,9 +317,6 @@ class _Case:
         there = partial(on_device, self.paths, sizes, self.pixels)
         yield "on the device", there, self.normalised(), 0
         yield "from files", partial(Photos, self.paths, sizes), self.from_files(), loaders
-        if self.dev.type == "cuda" and not why_not(self.dev):
-            decoded = partial(EncodedPhotos, self.paths, sizes)
-            yield "from files, decoded on the GPU", decoded, self.from_files(), loaders
 
 # %% ../../../nbs/parts/bench/train.ipynb #417e3a86
 def _train_both(case, photos, plain_batches, loaders):

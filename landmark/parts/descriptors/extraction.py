@@ -112,6 +112,10 @@ class Unfinished:
             bad = [(int(i), str(why)) for i, why in zip(f["bad"], f["why"])]
             return int(f["done"]), f["x"], f["ok"], bad
 
+    def due(self) -> bool:
+        "Whether it is time to set something down."
+        return bool(self.path) and time.monotonic() - self.last >= self.every
+
     def note(
         self,
         done: int,  # batches dealt with
@@ -120,7 +124,7 @@ class Unfinished:
         bad: list,  # (position, reason) of what cannot be read
     ):
         "Set down, if it is time."
-        if not self.path or time.monotonic() - self.last < self.every:
+        if not self.due():
             return
         where, why = np.array([i for i, _ in bad], int), np.array([w for _, w in bad], str)
         with atomic_path(self.path) as tmp, open(tmp, "wb") as f:
@@ -128,6 +132,16 @@ class Unfinished:
         self.last = time.monotonic()
 
 # %% ../../../nbs/parts/descriptors/extraction.ipynb #f2dc6026
+_FETCH = 64  # batches whose descriptors are fetched at a time
+
+
+def _fetch(made, x):
+    "Take descriptors that were made on a device into the rows of their photos."
+    if made:
+        x[np.concatenate([at for at, _ in made])] = torch.cat([y for _, y in made]).cpu().numpy()
+        made.clear()
+
+
 def extract(
     model,  # a RetrievalModel in evaluation mode
     paths: list,  # image files [n]
@@ -155,15 +169,19 @@ def extract(
     load = load or (lambda left: make_loader(photos, left, n_loaders=n_loaders, pin=device.type == "cuda"))
     start, x, ok, bad = unfinished.read() or (0, np.zeros((n, model.d), np.float32), np.zeros(n, bool), [])
     done(int(ok.sum()) + len(bad))
-    starts = None if kept is None else kept.setdefault(model.backbone.start_key(), {})
+    starts, made = None if kept is None else kept.setdefault(model.backbone.start_key(), {}), []
     for i, (images, at, wrong) in enumerate(load(batches[start:]), start + 1):
         if len(at):
             images = images.to(device, non_blocking=True)
             of_batch = None if starts is None else starts.setdefault(i, {})
             y = describe_scales(model, images, scales, multiple, min_side, precision, of_batch)
-            x[at], ok[at] = y.cpu().numpy(), True
+            made.append((at, y))
+            ok[at] = True
         bad += wrong
         done(len(at) + len(wrong))
+        if len(made) == _FETCH or unfinished.due():
+            _fetch(made, x)
         if i < len(batches):
             unfinished.note(i, x, ok, bad)
+    _fetch(made, x)
     return x[ok], np.flatnonzero(ok), bad

@@ -312,6 +312,12 @@ def extract_many(
     return Path(out_dir)
 
 # %% ../../../nbs/parts/local/features.ipynb #3ef4e365
+def _runs(names, start, end):
+    "The numbers from each start to before its end, and whose they are."
+    n = end - start
+    return np.repeat(names, n), np.arange(n.sum()) + np.repeat(start - (np.cumsum(n) - n), n)
+
+
 class LocalStore:
     "Local features on disk, by position; memory-mapped."
 
@@ -369,6 +375,28 @@ class LocalStore:
             stays = a["masked"][lo:hi] == 0
             xy, desc, scores = xy[stays], desc[stays], scores[stays]
         return LocalFeatures(xy, desc, scores, tuple(a["size"][r].tolist()), self.kind)
+
+    def padded(
+        self,
+        positions,  # the images wanted [u]
+    ) -> tuple:  # desc int8 [u, k, d], xy float32 [u, k, 2], how many are real [u], width and height [u, 2]
+        "Local features of many images as tables filled up with zeros; read by shards, not by images."
+        shard, row = np.divmod(np.asarray(positions, np.int64), self.meta["shard_size"])
+        n, size, parts = np.zeros(len(row), np.int64), np.zeros((len(row), 2), np.int64), []
+        for s in np.unique(shard):
+            a, at = self.shard(int(s)), np.flatnonzero(shard == s)
+            size[at] = a["size"][row[at]]
+            owner, of = _runs(at, a["offsets"][row[at]], a["offsets"][row[at] + 1])
+            if "masked" in a:
+                owner, of = (x[a["masked"][of] == 0] for x in (owner, of))
+            n += np.bincount(owner, minlength=len(n))
+            parts.append((owner, a["desc"][of], a["xy"][of]))
+        k, d = n.max(initial=1), max((desc.shape[1] for _, desc, _ in parts), default=1)
+        desc, xy = np.zeros((len(n), k, d), np.int8), np.zeros((len(n), k, 2), np.float32)
+        for owner, x, y in parts:
+            place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+            desc[owner, place], xy[owner, place] = x, y.astype(np.float32) / GRID
+        return desc, xy, n, size
 
     def write_mask(
         self,

@@ -60,7 +60,8 @@ def two_nearest(
         raise ValueError(f"{ka} local features in an image; a key counts to 65536")
     out = torch.empty((p, kb, 2), dtype=torch.int64, device=a.device)
     wide = max(32, 1 << (d - 1).bit_length())
-    _nearest[(p, -(-kb // 64))](a.contiguous(), b.contiguous(), na, out, ka, kb, d, D=wide, B=64)
+    with torch.cuda.device_of(a):  # Triton launches on the current device
+        _nearest[(p, -(-kb // 64))](a.contiguous(), b.contiguous(), na, out, ka, kb, d, D=wide, B=64)
     return out[..., 0] & 65535, out[..., 0] >> 16, out[..., 1] >> 16
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #a142d898
@@ -102,7 +103,8 @@ def count(
     maps, p, q = maps.contiguous(), p.contiguous(), q.contiguous()
     out = torch.empty((n, t), dtype=torch.int32, device=maps.device)
     grid = n, -(-t // 64)
-    _count[grid](maps, p, q, limit, out, t, p.shape[1], T=64, B=64, enable_fp_fusion=False)
+    with torch.cuda.device_of(maps):
+        _count[grid](maps, p, q, limit, out, t, p.shape[1], T=64, B=32, enable_fp_fusion=False)
     return out.long()
 
 # %% ../../../nbs/parts/local/verification_triton.ipynb #bd0eac8b

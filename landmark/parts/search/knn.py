@@ -23,6 +23,7 @@ from landmark.parts.search.knn_torch import (
     SearchError,
     Seen,
     TooManyQueries,
+    base_on,
     devices_of,
     settle_on_device,
     spread_candidates,
@@ -129,6 +130,8 @@ def search(
         method = "torch" if devices[0].type == "cuda" or len(devices) > 1 else on_host
     if torch.is_tensor(base) and method in ("faiss", "numpy"):
         base = base.cpu().numpy()
+    if method.startswith("torch"):
+        base = base_on(base, devices[0])
     way = _Way(base, k, method, devices, memory_mib)
     if desc:
         way.bar = lambda it, n: progress(it, desc, n) if n > 1 else it

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SearchError', 'TooManyQueries', 'Seen', 'blocks_of', 'top_of_rows', 'torch_candidates', 'devices_of',
-           'spread_candidates', 'best_of', 'settle_on_device']
+           'spread_candidates', 'best_of', 'base_on', 'settle_on_device']
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #9ce07688
 from collections.abc import Iterator
@@ -98,15 +98,20 @@ def top_of_rows(
     return values, columns.gather(1, at)
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #b7a3ed22
-def _block(base, a, b, device, seen, half):
-    "Rows a … b on a device, as they are multiplied."
+def _as_stored(base, a, b):
+    "Rows a … b as a tensor, of the type they are kept in."
     import torch
 
     x = base.stored(slice(a, b)) if hasattr(base, "stored") else base[a:b]
-    if not torch.is_tensor(x):
-        x = np.ascontiguousarray(x, x.dtype if x.dtype in (np.float16, np.float32) else np.float32)
-        x = torch.from_numpy(x if x.flags.writeable else x.copy())
-    x = x.to(device).float()
+    if torch.is_tensor(x):
+        return x
+    x = np.ascontiguousarray(x, x.dtype if x.dtype in (np.float16, np.float32) else np.float32)
+    return torch.from_numpy(x if x.flags.writeable else x.copy())
+
+
+def _block(base, a, b, device, seen, half):
+    "Rows a … b on a device, as they are multiplied."
+    x = _as_stored(base, a, b).to(device).float()
     y = x.bfloat16() if half else x
     seen.look_tensor(a, x, y if half else None)
     return y
@@ -278,6 +283,27 @@ def _settled(q, base, sims, idxs, k, bound, half, pairs):
     reach = last + bound + (1.01 * 2.0**-8 * last.abs() if half else 0)
     more = (reach >= exact[:, k - 1]) & (idxs.shape[1] < len(base))
     return exact[:, :k], idxs.gather(1, order[:, :k]), more
+
+# %% ../../../nbs/parts/search/knn_torch.ipynb #7950b317
+def base_on(
+    base,  # array, store or tensor [n, d]
+    device,  # a torch.device
+    share: float = 0.5,  # of the device's free memory that the base may take
+    rows: int = 131072,  # copied at a time
+):  # a tensor on the GPU; the base as it came where there is no GPU, or no room
+    "A base where it is searched."
+    import torch
+
+    if torch.is_tensor(base) or device.type != "cuda":
+        return base
+    first = _as_stored(base, 0, 1)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by nobody
+    if len(base) * first.nbytes > share * (torch.cuda.mem_get_info(device)[0] + held):
+        return base
+    out = torch.empty((len(base), first.shape[1]), dtype=first.dtype, device=device)
+    for a in range(0, len(base), rows):
+        out[a : a + rows] = _as_stored(base, a, a + rows).to(device)
+    return out
 
 # %% ../../../nbs/parts/search/knn_torch.ipynb #31684a35
 def settle_on_device(

@@ -126,7 +126,8 @@ def evaluate(self: Keeping):
     if self.acc.is_main_process:
         self.net.model.eval()
         epoch = self.epoch - 1
-        found = self.on_epoch(self.net.model, epoch)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+            found = self.on_epoch(self.net.model, epoch)
         if found:
             self.rows.append(dict(epoch=epoch, step=self.step, **found))
             score = float(np.mean(list(found.values())))
