@@ -350,16 +350,27 @@ def _print_tables(steps: list):
     print("executed notebooks:", *sorted({str(s.notebook.parent) for s in steps}))
 
 
+def _print_cost(words: list):
+    "What `landmark_graph cost` says; see the notebook `cost`."
+    from landmark.cost import asked, report
+
+    given = asked(words)
+    print(report(plan(given.pop("profile")), **given))
+
+
 def main():
     """`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [SEED …]` shows what would run;
-    `landmark_graph done PROFILE [SEED …]` prints the tables."""
+    `landmark_graph done PROFILE [SEED …]` prints the tables;
+    `landmark_graph cost PROFILE [--gpus 8]` estimates what a run takes."""
     what, *rest = sys.argv[1:] or ["help"]
     os.environ.pop("LANDMARK_WORLD", None)  # a profile names its worlds itself
-    if what not in ("runs", "plan", "done"):
+    if what not in ("runs", "plan", "done", "cost"):
         sys.exit(main.__doc__)
     try:
         if what == "runs":
             return _print_runs()
+        if what == "cost":
+            return _print_cost(rest)
         profile, seeds = (rest or ["mini"])[0], [int(s) for s in rest[1:]] or [1]
         steps = prepare(plan(profile, seeds))
         return _print_plan(steps) if what == "plan" else _print_tables(steps)
