@@ -413,6 +413,18 @@ def _longest(after, chain):
     return out
 
 
+def _jobs(steps, table):
+    "Shards with GPUs of their own are jobs: what each reads, its hours, its GPUs. A step left out is done."
+    on_gpus, parts, after, hours, held = table.gpus.any(), {}, {}, {}, {}
+    for step, row in zip(steps, table.itertuples()):
+        n = max(1, min(getattr(step.cfg, "n_shards", 1), row.gpus))
+        reads = [j for u in step.upstream for j in parts.get(_key(u), [])]
+        parts[_key(step)] = [(*_key(step), i) for i in range(n)]
+        for j in parts[_key(step)]:
+            after[j], hours[j], held[j] = reads, row.hours, row.gpus // n if on_gpus else 1
+    return after, hours, held
+
+
 def estimate(
     steps: list,  # what `graph.plan` returned
     gpus: int = 8,  # that there are; 0: CPU only, one step after another
@@ -425,10 +437,7 @@ def estimate(
         raise ParameterError(f"cost: gpus is {gpus}, cores is {cores}; allowed are 0 or more, and 1 or more")
     rates = Rates(gpu if gpus else "", home)
     table, work, known = _rows_of(steps, rates, gpus, cores)
-    keys = {_key(s) for s in steps}  # a part of a plan: what it reads is there
-    after = {_key(s): [k for k in map(_key, s.upstream) if k in keys] for s in steps}
-    hours = dict(zip(after, table.hours))
-    held = dict(zip(after, table.gpus)) if gpus else dict.fromkeys(after, 1)
+    after, hours, held = _jobs(steps, table)
     when, chain = schedule(after, hours, held, max(1, gpus))
     longest = _longest(after, chain)
     sizes = [(w, s, x.n, x.n_labels, x.source) for (w, _), sets in known.items() for s, x in sets.items()]
@@ -480,14 +489,18 @@ def draw_hours(
 # %% ../nbs/cost.ipynb #b5771292
 def asked(
     words: list,  # of the command line
-) -> dict:  # profile, gpus, gpu, cores
+) -> dict:  # profile, given, gpus, gpu, cores
     "What `landmark_graph cost` is asked."
     ap = argparse.ArgumentParser("landmark_graph cost", description="Estimate what a run takes.")
     ap.add_argument("profile", nargs="?", default="gld", help="folder under params")
+    ap.add_argument("given", nargs="*", metavar="NAME=VALUE", help="what the profile leaves open")
     ap.add_argument("--gpus", type=int, default=8, help="GPUs that there are; 0: none")
     ap.add_argument("--gpu", default="h100", help="part of the GPU's name: a100, h100, h200, or one measured")
     ap.add_argument("--cores", type=int, default=12, help="for each GPU, or for a step without one")
-    return vars(ap.parse_args(words))
+    found = vars(ap.parse_intermixed_args(words))
+    if odd := [w for w in found["given"] if "=" not in w]:
+        raise ParameterError(f"cost: {odd[0]!r} is not understood; after the profile comes NAME=VALUE")
+    return found | dict(given=dict(w.split("=", 1) for w in found["given"]))
 
 
 def _wall(e: Estimate, gpus: int, gpu: str) -> str:

@@ -354,14 +354,15 @@ def _print_cost(words: list):
     "What `landmark_graph cost` says; see the notebook `cost`."
     from landmark.cost import asked, report
 
-    given = asked(words)
-    print(report(plan(given.pop("profile")), **given))
+    how = asked(words)
+    steps = plan(how.pop("profile"), given=how.pop("given"))
+    print(report(steps, **how))
 
 
 def main():
     """`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [SEED …]` shows what would run;
     `landmark_graph done PROFILE [SEED …]` prints the tables;
-    `landmark_graph cost PROFILE [--gpus 8]` estimates what a run takes."""
+    `landmark_graph cost PROFILE [NAME=VALUE …] [--gpus 8]` estimates what a run takes."""
     what, *rest = sys.argv[1:] or ["help"]
     os.environ.pop("LANDMARK_WORLD", None)  # a profile names its worlds itself
     if what not in ("runs", "plan", "done", "cost"):
