@@ -65,7 +65,7 @@ class Cluster:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         if absent := [p for p in PROGRAMS if not shutil.which(p, path=path)]:
             raise NoSlurm(f"Slurm is not installed: there is no {', '.join(absent)}")
-        self.env["PATH"] = path
+        self._lend_srun(path)
         for folder in ("state", "spool"):
             (self.home / folder).mkdir(parents=True)
         self.home.chmod(0o755)
@@ -96,6 +96,15 @@ class Cluster:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+
+    def _lend_srun(self, path):
+        "Snakemake starts a job's command by srun, without SLURM_CONF; this one knows where it is."
+        srun = self.home / "bin" / "srun"
+        srun.parent.mkdir(parents=True)
+        conf, real = self.env["SLURM_CONF"], shutil.which("srun", path=path)
+        srun.write_text(f'#!/bin/sh\nSLURM_CONF="{conf}" exec {real} "$@"\n')
+        srun.chmod(0o755)
+        self.env["PATH"] = f"{srun.parent}:{path}"
 
     def _start(self, name, *options):
         with open(self.home / f"{name}.log", "wb") as log:
