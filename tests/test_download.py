@@ -463,10 +463,9 @@ def test_killed_while_a_file_comes(shop, tmp_path, name):
     shop.trouble[name] = ("waits", 1)
     first = child(shop, world)
     assert shop.half.wait(60), first.stderr.read()
-    parts = []
-    while not parts:
-        parts = [p for p in world.rglob("*.part") if p.stat().st_size > 0]
-        time.sleep(0.02)
+    while not list(world.rglob(f"{Path(name).name}.part")):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     shop.go_on.set()
@@ -516,7 +515,7 @@ def test_killed_at_any_moment(shop, tmp_path):
     moments = range(1, int(said.split()[0]), 3)
     assert len(moments) > 30
     for n in moments:
-        assert get(shop, tmp_path / str(n))[0] == [] and complete(tmp_path / str(n)), n
+        assert get(shop, tmp_path / str(n), timeout=60)[0] == [] and complete(tmp_path / str(n)), n
         assert everything(tmp_path / str(n)) == everything(tmp_path / "calm"), n
 
 
@@ -524,9 +523,8 @@ def test_interrupted_by_hand(shop, tmp_path):
     "Ctrl-C ends the command with a sentence, soon."
     world = tmp_path / "gld"
     shop.trouble["train/images_000.tar"] = ("waits", 1)
-    command = (
-        f"import sys; sys.argv = {['landmark_fetch', str(world), '--bucket', shop.base, '--only', 'train']!r}"
-    )
+    words = ["landmark_fetch", str(world), "--bucket", shop.base, "--only", "train", "--n-tars", "2"]
+    command = f"import sys; sys.argv = {words!r}"
     code = f"{command}\nfrom landmark.parts.data.fetching import main\nmain()"
     p = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert shop.half.wait(60), p.stderr.read()
