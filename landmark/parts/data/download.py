@@ -99,12 +99,14 @@ def _blocks(answer, timeout, stop):
 
 def _append(answer, part, start, timeout, stop):
     "Write an answer behind the first `start` bytes of a part; its length must be the announced one."
-    head = b"" if start else answer.read(64)
+    blocks, head = _blocks(answer, timeout, stop), b""
+    while not start and len(head) < 64 and (block := next(blocks, b"")):
+        head += block
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGE):
         raise OSError("a web page came in its place, as a proxy or a login sends it")
     with disk_full(part), open(part, "ab" if start else "wb") as f:
         f.write(head)
-        for block in _blocks(answer, timeout, stop):
+        for block in blocks:
             f.write(block)
     whole, came = answer.headers.get("Content-Length"), part.stat().st_size - start
     if whole is not None and came != int(whole):

@@ -7,13 +7,14 @@ __all__ = ['fetch_gld']
 
 # %% ../../../nbs/parts/data/gld.ipynb #a91c0f03
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import progress, read_json, write_csv, write_json
+from ..core import log, progress, read_json, write_csv, write_json
 from .download import DiskFull, DownloadError, disk_full, fetch, md5_of, sole
 from .revisited import read_ground_truth
 from .subset import landmark_images, tables_in_step
@@ -24,6 +25,7 @@ from landmark.parts.data.wish import (
     TABLES,
     Wish,
     adopt,
+    adopt_tables,
     check_room,
     files_left,
     has_bench,
@@ -140,12 +142,15 @@ def _there(wish) -> dict:  # split → ids, None for all
 
 
 def _sweep(wish):
-    "Throw away what a kill left behind: halves of images, and tars that are unpacked and noted."
+    "Throw away what a kill left behind: halves of images, and archives that are unpacked and noted."
     for half in wish.work.glob("**/*.unpacking"):
         half.unlink()
     for tar in wish.work.glob("tars/*/images_*.tar"):
         if (wish.work / "notes" / tar.parent.name / f"{tar.stem}.json").exists():
             tar.unlink()
+    for archives in wish.work.glob("revisited/*"):
+        if archives.name in wish.revisited and has_bench(wish, archives.name):
+            shutil.rmtree(archives)
 
 
 def _fetch(wish, n_threads, keep, how) -> list:  # (file, why, what to do)
@@ -153,6 +158,7 @@ def _fetch(wish, n_threads, keep, how) -> list:  # (file, why, what to do)
     stop = how["stop"]
     if not keep:
         _sweep(wish)
+    adopt_tables(wish)
     tables = [s for s, (n, _) in TABLES.items() if not (wish.published / n).exists() and wish.splits]
     jobs = {TABLES[s][0]: lambda s=s: _get_table(wish, s, how) for s in tables}
     if missing := _work(jobs, n_threads, stop) if jobs else []:
@@ -162,13 +168,15 @@ def _fetch(wish, n_threads, keep, how) -> list:  # (file, why, what to do)
     only, benches = _only(wish), [b for b in wish.revisited if b in wish.wanted and not has_bench(wish, b)]
     tars = missing_tars(wish, only)
     if tars or benches:
-        check_room(wish, with_sizes(files_left(wish, only)), only, n_threads)
+        files = with_sizes(files_left(wish, only))
+        check_room(wish, files, only, n_threads)
+        log(f"{len(files):,} files of {files.bytes.sum() / 1e9:,.1f} GB are fetched into {wish.world}")
     jobs = {b: lambda b=b: _get_bench(wish, b, keep, how) for b in benches}
     for s, n in tars:
         jobs[f"{s}/images_{n:03d}.tar"] = lambda s=s, n=n: _get_tar(wish, s, n, only.get(s), keep, how)
     missing = _work(jobs, n_threads, stop) if jobs else []
     if wish.splits:
-        tables_in_step(wish.published, wish.world / "v2", _there(wish), wish.work)
+        tables_in_step(wish.published, wish.world / "v2", _there(wish), wish.work / "tables")
     if "v1" in wish.wanted:
         missing += fetch_v1(wish.world, wish.v1_urls, 4 * n_threads, **how)
     return missing
