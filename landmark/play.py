@@ -30,6 +30,7 @@ class Config:
     "How a game begins."
 
     of: str = ""  # artifact of 05 or 09, an album's runs, or a folder of photos; empty: the newest
+    benchmark: str = ""  # a revisited benchmark of the run, whose queries ask; empty: the run's own
     query: str = ""  # the photo that asks first: a key such as queries/3, an image id, or a file
     model: str = ""  # whose descriptors; empty: the first
     method: str = "baseline"  # a registered re-ranking method
@@ -87,7 +88,10 @@ def open_play(
     source = source_of(cfg.of)
     named = dict(model=cfg.model, min_inliers=cfg.min_inliers, min_verified=cfg.min_verified)
     named = {k: v for k, v in named.items() if v}
-    return Play(source, method=cfg.method, topk=cfg.topk, **named, **cfg.options)
+    game = Play(source, method=cfg.method, topk=cfg.topk, **named, **cfg.options)
+    if cfg.benchmark:
+        game.turn_to(cfg.benchmark)
+    return game
 
 
 class Sentence(ParameterError):

@@ -123,5 +123,7 @@ def test_a_name_is_given_once():
         backbones.backbone("two_convs")(torch.nn.Identity)
     with pytest.raises(ValueError, match="There is a loss 'arcface' already"):
         losses.loss("arcface")(losses.SoftmaxHead)
-    with pytest.raises(ValueError, match="neither fishnet150 nor two_convs nor a model of timm"):
+    with pytest.raises(
+        ValueError, match="neither fishnet150 nor fishnet150_wide nor two_convs nor a model of timm"
+    ):
         make_backbone("three_convs")

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from landmark.parts.data.tables import read_table
 from landmark.parts.data.tars import unpack, unpack_named
 from landmark.parts.descriptors.hdf5 import read_h5
 from landmark.parts.descriptors.store import StoreError, open_store, write_store
+from landmark.parts.exchange.hloc import read_global, read_local
 from landmark.parts.images.formats import ImageError
 from landmark.parts.images.reading import image_size, read_image
 from landmark.parts.nets.backbones import load_weights
@@ -133,6 +135,23 @@ def h5s(folder):
             f["ids"] = np.array([b"i%d" % i for i in range(9)])
             f.create_dataset("feats", data=np.eye(9, 8, dtype="f4") + 0.1, **how)
         out[name] = (folder / "made.h5").read_bytes()
+    (folder / "made.h5").unlink()
+    return out
+
+
+def hloc_files(folder):
+    "A file of hloc with two photos, global and local."
+    with h5py.File(folder / "made.h5", "w", libver="latest") as f:
+        for i in range(2):
+            for name, value in dict(
+                global_descriptor=np.eye(2, 8)[i].astype("f2"),
+                keypoints=np.arange(10, dtype="f2").reshape(5, 2),
+                descriptors=np.eye(128, 5, dtype="f2"),
+                scores=np.ones(5, "f2"),
+                image_size=np.array([64, 48]),
+            ).items():
+                f[f"db/{i}.jpg/{name}"] = value
+    out = {"plain": (folder / "made.h5").read_bytes()}
     (folder / "made.h5").unlink()
     return out
 
@@ -277,6 +296,18 @@ def test_tars(tmp_path):
 
 def test_h5(tmp_path):
     fuzz(h5s(tmp_path), lambda p: read_h5(p, p.parent / "store"), [StoreError], tmp_path, "d.h5")
+
+
+def test_h5_of_hloc(tmp_path):
+    def read(path):
+        for kind in ("", "rootsift"):
+            shutil.rmtree(path.parent / "out", ignore_errors=True)
+            if kind:
+                read_local(path, path.parent / "out", kind)
+            else:
+                answer(lambda p: read_global(p, p.parent / "out"), path, [StoreError])
+
+    fuzz(hloc_files(tmp_path), read, [StoreError], tmp_path, "d.h5")
 
 
 def test_weights_and_checkpoints(tmp_path):

@@ -74,6 +74,45 @@ def test_average_precision_is_that_of_the_run(ranked):
         assert p.ask(f"queries/{q}").ap == pytest.approx(mine[image_id], abs=1e-4)
 
 
+def test_average_precision_on_a_benchmark_is_that_of_the_run(ranked):
+    "By the Medium protocol, over the whole index, with the box that belongs to the query."
+    import pandas as pd
+
+    per_query = pd.read_csv(ranked / "per_query.csv", dtype=dict(query_id=str))
+    p = Play(open_source(ranked), topk=15)
+    compared = 0
+    assert len(p.home.benchmarks) == 2
+    for bench in p.home.benchmarks:
+        p.turn_to(bench)
+        mine = per_query[(per_query.model == p.settings.model) & (per_query.benchmark == bench)]
+        mine = mine[mine.metric == "mAP M"].set_index(["method", "query_id"]).ap
+        for method in p.methods():
+            if method not in mine.index or ("everything", "everything") in needs_of([method]):
+                continue
+            p.set(method=method)
+            for q, image_id in enumerate(p.source.sets["queries"].ids[:4]):
+                if (method, image_id) in mine.index:
+                    assert p.ask(f"{bench}_query/{q}").ap == pytest.approx(mine[method, image_id], abs=1e-4)
+                    assert p.asking.given and len(p.ranked.rows[-1]) <= 15
+                    compared += 1
+    assert compared >= 20
+    p.turn_to()
+    assert p.ask("queries/0").kinds == {}
+
+
+def test_a_benchmark_comes_back_from_a_parameter_file(ranked, tmp_path):
+    source = open_source(ranked)
+    bench = next(iter(source.benchmarks))
+    p = Play(source, topk=10)
+    p.turn_to(bench)
+    p.ask(f"{bench}_query/1")
+    given = yaml.safe_load(p.take_away(tmp_path, str(ranked))["play"].read_text())
+    desk = play.open_desk(make_config(play.Config, given))
+    assert desk.asks.which.value == bench and desk.play.asking.key == f"{bench}_query/1"
+    assert desk.play.ranked.rows[-1].tolist() == p.ranked.rows[-1].tolist() and desk.voice.said == ""
+    assert {i["frame"] for i in desk.list.items} <= {"right", "few", "junk", "wrong"}
+
+
 def test_a_run_is_only_read_by_however_many(ranked, photos):
     before = listing(ranked), listing(photos)
     for folder in (ranked, photos):

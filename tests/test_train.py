@@ -337,7 +337,7 @@ def test_wrong_parameters_stop_at_once(world, change, says):
         (dict(augment="hard"), "`augment` is 'hard'"),
         (dict(optimizer="lion"), "`optimizer` is 'lion'"),
         (dict(pooling="gemm"), "`pooling` is 'gemm'"),
-        (dict(backbone="resnet1001"), "neither fishnet150 nor a model of timm"),
+        (dict(backbone="resnet1001"), "neither fishnet150 nor fishnet150_wide nor a model of timm"),
         (dict(batch_size=64, drop_uneven=True), "No batch of 64 photos can be filled from 24"),
         (dict(weights="gone.pth"), "There are no weights at gone.pth"),
         (dict(batch_size=1), "`batch_size` is 1; it must be at least 2"),

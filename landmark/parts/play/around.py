@@ -58,7 +58,8 @@ def neighbour_map(
             raise ParameterError(
                 "umap needs the package umap-learn (pip install umap-learn); t-sne is here"
             ) from None
-        return UMAP(random_state=seed).fit_transform(x).astype(np.float32)
+        near = min(15, len(x) - 1)
+        return UMAP(near, random_state=seed, n_jobs=1).fit_transform(x).astype(np.float32)
     from sklearn.manifold import TSNE
 
     near = min(30.0, (len(x) - 1) / 3)

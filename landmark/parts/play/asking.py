@@ -121,7 +121,9 @@ def listed(
 ) -> np.ndarray:  # positions in the index, best first
     "One ranked list."
     n, mine = len(problem.index), problem.me >= 0
-    row = rank(problem, method, min(topk + mine, n), **params)[0]
+    k = min(topk + mine, n)
+    plain = method == "baseline"
+    row = problem.knn("queries", "index", k)[1][0] if plain else rank(problem, method, k, **params)[0]
     return row[(row >= 0) & (row != problem.me)][:topk]
 
 # %% ../../../nbs/parts/play/asking.ipynb #b32032ce

@@ -71,7 +71,9 @@ class Asks:
         n: int = 12,  # photos on a page
     ):
         self.play, self.voice, self.asked, self.n, self.page = play, voice, asked, n, 0
-        self.photo = Crop()
+        self.photo, bench = Crop(), list(play.home.benchmarks)
+        self.which = w.Dropdown(options=[("the run's queries", ""), *((b, b) for b in bench)], layout=_WIDE)
+        self.which.value, self.which.layout.display = play.benchmark, None if bench else "none"
         self.drop, self.id = Drop(self.dropped), w.Text(placeholder="an image id, or a file", layout=_WIDE)
         self.wall = Wall(play.thumbs, first, side=72, height="310px")
         self.back, self.forth, self.where = w.Button(description="◀"), w.Button(description="▶"), w.Label()
@@ -84,7 +86,8 @@ class Asks:
         self.photo.observe(self.boxed, "box")
         self.turn(0)
         pager = w.HBox([self.back, self.where, self.forth])
-        self.box = w.VBox([self.photo, self.drop, self.id, pager, self.wall], layout=w.Layout(width="270px"))
+        parts = [self.which, self.photo, self.drop, self.id, pager, self.wall]
+        self.box = w.VBox(parts, layout=w.Layout(width="270px"))
 
     def turn(self, step: int):
         "Show other photos that may ask."
@@ -105,7 +108,8 @@ class Asks:
         "The photo that asks, as it is now."
         a = self.play.asking
         self.wall.marked = a.key
-        words = f"{a.name}; " + ("a double click takes the box away" if a.box else "drag a box to crop it")
+        how = "a double click takes the box away" if a.box else "drag a box to crop it"
+        words = f"{a.name}; " + ("the box is the benchmark's, drag another one" if a.given else how)
         img = read_image(a.whole, max_side=480)
         with self.photo.hold_trait_notifications():
             self.photo.uri, self.photo.words = data_uri(img, 480), words
@@ -122,10 +126,10 @@ class Asks:
         a, before = self.play.asking, list(self.play.asking.box or []) if self.play.asking else []
         if a is None or list(change.new) == before:
             return
-        again = self.play.source.sets["queries"].key(a.row) if a.row >= 0 else a.whole
+        again = self.play.source.sets["queries"].key(a.row) if a.row >= 0 else a.whole  # or its own box again
         self.ask(again, a.name, tuple(change.new) or None)
-        if list(change.new) != list(self.play.asking.box or []):
-            self._quietly(before)  # it could not be cropped: the old box again
+        if list(change.new) != list(now := self.play.asking.box or []):
+            self._quietly(list(now))  # it could not be cropped, or the benchmark's own box is back
 
     def dropped(self, file: Path, name: str):
         "A file was dropped."
@@ -188,6 +192,19 @@ class Tunes:
         wrap = w.Layout(flex_flow="row wrap", align_items="flex-start")
         left = w.VBox([self.model, self.method, self.own])
         self.box = w.HBox([left, w.VBox(self.fixed)], layout=wrap)
+
+    def fit(self):
+        "Menus and ends of sliders for the photos that are played on now."
+        s, n = self.play.settings, max(2, min(100, len(self.play.source.sets["index"])))
+        for menu, options, value in (
+            (self.model, [(m, m) for m in self.play.source.models], s.model),
+            (self.method, [(title, name) for name, title in self.play.methods().items()], s.method),
+        ):
+            menu.unobserve(self.changed, "value")
+            menu.options, menu.value = options, value
+            menu.observe(self.changed, "value")
+        self.fixed[0].max = n
+        self.dress()
 
     def dress(self):
         "Sliders for the parameters of the present method."
@@ -289,6 +306,7 @@ class Desk:
         self.asks = Asks(play, self.voice, self.asked)
         self.tunes, self.whys = Tunes(play, self.voice, self.draw), Whys(play, self.voice)
         self.list.on_choice(self.look)
+        self.asks.which.observe(lambda c: self.turn_to(c.new), "value")
         self.more.on_click(lambda _: self.all())
         right = [
             self.tunes.box,
@@ -312,6 +330,16 @@ class Desk:
         else:
             self.asks.ask(photo or photos.key(0))
 
+    def turn_to(self, benchmark: str):
+        "Let the queries of a benchmark ask, or the run's own again."
+        if self.voice.tries(self.play.turn_to, benchmark) is None:
+            self.asks.which.value = self.play.benchmark
+            return
+        self.tunes.fit()
+        self.asks.page = 0
+        self.asks.turn(0)
+        self.begin()
+
     def asked(self):
         "Another photo has asked."
         self.whys.why, self.list.marked, self.list.height = None, "", "620px"
@@ -327,7 +355,8 @@ class Desk:
         self.steps.value = self._said()
         self.more.layout.display = None if len(r.rows[-1]) > self.n_shown else "none"
         lost = [
-            dict(key=index.key(x), words=self.play.words(index.key(x)), frame="few") for x in r.missed[:60]
+            dict(key=index.key(x), words=self.play.words(index.key(x)), frame=self._missed(x))
+            for x in r.missed[:60]
         ]
         n, shown = len(r.missed), None if lost else "none"
         self.missed_head.value = (
@@ -338,6 +367,10 @@ class Desk:
             self.whys.ask(self.whys.key)
         if self.seen:  # by a page: nobody clicks in a headless run
             threading.Thread(target=self.ahead, daemon=True).start()
+
+    def _missed(self, row: int) -> str:
+        "The frame of a right photo that is not in the list."
+        return self.play.frame(row) if self.play.ranked.kinds else "few"
 
     def _item(self, rank: int, row: int) -> dict:
         "One photo of the list."
@@ -360,7 +393,12 @@ class Desk:
         "What each step did, and what the list is worth."
         r = self.play.ranked
         said = [html.escape(s) for s in r.said()]
-        if r.positives is not None:
+        if r.kinds:
+            n = {k: sum(v == k for v in r.kinds.values()) for k in ("easy", "hard", "junk")}
+            shown = {k: sum(r.kinds.get(x) == k for x in r.rows[-1].tolist()) for k in n}
+            said.append(f"<b>AP {r.ap:.3f}</b> of Medium, judged on the whole index")
+            said.append(", ".join(f"{shown[k]} of {n[k]} {k}" for k in n) + _LEGEND)
+        elif r.positives is not None:
             right = sum(x in r.positives for x in r.rows[-1].tolist())
             said.append(f"<b>AP {r.ap:.3f}</b>, {right} right of {len(r.positives)}")
         return " &nbsp;·&nbsp; ".join(said)
@@ -390,6 +428,12 @@ class Desk:
                 return  # another list came
             with contextlib.suppress(Exception):  # whoever clicks on it is told
                 self.play.local(key)
+
+
+_LEGEND = (
+    f' (<span style="color:{COLOURS["right"]}">easy</span>, <span style="color:{COLOURS["few"]}">hard</span>,'
+    f' <span style="color:{COLOURS["junk"]}">junk</span>)'
+)
 
 
 def _load(desk: Desk):
@@ -449,7 +493,8 @@ class Around:
 
     def draw(self):
         "Draw the map, with the present list on it."
-        found = self.voice.tries(self.play.around, self.way.value, self.of.value)
+        of = self.of.value if self.of.value in self.play.source.sets else "index"  # a benchmark has no voters
+        found = self.voice.tries(self.play.around, self.way.value, of)
         if found is None:
             return
         keys, at, labels = found
@@ -467,12 +512,12 @@ class Around:
         )
         if labels is not None:
             base[np.asarray(labels) == -1] = 0
-        if self.play.ranked is not None and self.of.value == "index":
+        if self.play.ranked is not None:
             place = {k: i for i, k in enumerate(keys)}
-            index, names = self.play.source.sets["index"], ["", "right", "wrong", "inserted"]
+            index, names = self.play.source.sets["index"], dict(right=1, few=1, wrong=2, inserted=3, junk=0)
             for x in self.play.ranked.rows[-1][: self.desk.n_shown].tolist():
                 if (i := place.get(index.key(x))) is not None:
-                    base[i] = names.index(self.play.frame(x)) or 3
+                    base[i] = names.get(self.play.frame(x), 3)
             if self.play.asking.key in place:
                 base[place[self.play.asking.key]] = 4
         return base, _MAP + _MANY, [1, 2, 3, 4]

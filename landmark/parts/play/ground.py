@@ -71,13 +71,21 @@ class Source:
     notes: list = field(default_factory=list)  # sentences that a player should know
     params: Callable = None  # model, method, parameters → name of a file, what stands in it
     folder: Path = None  # where searches of a run are kept
+    kinds: Callable = None  # of a revisited benchmark: position among the queries → its easy, hard and junk
+    boxes: np.ndarray = None  # of a revisited benchmark: to what its queries are cropped, pixels [q, 4]
+    benchmarks: dict = field(default_factory=dict)  # name → function that opens its `Source`
+
+    def role(self, key: str) -> str:  # queries, index, train; empty: of none of them
+        "Which set a photo is of."
+        name = str(key).rpartition("/")[0]
+        return next((role for role, photos in self.sets.items() if photos.name == name), "")
 
     def photo(self, key: str) -> tuple:  # its set, its position
         "The photo that a key means."
-        name, _, row = str(key).rpartition("/")
-        if name not in self.sets or not row.isdigit() or int(row) >= len(self.sets[name]):
+        role, row = self.role(key), str(key).rpartition("/")[2]
+        if not role or not row.isdigit() or int(row) >= len(self.sets[role]):
             raise ParameterError(f"there is no photo {key!r} in {self.title}")
-        return self.sets[name], int(row)
+        return self.sets[role], int(row)
 
     def path(self, key: str) -> str:
         "The file of a photo."

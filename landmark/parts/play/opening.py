@@ -8,7 +8,8 @@ __all__ = ['STAGES', 'newest', 'manifest_of', 'age_of', 'found_when_asked', 'ope
 # %% ../../../nbs/parts/play/opening.ipynb #7611aa49
 import tempfile
 import threading
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,13 @@ from ..core import ParameterError, project_root, read_json, runs_dir, sha256_of
 from landmark.parts.data.layout import (
     OFFICIAL,
     clean_list,
+    benchmarks,
     image_paths,
     landmark_names,
+    read_boxes,
     read_ids,
     read_retrieval_solution,
+    read_revisited,
     read_truth,
     train_set,
 )
@@ -142,12 +146,14 @@ def _voters(world: Path, folder: Path, csv: Path | None):
     return table[table.image_id.isin(set(stores_of(folder)["v2_train"].ids))].reset_index(drop=True)
 
 
-def _opened(sets: dict, folder: Path, table):
+def _opened(sets: dict, folder: Path, table, bench: str = ""):
     "What opens the descriptors of one model."
-    split = dict(queries="test", index="index", train="v2_train")
+    split = dict(queries="test", index="index")
+    if bench:
+        split = dict(queries=f"{bench}_query", index=f"{bench}_index")
 
     def opened() -> Sets:
-        x = {k: _stored(split[k], sets[k].ids, folder) for k in sets if k != "train"}
+        x = {k: _stored(split[k], sets[k].ids, folder) for k in split}
         if table is None or not (folder / "v2_train" / "card.json").exists():
             return Sets(**x)
         train = _stored("v2_train", sets["train"].ids, folder)
@@ -176,7 +182,7 @@ def _path_in(world, split):
 
 # %% ../../../nbs/parts/play/opening.ipynb #4433556c
 def _network(extracted: Path, folder: Path):
-    "The model that made a store, as `load_model` takes it, and how it was asked."
+    "The model that made a store, as `load_model` takes it."
     from landmark.parts.nets.checkpoints import is_reference, model_file
 
     card, man = stores_of(folder)["test"].card["made_by"], read_json(extracted / "manifest.json")["config"]
@@ -186,7 +192,7 @@ def _network(extracted: Path, folder: Path):
     inside = [p.parent for h in homes for p in sorted(h.glob("*/card.json"))]
     for model in [r for r in refs if is_reference(r)] + inside:
         if sha256_of(model_file(model)) == card["weights"]:
-            return model, card
+            return model
     raise ParameterError(f"the model that made the descriptors in {folder} is not there any more")
 
 
@@ -195,21 +201,20 @@ def _loaded(extracted: Path, folder: Path):
     "The same, loaded once."
     from landmark.parts.nets.checkpoints import load_model
 
-    model, card = _network(extracted, folder)
-    return load_model(model, "cpu"), card
+    return load_model(_network(extracted, folder), "cpu")
 
 
-def _describer(extracted: Path, folders: dict):
-    "(model, file) → descriptor, as the run's were made."
+def _describer(extracted: Path, folders: dict, split: str = "test"):
+    "(model, file) → descriptor, as those of a split were made."
 
     def describe(model: str, path) -> np.ndarray:
         from landmark.parts.descriptors.extraction import extract as by_scales
-        from landmark.parts.descriptors.extraction import group_sizes
+        from landmark.parts.descriptors.extraction import group_sizes, side_sizes
 
-        net, card = _loaded(extracted, folders[model])
-        wh = np.array([image_size(path)])
+        net, card = _loaded(extracted, folders[model]), stores_of(folders[model])[split].card["made_by"]
+        sizes = (group_sizes if split == "test" else side_sizes)(np.array([image_size(path)]), card["sizes"])
         how = dict(scales=tuple(card["scales"]), multiple=card["multiple"], min_side=card["min_side"])
-        x, at, bad = by_scales(net, [str(path)], group_sizes(wh, card["sizes"]), batch_size=1, **how)
+        x, at, bad = by_scales(net, [str(path)], sizes, batch_size=1, **how)
         if not len(at):
             raise ParameterError(
                 f"{Path(path).name} cannot be described: {bad[0][1] if bad else 'no reason'}"
@@ -284,6 +289,41 @@ def _answers(world: Path, sets: dict):
 
     return positives
 
+# %% ../../../nbs/parts/play/opening.ipynb #a2928959
+def _benchmark(source: Source, world: Path, bench: str, folders: dict, extracted: Path) -> Source:
+    "A revisited benchmark as a source of its own: no labels, and the boxes of its queries."
+    truth, boxes = read_revisited(world, bench), read_boxes(world, f"{bench}_query")
+    ids = dict(queries=(truth["qimlist"], f"{bench}_query"), index=(truth["imlist"], f"{bench}_index"))
+    sets = {k: Photos(split, np.array(own, str), _path_in(world, split)) for k, (own, split) in ids.items()}
+
+    def kinds(row: int) -> dict:
+        return {k: np.asarray(truth["gnd"][row].get(k, ()), int).tolist() for k in ("easy", "hard", "junk")}
+
+    def positives(row: int) -> set:
+        return {*kinds(row)["easy"], *kinds(row)["hard"]}
+
+    return replace(
+        source,
+        title=f"{bench} ({len(sets['index']):,} photos, {len(sets['queries']):,} queries)",
+        sets=sets,
+        models={m: _opened(sets, d, None, bench) for m, d in folders.items()},
+        positives=positives,
+        kinds=kinds,
+        boxes=boxes,
+        describe=source.describe and _describer(extracted, folders, f"{bench}_query"),
+        benchmarks={},
+    )
+
+
+def _with_benchmarks(source: Source, world: Path, folders: dict, extracted: Path) -> Source:
+    "A run with the benchmarks that it was judged on."
+    for bench in benchmarks(world):
+        stores = (f"{bench}_query", f"{bench}_index")
+        there = {m: d for m, d in folders.items() if all((d / s / "card.json").exists() for s in stores)}
+        if there:
+            source.benchmarks[bench] = partial(_benchmark, source, world, bench, there, extracted)
+    return source
+
 # %% ../../../nbs/parts/play/opening.ipynb #8d135fb5
 def open_run(
     folder: Path,  # artifact of 05_rerank
@@ -304,7 +344,7 @@ def open_run(
     sets = _sets(world, first, table, names)
     cleaning = read_json(clean / "manifest.json")["config"] if clean else {}
     how = {k: getattr(cfg, k, v) for k, v in dict(max_keypoints=1000, max_side=800, min_side=0).items()}
-    return Source(
+    made = Source(
         f"{man['stage']}/{folder.name} ({len(sets['index']):,} photos, {len(sets['queries']):,} queries)",
         sets,
         {m: _opened(sets, d, table) for m, d in folders.items()},
@@ -319,6 +359,7 @@ def open_run(
         params=_params_of_run(man),
         folder=folder.parent.parent / "lists" / code_hash("landmark.parts.search.kept_lists"),
     )
+    return _with_benchmarks(made, world, folders, extracted)
 
 
 def _world(folder: Path, cfg, man: dict) -> str:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..core import ParameterError, write_csv, write_text
 from ..images.reading import clip_box, image_size, read_image
+from ..metrics import judge
 from .around import cleaning_at, descriptor_map, label_graph
 from landmark.parts.play.asking import (
     METHODS,
@@ -109,6 +110,7 @@ class Asking:
     row: int = -1  # its position among the queries
     me: int = -1  # its position in the index
     box: tuple | None = None  # what was cropped, shares of width and height
+    given: bool = False  # the box is the benchmark's own, and so is the descriptor
     vectors: dict = field(default_factory=dict)  # model → descriptor
     lists: dict = field(default_factory=dict)  # model → its searches
 
@@ -142,6 +144,7 @@ class Ranked:
     did: list  # what each step but the first changed: moved, inserted, dropped
     sims: dict  # position → similarity in the plain search
     positives: set | None  # right positions, where they are known
+    kinds: dict  # position → easy, hard or junk, in a revisited benchmark
     ap: float  # average precision; NaN where nobody knows
     missed: list  # right positions that are not in the list
 
@@ -180,13 +183,18 @@ class Play:
         source: Source,  # what is played on
         **settings,  # how to begin
     ):
-        self.source, self.thumbs = source, Thumbnails(self.path)
+        self.thumbs, self.home, self.benchmark = Thumbnails(self.path), source, ""
         self._tmp = tempfile.TemporaryDirectory(prefix="play-")
-        self._files, self._sets, self._lists, self._host = {}, {}, {}, {}
-        self._kept, self._known, self._maps, self._evidence = OrderedDict(), {}, {}, False
+        self._files, self._crops, self._sources, self._evidence = {}, {}, {"": source}, False
+        self._begin(source)
         same = dict(min_inliers=source.min_inliers, min_verified=source.min_verified)
         self.settings = changed(Settings(next(iter(source.models)), **same), source, **settings)
-        self.asking, self.ranked = None, None
+
+    def _begin(self, source: Source):
+        "Nothing is opened, searched or asked yet."
+        self.source, self.asking, self.ranked = source, None, None
+        self._sets, self._lists, self._host = {}, {}, {}
+        self._kept, self._known, self._maps = OrderedDict(), {}, {}
 
     def methods(self) -> dict:  # name → title
         "The methods that can run here."
@@ -194,13 +202,17 @@ class Play:
 
     def path(self, key: str) -> str:
         "The file of a photo, also of one that was brought along."
-        return self._files[key] if key in self._files else self.source.path(key)
+        if key in self._files:
+            return self._files[key]
+        of = next((s for s in self._sources.values() if s.role(key)), self.source)  # a page may ask late
+        return of.path(key)
 
     def words(self, key: str) -> str:
         "What stands below a photo."
         if key in self._files:
             return Path(self._files[key]).name
-        photos, row = self.source.photo(key)
+        of = next((s for s in self._sources.values() if s.role(key)), self.source)
+        photos, row = of.photo(key)
         return photos.words(row) if photos.words is not str else str(photos.ids[row])[:8]
 
 # %% ../../../nbs/parts/play/state.ipynb #8d33cb81
@@ -210,7 +222,7 @@ def _resolve(self: Play, photo, box, name: str) -> Asking:
     key = str(photo)
     if key in self._files:
         whole, row, me = self._files[key], -1, -1
-    elif "/" in key and key.rpartition("/")[0] in self.source.sets:
+    elif self.source.role(key):
         whole, row, me = self._of_set(key)
     elif Path(key).expanduser().is_file():
         whole, row, me, key = str(Path(key).expanduser()), -1, -1, ""
@@ -218,6 +230,8 @@ def _resolve(self: Play, photo, box, name: str) -> Asking:
         key = self.source.find(key)
         whole, row, me = self._of_set(key)
     if key and box is None and key not in self._files:
+        if self.source.boxes is not None and row >= 0:
+            return self._cropped(key, whole, row)
         return Asking(key, whole, name or self.words(key), whole, row, me)
     if self.source.describe is None:
         raise ParameterError(f"{self.source.title} has no model that could describe another photo")
@@ -229,10 +243,21 @@ def _resolve(self: Play, photo, box, name: str) -> Asking:
 @patch
 def _of_set(self: Play, key: str) -> tuple:  # file, row among the queries, position in the index
     "A photo of the source."
-    photos, row = self.source.photo(key)
-    query = row if photos.name == "queries" or self.source.same and photos.name == "index" else -1
-    me = row if photos.name == "index" or self.source.same and photos.name == "queries" else -1
+    role, (_, row) = self.source.role(key), self.source.photo(key)
+    query = row if role == "queries" or self.source.same and role == "index" else -1
+    me = row if role == "index" or self.source.same and role == "queries" else -1
     return self.source.path(key), query, me
+
+
+@patch
+def _cropped(self: Play, key: str, whole: str, row: int) -> Asking:
+    "A query of a benchmark, which asks with its box."
+    w, h = image_size(whole)
+    x0, y0, x1, y1 = clip_box(self.source.boxes[row], (w, h))
+    box = x0 / w, y0 / h, x1 / w, y1 / h
+    if key not in self._crops:
+        self._crops[key] = _small_copy(whole, Path(self._tmp.name), box)
+    return Asking(key, self._crops[key], self.words(key), whole, row, box=box, given=True)
 
 # %% ../../../nbs/parts/play/state.ipynb #40b4f2d8
 @patch
@@ -255,9 +280,9 @@ def _vector(self: Play, asking: Asking, model: str) -> np.ndarray:  # [d]
     "The descriptor of the photo that asks."
     if model not in asking.vectors:
         of = self.sets(model)
-        name, _, row = asking.key.partition("/")
-        if name in ("queries", "index", "train"):
-            x = np.asarray(getattr(of, name)[int(row)], np.float32)
+        role, row = self.source.role(asking.key), asking.key.rpartition("/")[2]
+        if role:
+            x = np.asarray(getattr(of, role)[int(row)], np.float32)
         else:
             x = np.asarray(self.source.describe(model, asking.path), np.float32)
         if not x.any():
@@ -287,6 +312,8 @@ def problem(self: Play, asking: Asking, settings: Settings) -> Asked:
 @patch
 def local(self: Play, key: str):
     "The local features of a photo."
+    if key in self._crops:
+        return self.source.local(self._crops[key], "")
     if key in self._files or "/" not in key or key.startswith("asked/"):
         return self.source.local(self.path(key), "")
     return self.source.local(self.source.path(key), key)
@@ -330,17 +357,18 @@ def compute(self: Play, asking: Asking, settings: Settings, anyway: bool = False
         self._kept.move_to_end(key)
         return self._kept[key]
     made, options = self.problem(asking, settings), settings.options()
-    seconds = waits_for(made, settings.method, settings.topk, **options) * made.queries.shape[1] / _SPEED
+    deep = settings.topk if self.source.kinds is None else len(made.index)  # a benchmark judges all of it
+    seconds = waits_for(made, settings.method, deep, **options) * made.queries.shape[1] / _SPEED
     if seconds > self._patience and not anyway:
         n = len(made.index)
         said = (
             f"{settings.method} first compares all {n:,} photos with each other, about {seconds:,.0f} s, once"
         )
         raise TakesLong(said)
-    self._fetch(made, settings)
+    self._fetch(made, replace(settings, topk=deep))
     steps = steps_of(settings.method)
     try:
-        rows = [listed(made, m, settings.topk, **options) for m in steps]
+        rows = [listed(made, m, deep, **options) for m in steps]
     except (ParameterError, MemoryError):
         raise
     except Exception as e:
@@ -358,13 +386,19 @@ def compute(self: Play, asking: Asking, settings: Settings, anyway: bool = False
 def _judge(self: Play, asking: Asking, made: Asked, steps: list, rows: list, topk: int) -> Ranked:
     "What a list is worth."
     sims, idxs = made.knn("queries", "index", len(made.index))
-    positives = None
+    positives, kinds = None, {}
     if asking.row >= 0 and self.source.positives is not None:
         positives = self.source.positives(asking.row)
-    ap, missed = judged(rows[-1], positives, topk)
+    if asking.row >= 0 and self.source.kinds is not None:
+        kinds = {x: kind for kind, at in self.source.kinds(asking.row).items() for x in at}
+        ap = judge(rows[-1], positives or (), [x for x, kind in kinds.items() if kind == "junk"])[0]
+        rows = [row[:topk] for row in rows]
+        missed = sorted(set(positives or ()) - set(rows[-1].tolist()))
+    else:
+        ap, missed = judged(rows[-1], positives, topk)
     of = dict(zip(idxs[0].tolist(), sims[0].tolist()))
     did = [changes(a, b) for a, b in zip(rows, rows[1:])]
-    return Ranked(steps, rows, did, of, positives, ap, missed)
+    return Ranked(steps, rows, did, of, positives, kinds, ap, missed)
 
 # %% ../../../nbs/parts/play/state.ipynb #f0c361fc
 @patch
@@ -408,6 +442,8 @@ def set(
 @patch
 def frame(self: Play, row: int) -> str:
     "The frame of a photo of the list: right or wrong where that is known, blue where a step inserted it."
+    if kind := self.ranked.kinds.get(row):
+        return dict(easy="right", hard="few", junk="junk")[kind]
     if self.ranked.positives is not None:
         return "right" if row in self.ranked.positives else "wrong"
     return "inserted" if any(row in did["inserted"] for did in self.ranked.did) else ""
@@ -421,7 +457,7 @@ def table(self: Play) -> pd.DataFrame:  # rank, image_id, similarity, before, st
     r, index, rows = self.ranked, self.source.sets["index"], []
     for k, x in enumerate(r.rows[-1].tolist(), 1):
         step = next((s for s, did in zip(r.steps[1:], r.did) if x in did["inserted"]), "")
-        right = "" if r.positives is None else x in r.positives
+        right = "" if r.positives is None or r.kinds.get(x) == "junk" else x in r.positives
         before = r.place(x, 0)
         key = index.key(x)
         rows.append(
@@ -493,6 +529,26 @@ def why(
         w.said += said
     return w
 
+# %% ../../../nbs/parts/play/state.ipynb #b347b0b3
+@patch
+def turn_to(
+    self: Play,
+    benchmark: str = "",  # one of the source's; empty: its own queries again
+) -> Source:
+    "Let the queries of a benchmark ask, in its index."
+    if benchmark not in ("", *self.home.benchmarks):
+        there = ", ".join(self.home.benchmarks) or "none"
+        raise ParameterError(f"`benchmark` is {benchmark!r}; {self.home.title} has {there}")
+    if benchmark not in self._sources:
+        self._sources[benchmark] = self.home.benchmarks[benchmark]()
+    source = self._sources[benchmark]
+    fits = dict(model=self.settings.model, method=self.settings.method)
+    fits["model"] = fits["model"] if fits["model"] in source.models else next(iter(source.models))
+    fits["method"] = fits["method"] if fits["method"] in _methods(source) else "baseline"
+    self.settings, self.benchmark = replace(self.settings, **fits), benchmark
+    self._begin(source)
+    return source
+
 # %% ../../../nbs/parts/play/state.ipynb #c4bad557
 @patch
 def around(
@@ -523,7 +579,7 @@ def around(
 def evidence(self: Play) -> dict | None:
     "What cleaning rests on, read once; None where there is none."
     if self._evidence is False:
-        self._evidence = self.source.evidence() if self.source.evidence else None
+        self._evidence = self.home.evidence() if self.home.evidence else None
     return self._evidence
 
 
@@ -551,7 +607,7 @@ def evidence_key(self: Play, row: int) -> str:
     image_id = self._needed()["ids"][row]
     key = f"cleaned/{row}"
     if key not in self._files:
-        train = self.source.sets.get("train") or self.source.sets["index"]
+        train = self.home.sets.get("train") or self.home.sets["index"]
         self._files[key] = str(train.path(image_id))
     return key
 
@@ -582,9 +638,10 @@ def take_away(
     table.insert(0, "query", self.asking.name)
     write_csv(table, folder / "list.csv")
     out = dict(list=folder / "list.csv")
-    mine = dict(of=str(of), model=s.model, method=s.method, topk=s.topk)
+    mine = dict(of=str(of), benchmark=self.benchmark, model=s.model, method=s.method, topk=s.topk)
     mine |= dict(min_inliers=s.min_inliers, min_verified=s.min_verified)
     query = self.asking.whole if self.asking.key.startswith("asked/") else self.asking.key
+    mine = {k: v for k, v in mine.items() if k != "benchmark" or v}
     files = {"play": mine | dict(query=query, options=_written(s.options()))}
     if self.source.params is not None:
         name, params = self.source.params(s.model, s.method, s.topk, s.options())
