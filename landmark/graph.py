@@ -499,19 +499,31 @@ def read_words(
     return profile, [int(s) for s in seeds] or [1], given
 
 
+def _print_cost(words: list):
+    "What `landmark_graph cost` says; see the notebook `cost`."
+    from landmark.cost import asked, report
+
+    how = asked(words)
+    steps = plan(how.pop("profile"), given=how.pop("given"))
+    print(report(steps, **how))
+
+
 _ANSWERS = dict(plan=_print_plan, done=_print_tables, check=_print_check)
 
 
 def main():
     """`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [NAME=VALUE …] [SEED …]` shows what
-    would run, `check` what would be missed on the way; `done` prints the tables."""
+    would run, `check` what would be missed on the way; `done` prints the tables;
+    `landmark_graph cost PROFILE [NAME=VALUE …] [--gpus 8]` estimates what a run takes."""
     what, *rest = sys.argv[1:] or ["help"]
     os.environ.pop("LANDMARK_WORLD", None)  # a profile names its worlds itself
-    if what not in ("runs", *_ANSWERS):
+    if what not in ("runs", "cost", *_ANSWERS):
         sys.exit(main.__doc__)
     try:
         if what == "runs":
             return _print_runs()
+        if what == "cost":
+            return _print_cost(rest)
         profile, seeds, given = read_words(rest)
         return _ANSWERS[what](prepare(plan(profile, seeds, given=given)))
     except ParameterError as e:

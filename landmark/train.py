@@ -25,13 +25,12 @@ import torch
 
 from .parts.artifacts import UNHASHED, artifact, digest_of, open_stage, stage_dir
 from .parts.config import own_parameters, stage_config, stage_main
-from .parts.core import ParameterError, log, parallel_map, pick_device, read_json, write_csv
+from .parts.core import ParameterError, parallel_map, pick_device, read_json, write_csv
 from .parts.data.layout import clean_list
 from .parts.data.layout import train_set as read_train_set
 from .parts.data.leakage import refuse_shared, shared_ids
 from .parts.data.worlds import world_of
 from .parts.images.batching import size_table
-from .parts.images.decoding import EncodedPhotos, why_not
 from .parts.images.loading import Photos, read_all
 from .parts.nets.backbones import make_model, pretrained_file
 from .parts.nets.checkpoints import load_model, save_model
@@ -120,7 +119,6 @@ class Config:
     compile: bool = False  # compile the network
     n_workers: int = 0  # models trained side by side on the CPU; 0: one per core
     n_loaders: int = 0  # worker processes that load photos
-    decode: str = "cpu"  # where JPEGs from disk are decoded: cpu, or gpu (nvJPEG)
     checkpoint_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between rows of metrics.csv
     tensorboard: bool = False  # write TensorBoard logs, too
@@ -209,25 +207,10 @@ def load_photos(
         )
     all_sizes = listed(cfg.sizes) + ([cfg.scale_up] if cfg.scale_up else [])
     largest, cache_dir = max(all_sizes, key=longest_side), stage_dir("train", cfg).parent / "sizes"
-    kind, images = _kind(cfg), _decoded(df.path, cfg, all_sizes)
-    photos = kind(df.path, largest, cfg.augment, cfg.seed, images=images, cache_dir=cache_dir)
+    images = _decoded(df.path, cfg, all_sizes)
+    photos = Photos(df.path, largest, cfg.augment, cfg.seed, images=images, cache_dir=cache_dir)
     photos.use_sizes(listed(cfg.sizes)[0])
     return photos, torch.as_tensor(classes), landmarks
-
-
-def _kind(cfg):
-    "How photos come in; a machine that cannot decode on the GPU says so."
-    if cfg.decode not in ("cpu", "gpu"):
-        raise ParameterError(f"train: `decode` is {cfg.decode!r}; allowed are cpu, gpu")
-    if cfg.decode == "cpu":
-        return Photos
-    if cfg.in_memory:
-        raise ParameterError("train: `decode: gpu` reads photos from disk; set `in_memory: false`")
-    device = pick_device(cfg.device)
-    reason = why_not(device) if device.type == "cuda" else "training runs on the CPU"
-    if reason:
-        log(f"train: `decode: gpu` was asked for, but {reason}; photos are decoded on the CPU")
-    return Photos if reason else EncodedPhotos
 
 
 def longest_side(
@@ -314,8 +297,6 @@ def train_model(
 # %% ../nbs/03_train.ipynb #6f9e71a7
 def _kept_maps(cfg, photos, net, maps_dir):
     "What the frozen stages make of the photos, shared by the models of a run that start alike."
-    if cfg.decode == "gpu":
-        raise ParameterError("train: `views` are kept decoded already; set `decode: cpu`, or `views: 0`")
     model = net.model.to(pick_device(cfg.device)).to(memory_format=torch.channels_last)
     try:
         return FrozenMaps(photos, model, maps_dir, cfg.views, cfg.batch_size)

@@ -99,6 +99,7 @@ class Config:
     shard: int = -1  # this shard only; −1: everything that no shard has done
     n_shards: int = 1  # machines that share the work
     device: str = "cpu"  # cpu: compiled loop; cuda: batched PyTorch
+    fused: bool = True  # on a GPU by fused kernels, or not at all; False: plain PyTorch where they fail
     memory_mib: int = 1024  # for a batch of pairs and again for its images; for a search and its neighbours
     n_workers: int = 0  # processes and threads, 0 is one per core
 
@@ -334,7 +335,8 @@ def _train_delf(cfg, out, device, world):
     photos = train_set(world, cfg.delf_set)
     classes = np.unique(photos.landmark_id, return_inverse=True)[1]
     trunk = d.Trunk(backbone.net, cfg.stride, backbone.mean, backbone.std)
-    how = dict(seed=cfg.seed, device=device, min_score=cfg.min_score)
+    n_loaders = 0 if device == "cpu" else cfg.n_workers or 8
+    how = dict(seed=cfg.seed, device=device, min_score=cfg.min_score, n_loaders=n_loaders)
     made, losses = d.make_delf(trunk, photos.path.tolist(), classes, cfg.delf_epochs, **how)
     write_csv(pd.DataFrame(dict(step=range(len(losses)), loss=losses)), out / "delf_loss.csv")
     d.save_delf(made, out / "delf", name, not isinstance(backbone.channels, int), trunk=cfg.trunk)
@@ -345,7 +347,7 @@ def _extract_local(cfg, out, df, shards, world):
     what = df.path.tolist(), df.image_id.tolist(), out / "local"
     sizes = cfg.max_keypoints, cfg.max_side, _SHARD, shards
     if not kind_of(cfg.kind).trained_here:
-        where = "cpu" if cfg.device == "torch" else cfg.device
+        where = str(pick_device("cpu" if cfg.device == "torch" else cfg.device))
         extract_many(*what, cfg.kind, *sizes, cfg.n_workers, cfg.min_side, where)
         return
     from landmark.parts.local import delf as d
@@ -407,7 +409,23 @@ def _verify_chunks(cfg, out, df, chunks, rule, world):
 
 def _where(cfg):
     "What `verify_pairs` needs to know of the machine."
-    return dict(n_threads=cfg.n_workers, device=cfg.device, memory_mib=cfg.memory_mib, desc="")
+    device = cfg.device if cfg.device == "torch" else str(pick_device(cfg.device))
+    return dict(n_threads=cfg.n_workers, device=device, memory_mib=cfg.memory_mib, desc="")
+
+
+def _kernels(cfg, rule):
+    "What counts on a GPU, for the manifest; nothing is started that would take weeks where hours do."
+    device = pick_device("cpu" if cfg.device == "torch" else cfg.device)
+    if device.type == "cpu" or rule.matcher != "nearest":
+        return {}
+    from landmark.parts.local.verification_torch import why_plain
+
+    if (why := why_plain(device)) and cfg.fused:
+        said = f"the fused kernels do not work on {device} ({why})"
+        raise ParameterError(
+            f"verify: {said}; mend that, or set fused: false and wait several times as long for plain PyTorch"
+        )
+    return dict(kernels=f"plain PyTorch: {why}" if why else "fused")
 
 # %% ../nbs/01_verify.ipynb #3ddd4aab
 def _places(df, world):
@@ -559,6 +577,7 @@ def run(
 ) -> Path:  # the artifact's folder
     "Local features of all v2 training images and the inlier counts of their pairs."
     rule = config_rule(cfg)
+    kernels = _kernels(cfg, rule)
     if cfg.n_shards < 1 or not -1 <= cfg.shard < cfg.n_shards:
         allowed = "−1 (all) to n_shards − 1"
         raise ParameterError(f"verify: shard is {cfg.shard} of {cfg.n_shards}; allowed: {allowed}")
@@ -566,6 +585,7 @@ def run(
     mine = shard_config(cfg, cfg.shard) if cfg.shard >= 0 else cfg
     with open_stage("verify", mine, inputs=[world, *_inputs(cfg)], code=__name__) as st:
         if not st.done:
+            st.metrics |= kernels
             _work(cfg, st, world, rule)
     return st.dir
 

@@ -18,13 +18,7 @@ from gld_bucket import N_TARS, NAMES, served
 from landmark import graph
 from landmark.parts.core import read_json
 from landmark.parts.data.handover import COMPETITIONS, check_submission, hand_in
-from landmark.parts.data.layout import (
-    benchmarks,
-    read_ids,
-    read_images,
-    read_retrieval_solution,
-    splits,
-)
+from landmark.parts.data.layout import benchmarks, read_ids, read_images, read_retrieval_solution, splits
 from landmark.parts.data.submission import read_recognition, read_retrieval
 from landmark.parts.data.worlds import make_world
 from landmark.parts.images.reading import image_size

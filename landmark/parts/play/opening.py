@@ -20,8 +20,8 @@ from ..artifacts import artifact
 from ..core import ParameterError, project_root, read_json, runs_dir, sha256_of
 from landmark.parts.data.layout import (
     OFFICIAL,
-    clean_list,
     benchmarks,
+    clean_list,
     image_paths,
     landmark_names,
     read_boxes,
