@@ -284,9 +284,9 @@ def bytes_held(
     sizes: Sizes,  # of splits
 ) -> float:  # bytes
     "What a step holds in memory, as far as it grows with the data."
-    c, reads = step.cfg, reads_of(step)[0]
+    c = step.cfg
     if step.stage == "train" and c.in_memory:
-        return sum(sizes.of(c.world, s) for s in reads) * _pixels(c.sizes, 1.25)
+        return sum(sizes.of(c.world, s) for s in reads_of(step)[0]) * _pixels(c.sizes, 1.25)
     if step.stage == "extract" and c.in_memory and not c.n_loaders:
         largest = max((sizes.of(c.world, s) for s in _splits_of(step)), default=0)
         return min(c.shard_size, largest) * _pixels(c.sizes)
