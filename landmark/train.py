@@ -438,7 +438,7 @@ def _upstream(cfg, names, world):
 def _check_apart(cfg, names, world):
     "Refuse training sets that hold what the model will be asked about."
     for name in dict.fromkeys(split_name(name)[1].removeprefix("v1+") for name in names):
-        clean = artifact(cfg, cfg.clean) / "train_clean.csv" if name == "v2-clean" else None
+        clean = clean_list(cfg, world) if name == "v2-clean" else None
         ids = read_train_set(world, name, clean).image_id.to_numpy(str)
         split = f"{name.removesuffix('-clean')}_train"
         refuse_shared(shared_ids(world, {split: ids}), world, f"train, {name}")

@@ -6,7 +6,6 @@
 __all__ = ['find_world', 'world_folder', 'make_world', 'world_of']
 
 # %% ../../../nbs/parts/data/worlds.ipynb #c6ea390e
-import os
 from pathlib import Path
 
 from ..artifacts import artifact
@@ -39,8 +38,7 @@ def world_folder(
     if not isinstance(world, str) or world.startswith("@") or world in ("", "default", *WORLDS):
         return None
     if world in ("gld", "data/gld"):
-        home = Path(os.environ.get("LANDMARK_DATA") or project_root() / "data")
-        return (home.expanduser() / "gld").resolve()
+        return gld_home().resolve()
     return (project_root() / world).resolve()
 
 # %% ../../../nbs/parts/data/worlds.ipynb #e4ea9b1c
