@@ -142,8 +142,9 @@ def _there(wish) -> dict:  # split → ids, None for all
 
 
 def _sweep(wish):
-    "Throw away what a kill left behind: halves of images, and archives that are unpacked and noted."
-    for half in wish.work.glob("**/*.unpacking"):
+    "Throw away what a kill left behind: halves of files, and archives that are unpacked and noted."
+    halves = [*wish.work.glob("**/*.unpacking"), *wish.work.glob("**/.*.tmp")]
+    for half in [*halves, *(t for d in ("", "v1/", "v2/published/") for t in wish.world.glob(f"{d}.*.tmp"))]:
         half.unlink()
     for tar in wish.work.glob("tars/*/images_*.tar"):
         if (wish.work / "notes" / tar.parent.name / f"{tar.stem}.json").exists():
