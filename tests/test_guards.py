@@ -1,4 +1,4 @@
-"""What would flatter a result is refused or said: queries that are not cropped, images and landmarks seen before."""
+"""What would flatter a result is refused or said: un-cropped queries, images and landmarks seen before."""
 
 import json
 import pickle
@@ -85,7 +85,9 @@ def test_a_query_without_a_box_is_refused_by_name_before_any_work(world, box, sa
     with pytest.raises(ParameterError, match=f"bench: {says}"):
         find_bench(home)
     problems = data.check_world(world, n_workers=1)  # 00 lists it: whole queries may be wanted
-    assert problems[problems.split == "roxford5k_query"].problem.str.contains("crop_queries: false").sum() == 1
+    assert (
+        problems[problems.split == "roxford5k_query"].problem.str.contains("crop_queries: false").sum() == 1
+    )
 
 
 def test_a_box_is_four_finite_numbers(world):
