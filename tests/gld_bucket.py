@@ -1,7 +1,7 @@
-"""A drawn world, served as the hosts of the real data serve theirs: the bucket, two benchmarks, a list of addresses.
+"""A drawn world, served as the hosts of the real data serve theirs: a bucket, two benchmarks, addresses.
 
-Images lie in tars at `a/b/c/<id>.jpg`, each tar with its md5 beside it; tables have the bucket's names. The drawn
-benchmarks are handed out under the names of the real ones, their images in `.tgz` with the folders that those have.
+Images lie in tars at `a/b/c/<id>.jpg`, each tar with its md5 beside it; tables have the bucket's names.
+The drawn benchmarks are handed out under the names of the real ones, in `.tgz` with the folders of those.
 Version 1 is a list of addresses, and what they lead to is larger than a data set keeps.
 """
 
@@ -123,11 +123,10 @@ class _Files(http.server.BaseHTTPRequestHandler):
         name = self.path.lstrip("/")
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.asked.append(name)
-        if name not in self.files:
-            return self.send_error(404)
-        data = self.files[name]
-        if start and start >= len(data):
-            return self.send_error(416)
+        data = self.files.get(name)
+        if data is None or (start and start >= len(data)):
+            self.send_error(404 if data is None else 416)
+            return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         if start:

@@ -169,7 +169,7 @@ class Shop:
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w") as t:
             for i in ids:
-                info, picture = tarfile.TarInfo(place.format(i)), photo(int(i[1], 16))
+                info, picture = tarfile.TarInfo(place.format(i)), photo(int(i[:8], 16))
                 info.size = len(picture)
                 t.addfile(info, io.BytesIO(picture))
         self.files[f"{split}/images_{n:03d}.tar"] = out.getvalue()

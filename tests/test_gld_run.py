@@ -1,7 +1,7 @@
-"""The profile gld from an empty folder to two files to hand in: every step of it, on a small world that is served here.
+"""The profile gld, from an empty folder to two files to hand in: every step of it, on a small served world.
 
-The parameter files are those of `params/gld`, read and planned by the graph. What is changed in them stands in
-`CHANGED` and `ALWAYS`, and nothing else: the machine and sizes; and stage 00 hears where the data is served.
+The parameter files are those of `params/gld`, read and planned by the graph. What is changed in them stands
+in `CHANGED` and `ALWAYS`, and nothing else: the machine and sizes; and stage 00 hears where data is served.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import gzip
 import importlib
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,17 +31,15 @@ CHANGED = dict(  # stage → parameter → value, wherever a file of params/gld 
         pretrained=False,  # nothing of the hub
         weights="",  # nor of FishNet's authors
         backbone="test_convnext",  # a quarter of a million parameters, in four stages as FishNet has
-        sizes="64",
-        scale_up="96",
+        sizes="128",
+        scale_up="160",
         epochs=2,
         stop_after=1,
         batch_size=4,
         precision="fp32",
         n_loaders=0,
     ),
-    extract=dict(
-        sizes="64", bench_side=64, min_side=32, multiple=16, batch_size=4, precision="fp32", n_loaders=0
-    ),
+    extract=dict(sizes="128", bench_side=128, min_side=64, batch_size=4, precision="fp32", n_loaders=0),
     clean=dict(min_inliers=5),  # DELF on such a network, of photos of 224 pixels
 )
 ALWAYS = dict(device="cpu", devices=1, n_workers=1, n_negatives=2)  # wherever a stage has it
@@ -88,7 +87,7 @@ def test_the_world_is_what_was_served(run):
         for image in read_images(drawn, f"v2_{split}" if split == "train" else split).itertuples():
             i = image.image_id
             copy = world / v / split / i[0] / i[1] / i[2] / f"{i}.jpg"
-            assert copy.read_bytes() == open(image.path, "rb").read()
+            assert copy.read_bytes() == Path(image.path).read_bytes()
     kept = read_images(world, "v1_train")
     assert len(kept) == len(read_images(drawn, "v1_train"))
     assert all(min(image_size(p)) >= 256 and max(image_size(p)) <= 800 for p in kept.path)

@@ -1,4 +1,4 @@
-"""What would flatter a result is refused or said: queries that are not cropped, images and landmarks seen before."""
+"""What would flatter a result is refused or said: un-cropped queries, images and landmarks seen before."""
 
 import json
 import pickle
