@@ -5,6 +5,7 @@
 # make runs   what lies in runs/        make report                        refresh reports/ from the runs, README.md, RESULTS.md
 # make check  export, layout, outputs, README: under a minute              make fix   what `make check` can mend by itself
 # make bench [ONLY=family]              make readme                        README.md and RESULTS.md from nbs/ and reports/
+# make environment FAISS=cpu   installs faiss-cpu in the place of faiss-gpu (CONTRIBUTING.md)
 # make test-slurm   a small Slurm on this machine, the whole graph through it
 # PROFILE=mini|midi|gld   SEEDS="1 2 3"   BEGIN=v1|official|imagenet, what gld begins with
 # VENV=folder shares one environment (about 8 GB) between clones
@@ -22,6 +23,7 @@ GIVEN   := $(if $(BEGIN),begin=$(BEGIN))
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 # folders may have spaces in their names: every recipe quotes them, and no target carries one
 BIN     := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
+FAISS   ?= $(shell ls -d "$(BIN)"/../lib/python3*/site-packages/faiss_cpu-* >/dev/null 2>&1 && echo cpu || echo gpu)
 NEEDS   := $(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
 MADE    := $(BIN)/../.landmark-$(NEEDS)
 export PATH := $(BIN):$(PATH)
@@ -36,9 +38,11 @@ setup:
 
 environment:
 	@test -n "$(PYTHON)" || { echo "landmark needs Python 3.11 or newer with venv (on Debian: apt install python3-venv)"; exit 1; }
+	@test "$(FAISS)" = gpu || test "$(FAISS)" = cpu || { echo "FAISS is '$(FAISS)'; allowed are gpu and cpu"; exit 2; }
 	@test -x "$(BIN)/python" || { echo "making a virtual environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv "$(VENV)"; }
 	@echo "installing the pinned packages into $(VENV): about 8 GB, a few minutes, once"
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@"$(BIN)/python" -m pip uninstall --quiet --yes faiss-$(if $(filter cpu,$(FAISS)),gpu,cpu) 2>/dev/null   # one module, two packages
+	FAISS=$(FAISS) "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@rm -f "$(BIN)"/../.landmark-*; touch "$(MADE)"
 
 demo: setup

@@ -1,5 +1,7 @@
 "Everything stands in settings.ini; this file only hands it to setuptools."
 
+import os
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,6 +16,18 @@ def lines(key):
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
 
 
+def requirements():
+    """What settings.ini asks for. Two packages bring the module faiss, and a machine gets one of them:
+    with FAISS=cpu the one without CUDA, with FAISS=gpu or no word the one that settings.ini names for it."""
+    faiss, wanted = os.environ.get("FAISS", "gpu"), lines("requirements")
+    if faiss not in ("gpu", "cpu"):
+        sys.exit(f"FAISS is {faiss!r}; allowed are gpu and cpu")
+    if faiss == "gpu":
+        return wanted
+    wanted = [line for line in wanted if not line.startswith("faiss-gpu")]
+    return [line.partition(";")[0] if line.startswith("faiss-cpu") else line for line in wanted]
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -23,7 +37,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["landmark", "landmark.*"]),
     package_data={"landmark": ["py.typed", "templates/*", "templates/*/*"]},
-    install_requires=lines("requirements"),
+    install_requires=requirements(),
     extras_require={"dev": lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["landmark=landmark._modidx:d"]},
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8")

@@ -200,7 +200,9 @@ def _verify(step, sizes):
     if cfg.kind == "delf" and not cfg.delf and "v1_train" in sizes:
         network, photos = _delf_network(step), sizes["v1_train"].n * cfg.delf_epochs
         amount = photos * 224**2 * footprint(network, stride=16).flops / 1e12
-        needs.work.append(Work("attention of DELF", "extract", amount, network, photos=photos, loaders=4))
+        needs.work.append(
+            Work("attention of DELF", "extract", amount, network, photos=photos, loaders=cfg.n_workers or 8)
+        )
     needs.work.append(_local(step, n))
     dim = 512 if cfg.descriptors else 0
     if dim:

@@ -69,7 +69,7 @@ def test_a_step_with_more_gpus_holds_more_and_takes_less(gld):
 
 def _alone(step, devices):
     "A step with what it reads, on so many GPUs."
-    return [*step.upstream, replace(step, cfg=replace(step.cfg, devices=devices))]
+    return [*step.upstream, replace(step, cfg=replace(step.cfg, devices=devices, n_shards=1))]
 
 
 def test_tables_of_a_world_replace_published_sizes(gld, estimated):

@@ -1,6 +1,9 @@
 "settings.ini, environment.yml and constraints.txt name the same packages."
 
+import os
 import re
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -61,8 +64,6 @@ def test_versions_agree(name):
         assert str(req.specifier) == str(Requirement(f"x{conda()[name]}").specifier), (
             f"{name} differs between settings.ini and environment.yml"
         )
-    if name == "faiss-cpu":
-        return  # a machine without a CUDA build; pinned nowhere, allowed by settings.ini
     assert name in pins(), f"{name} is not pinned in constraints.txt"
     assert req.specifier.contains(pins()[name]), (
         f"constraints.txt pins {name} {pins()[name]}, settings.ini asks for {req.specifier}"
@@ -74,8 +75,6 @@ def test_installed_versions_are_the_pinned_ones():
 
     wrong = {}
     for name in settings():
-        if name == "faiss-cpu":
-            continue
         try:
             have = version(name)
         except PackageNotFoundError:
@@ -93,3 +92,51 @@ def test_markers_give_plain_packages_where_there_is_no_cuda_build():
         ({"platform_system": "Linux", "platform_machine": "aarch64"}, False),
     ):
         assert gpu.evaluate(env) == wants_gpu and cpu.evaluate(env) != wants_gpu
+
+
+def installs(faiss, folder):
+    "What pip would be told to install, read from the package's metadata; and what was said."
+    env = {k: v for k, v in os.environ.items() if k != "FAISS"} | ({"FAISS": faiss} if faiss else {})
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        return None, done.stderr
+    text = (folder / "landmark.egg-info" / "requires.txt").read_text()
+    words, marker = {}, ""
+    for line in filter(None, text.splitlines()):
+        marker = line[1:-1].partition(":")[2] if line.startswith("[") else marker
+        if line.startswith("[dev"):
+            break
+        if not line.startswith("["):
+            words[canonicalize_name(Requirement(line).name)] = marker
+    return words, done.stderr
+
+
+def test_faiss_for_cpus_can_be_chosen(tmp_path):
+    "One of the two packages, on any machine; the rest stays."
+    (usual, _), (cpu, _) = (installs(faiss, tmp_path) for faiss in ("", "cpu"))
+    assert usual["faiss-gpu"] and usual["faiss-cpu"], "each for its own machines"
+    assert "faiss-gpu" not in cpu and cpu["faiss-cpu"] == ""
+    assert set(usual) - set(cpu) == {"faiss-gpu"} and set(cpu) <= set(usual)
+    none, said = installs("tpu", tmp_path)
+    assert none is None and said.strip() == "FAISS is 'tpu'; allowed are gpu and cpu"
+
+
+def test_only_one_faiss_is_installed():
+    from importlib.metadata import distributions
+
+    there = {canonicalize_name(d.metadata["Name"]) for d in distributions() if d.metadata["Name"]}
+    both = there & {"faiss-gpu", "faiss-cpu"}
+    assert len(both) < 2, "faiss-gpu and faiss-cpu bring the same module; uninstall both, install one"
+
+
+def test_the_driver_that_is_named_is_the_one_that_torch_needs():
+    "A torch of another CUDA needs another driver, and then CONTRIBUTING.md has to say so."
+    import torch
+
+    if not torch.version.cuda:
+        pytest.skip("this torch has no CUDA")
+    least = {"12": "525.60.13", "13": "580"}[torch.version.cuda.partition(".")[0]]  # NVIDIA's table
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"torch is a CUDA {torch.version.cuda.partition('.')[0]} build" in text
+    assert f"**driver {least} or newer**" in text
