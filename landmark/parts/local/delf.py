@@ -316,7 +316,7 @@ class Squares(Dataset):
         images, at, bad = collate(items)
         return images.contiguous(memory_format=torch.channels_last), at, bad
 
-
+# %% ../../../nbs/parts/local/delf.ipynb #3567e67e
 def photo_batches(
     paths: list,  # image files
     class_ids: np.ndarray,  # their classes

@@ -186,9 +186,6 @@ def n_batches(self: Trainer) -> int:  # batches of all epochs
     return sum(steps[s] for s in epochs)
 
 # %% ../../../nbs/parts/training/engine.ipynb #90b4326c
-LEAST_SHARE = 16  # photos that a batch norm should see
-
-
 def _blank(self, sizes, w, h):
     self.photos.use_sizes(sizes)
     try:
@@ -227,6 +224,9 @@ def check_shares(self: Trainer):
             f"`batch_size` {batch_size} leaves fewer than 2 landmarks of 4 photos to each of {n} processes,"
             f" and the triplet loss looks for negatives there; {8 * n} is the least."
         )
+
+# %% ../../../nbs/parts/training/engine.ipynb #cd4ed99a
+LEAST_SHARE = 16  # photos that a batch norm should see
 
 
 @patch
