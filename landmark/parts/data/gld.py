@@ -85,7 +85,7 @@ def _get_bench(wish, name, keep, how):
     for archive in [] if keep else archives:
         archive.unlink()
 
-
+# %% ../../../nbs/parts/data/gld.ipynb #spgld201
 def _check_pin(wish, name, path):
     "An archive without a recorded sum has the pinned one, where there is one."
     pinned = wish.pins.get(name)
@@ -140,7 +140,7 @@ def _there(wish) -> dict:  # split → ids, None for all
             have[split] = ids if have[split] is None else ids & have[split]
     return have
 
-
+# %% ../../../nbs/parts/data/gld.ipynb #spgld001
 def _sweep(wish):
     "Throw away what a kill left behind: halves of files, and archives that are unpacked and noted."
     halves = [*wish.work.glob("**/*.unpacking"), *wish.work.glob("**/.*.tmp")]
@@ -182,7 +182,7 @@ def _fetch(wish, n_threads, keep, how) -> list:  # (file, why, what to do)
         missing += fetch_v1(wish.world, wish.v1_urls, 4 * n_threads, **how)
     return missing
 
-
+# %% ../../../nbs/parts/data/gld.ipynb #spgld101
 def fetch_gld(
     world: Path,  # folder of the world, such as data/gld
     *,

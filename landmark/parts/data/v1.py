@@ -130,7 +130,7 @@ class _List:
         if table and self.have:
             write_csv(self.df[self.df.id.isin(self.have)], self.home / "train.csv")
 
-
+# %% ../../../nbs/parts/data/v1.ipynb #spv1001
 def fetch_v1(
     world: Path,  # folder of the world
     urls: Path,  # id, url, landmark_id
