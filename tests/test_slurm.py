@@ -138,4 +138,4 @@ def test_the_tables_are_those_of_one_machine(on_slurm, on_one_machine):
             a, b = (np.load(d / file.relative_to(here)) for d in (here, there))
             both = [(a, b)] if file.suffix == ".npy" else [(a[k], b[k]) for k in a.files]
             assert all(np.array_equal(x, y) for x, y in both), f"{stage}/{file}"
-    assert n > 60
+    assert n >= 19, "a table of every step, at least"
