@@ -139,6 +139,7 @@ def test_every_method_ranks_once_and_the_hungry_ones_apart():
     assert {k: small[k] for k in large} == large and not {*small} - {*large} - {
         "clean",
         "insert_thresh",
+        "queries",
         "submit",
     }, "the same descriptors"
     assert {f"@rerank/{n}" for n in ("ensemble", "ensemble_memory")} == {*FILES["tables", "main"]["rerank"]}
