@@ -49,7 +49,11 @@ class Needs:
 
 _LOADER = 0.6e9  # bytes of a process that loads photos
 _PHOTO = 119e3  # bytes of an image file: 595 GB of tars in 5.0 million
+_DECODED = 3 * 1.25**2  # bytes of a photo that is kept in memory, for each pixel of the input
 _MIB = 2**20
+_BESIDE = dict(  # methods of re-ranking → bytes for each image of the index, extrapolated from 20,000
+    dba=lambda cfg, d: 4.7 * d, diffusion=lambda cfg, d: 46 * cfg.truncation, k_reciprocal=lambda cfg, d: 22_300
+)
 
 # %% ../nbs/cost.ipynb #3b43d843
 def _n_images(sizes):
@@ -138,6 +142,8 @@ def _train(step, sizes):
         half = 4 if cfg.precision == "fp32" else 2
         largest = max(map(_pixels, [*_listed(cfg.sizes), *([cfg.scale_up] if cfg.scale_up else [])]))
         needs.gpu = max(needs.gpu, held + half * foot.kept * largest * cfg.batch_size / max(1, cfg.devices))
+        photos = _DECODED * train.n * largest * cfg.in_memory
+        needs.memory = max(needs.memory, 3e9 + photos)
     needs.memory += _LOADER * cfg.n_loaders * max(1, cfg.devices)
     return needs
 
@@ -214,7 +220,8 @@ def _verify(step, sizes):
     d = 40 if cfg.kind == "delf" else 128
     needs.disk = n * cfg.max_keypoints * (d + 6) + pairs * 12
     needs.work.append(Work("read local features", "disk", n * cfg.max_keypoints * (d + 6) / 1e9, on="once"))
-    needs.memory += 2 * cfg.memory_mib * _MIB + 16 * pairs + 2 * dim * n
+    held = 2 if on == "cpu" else bool(dim)  # pairs on a GPU are held there; partners are collected here
+    needs.memory += held * cfg.memory_mib * _MIB + 16 * pairs + 2 * dim * n
     needs.gpu = 2 * cfg.memory_mib * _MIB
     return needs
 
@@ -265,7 +272,9 @@ def _rerank(step, sizes):
         for m in asked:
             needs.work.append(Work(m.title, f"rank {m.title}", n["everything"], on="once"))
     longest = max((n[a] * k for (a, _), k in lists.items()), default=0)
-    needs.memory += 2 * cfg.memory_mib * _MIB + 40 * longest
+    parts, d = {part for m in asked for part in m.name.split("+")}, sum(m.dim for m in _described(step))
+    beside = max((held(cfg, d) for part, held in _BESIDE.items() if part in parts), default=0)
+    needs.memory += 2 * cfg.memory_mib * _MIB + max(40 * longest, n["index"] * beside)
     needs.gpu = cfg.memory_mib * _MIB
     return needs
 
@@ -300,7 +309,11 @@ def needs_of_step(
     known, world = {} if known is None else known, step.cfg.world
     if step.stage != "tables" and (world, step.seed) not in known:
         known[world, step.seed] = sizes_of(world, step.seed)
-    needs = _STAGES[step.stage](step, known.get((world, step.seed), {}))
+    try:
+        needs = _STAGES[step.stage](step, known.get((world, step.seed), {}))
+    except KeyError as e:
+        has = f"reads {e.args[0]}, and the world {world!r} has none"
+        raise ParameterError(f"cost: {step.stage}/{step.name} {has}") from None
     needs.work.append(Work("start and report", "start", 1, on="once"))
     return needs
 

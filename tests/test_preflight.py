@@ -172,13 +172,26 @@ def test_more_gpus_than_there_are(world):
 
 def test_disk_and_memory_are_asked_for_the_published_sizes(world, monkeypatch):
     shutil.rmtree(world)
-    monkeypatch.setattr(preflight, "machine_memory", lambda: 30 * 10**9)
-    monkeypatch.setattr(preflight, "free_disk", lambda folder: 600 * 10**9)
+    monkeypatch.setattr(preflight, "machine_memory", lambda: 52 * 10**9)
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: 100 * 10**9)
     found = preflight.look_ahead(graph.plan("gld", given=dict(begin="imagenet")))
     (disk,) = found[found.missing.str.startswith("room on the disk")].itertuples()
-    assert "600 GB are free" in disk.missing and disk.step.split("/")[0] in ("extract", "recognize", "verify")
+    assert "100 GB are free" in disk.missing and disk.step == "verify/main"  # its local features
     (memory,) = found[found.missing.str.contains("of memory")].itertuples()
-    assert memory.step == "rerank/ensemble_memory" and memory.missing.startswith("35 GB of memory")
+    assert memory.step == "rerank/ensemble_memory" and "this machine has 52 GB" in memory.missing
+
+
+def test_of_a_part_nobody_knows_how_large_it_will_be(world, monkeypatch):
+    "Two tars are not the whole: nothing is refused for the size of all."
+    shutil.rmtree(world)
+    monkeypatch.setattr(preflight, "machine_memory", lambda: 10**10)
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: 10**9)
+    plan = graph.plan("gld", given=dict(begin="official"))
+    plan[0].cfg = replace(plan[0].cfg, n_tars=2)
+    found = preflight.look_ahead(plan)
+    assert not found.missing.str.contains("room on the disk|of memory").any()
+    plan[0].cfg = replace(plan[0].cfg, n_tars=0)
+    assert preflight.look_ahead(plan).missing.str.contains("room on the disk").any()
 
 
 def test_an_empty_folder_lists_all_at_once(world, tmp_path, monkeypatch):
