@@ -278,7 +278,7 @@ def _rerank(step, sizes):
     needs.gpu = cfg.memory_mib * _MIB
     return needs
 
-
+# %% ../nbs/cost.ipynb #546ae6f3
 def _recognize(step, sizes):
     cfg, needs = step.cfg, Needs()
     n, voters = sizes["test"].n, sizes["v2_clean" if cfg.clean else "v2_train"].n

@@ -363,7 +363,7 @@ def _make(cfg: Config, world: Path, knobs: Knobs | None, album: dict | None):
         counts = read_json(world / "album.json")["counts"]
         write_csv(pd.DataFrame(counts.items(), columns=["photos", "count"]), world.parent / "counts.csv")
 
-
+# %% ../nbs/00_data.ipynb #750c54a9
 def _check_guards(cfg: Config, knobs: Knobs | None, album: dict | None):
     "Refuse what would only be noticed when everything is fetched."
     _check_numbers(cfg)
@@ -393,7 +393,7 @@ def _overlap_file(cfg: Config) -> Path | None:
     "The list of overlapping landmarks, if there is one."
     return project_root() / Path(cfg.overlap).expanduser() if cfg.overlap else None
 
-
+# %% ../nbs/00_data.ipynb #e3ce1993
 def run(
     cfg: Config,
 ) -> (

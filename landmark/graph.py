@@ -302,7 +302,7 @@ class _Planner:
         data = {name: params for (stage, name), params in self.files.items() if stage == "data"}
         return [name for name, params in data.items() if world_folder(params.get("world")) == folder]
 
-
+# %% ../nbs/graph.ipynb #1dee6752
 def _depth(step) -> int:
     return 1 + max(map(_depth, step.upstream), default=0)
 
@@ -487,7 +487,7 @@ def _print_tables(steps: list):
             print((s.dir / "tables.md").read_text(encoding="utf-8"))
     print("executed notebooks:", *sorted({str(s.notebook.parent) for s in steps}))
 
-
+# %% ../nbs/graph.ipynb #c90e23e7
 def read_words(
     words: list,  # of a command line: PROFILE [NAME=VALUE …] [SEED …]
 ) -> tuple:  # profile, seeds, what is given

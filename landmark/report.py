@@ -156,7 +156,7 @@ def report(
     home.chmod(0o755)
     return home
 
-
+# %% ../nbs/report.ipynb #ae10e726
 def _pictures_apart(page: Path):
     "Pictures that an output carries become files beside its page."
     text = page.read_text(encoding="utf-8")

@@ -132,7 +132,7 @@ def table_losses(
     t = in_order(pivot(df, "loss", columns_of(df)), "loss", LOSSES)
     return beside(t, paper("losses"), "loss", _PAPER).fillna("–")
 
-
+# %% ../nbs/07_tables.ipynb #c4f16640
 def beginnings(
     trained: pd.DataFrame,  # configs of 03_train, stacked
     data: pd.DataFrame,  # metrics of 00_data, stacked
@@ -597,7 +597,7 @@ def _made_up_cleaners(home, seed):
         write_json(d / "manifest.json", said | dict(metrics=metrics | dict(seconds_before=dict(extract=2.0))))
     return [str(d) for d in dirs]
 
-
+# %% ../nbs/07_tables.ipynb #cd0379f7
 def _recognized(rng):
     "The tables of a made-up 06_recognize."
     steps = (*RECOGNITION, "soft vote, similarity")

@@ -88,7 +88,7 @@ _UNITS = dict(train="TFLOP", extract="TFLOP", delf="TFLOP", search="TFLOP", pair
 def _grouped(network) -> bool:
     return bool(network) and footprint(network).grouped
 
-
+# %% ../../../nbs/parts/bench/rates.ipynb #d7947e6c
 class Rates:
     "The rates of a GPU of some name, and of a core."
 

@@ -96,7 +96,7 @@ def _blocks(answer, timeout, stop):
                 raise OSError(f"only {got:,} bytes came in {took:.0f} seconds")
             began, got = time.monotonic(), 0
 
-
+# %% ../../../nbs/parts/data/download.ipynb #8ae2e77e
 def _append(answer, part, start, timeout, stop):
     "Write an answer behind the first `start` bytes of a part; its length must be the announced one."
     blocks, head = _blocks(answer, timeout, stop), b""
@@ -172,7 +172,7 @@ def _pause(url, e, n, tries, pause) -> float:
     log(f"{url}: {_why(e)}; trying again")
     return seconds or min(60.0, pause * 2 ** max(0, n - 1))
 
-
+# %% ../../../nbs/parts/data/download.ipynb #effcb8ab
 def _length(part) -> int:
     "Bytes of a part, none if there is none."
     return part.stat().st_size if part.exists() else 0

@@ -155,7 +155,7 @@ def adopt_tables(wish: Wish):
         for name in names:
             link_or_copy(home / name, wish.published / name)
 
-
+# %% ../../../nbs/parts/data/wish.ipynb #cf1fe919
 def missing_tars(
     wish: Wish,
     only: dict,  # split → ids of the wanted images; all of a split that is not named
