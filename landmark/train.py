@@ -51,7 +51,7 @@ def _own():
     "Parameters that the registered losses bring."
     return own_parameters([one.make for one in LOSSES.values()], given=SHARED)
 
-
+# %% ../nbs/03_train.ipynb #64d51daf
 @stage_config(options=_own)
 class Config:
     "How to train, and on what."

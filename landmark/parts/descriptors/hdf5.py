@@ -59,7 +59,7 @@ def held_dataset(
         raise StoreError(f"{path}: `{name}` claims {x.shape} of {x.dtype}, the file has {held:,} bytes")
     return x
 
-
+# %% ../../../nbs/parts/descriptors/hdf5.ipynb #e405c164
 def _ids(x, path):
     "The ids of a file, as text."
     try:

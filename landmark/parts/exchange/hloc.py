@@ -150,7 +150,7 @@ class _Descriptors:
             out.append(x)
         return np.stack(out)
 
-
+# %% ../../../nbs/parts/exchange/hloc.ipynb #cfd12f1f
 def _reading(path, read):
     "What a function makes of an opened file, or a sentence."
     import h5py
@@ -398,7 +398,7 @@ def put_out(
     write_matches(store, verified_pairs(folder, min_inliers), out / "matches.h5", names)
     return [out / f for f in ("local.h5", "matches.h5", "matches.txt")]
 
-
+# %% ../../../nbs/parts/exchange/hloc.ipynb #33f945b3
 def take_in(
     path: Path,  # a file of hloc
     folder: Path,  # for what it holds

@@ -519,7 +519,7 @@ def count_scene(
             n, model, mask = fit(a, b, m1, m2, rule)
     return 0
 
-
+# %% ../../../nbs/parts/local/carrier.ipynb #e889a457
 _LEAST = 8  # pairs below this count are left as they are: they verify nowhere
 
 

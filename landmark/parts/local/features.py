@@ -317,7 +317,7 @@ def _runs(names, start, end):
     n = end - start
     return np.repeat(names, n), np.arange(n.sum()) + np.repeat(start - (np.cumsum(n) - n), n)
 
-
+# %% ../../../nbs/parts/local/features.ipynb #7df8b3b3
 class LocalStore:
     "Local features on disk, by position; memory-mapped."
 

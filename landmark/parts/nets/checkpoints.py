@@ -178,7 +178,7 @@ def read_card(
         raise ParameterError(f"The card of {ref} does not say its {', '.join(absent)}: it is no model's.")
     return card
 
-
+# %% ../../../nbs/parts/nets/checkpoints.ipynb #b079beaf
 def load_model(
     ref,  # a folder, a file of weights, hf:owner/name, pretrained:name
     device="cpu",  # where it should be

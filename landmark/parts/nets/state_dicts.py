@@ -222,7 +222,7 @@ def _by_pycls(k):
     stage, block, layer, rest = found.groups()
     return f"layer{stage}.{int(block) - 1}.{_IN_PYCLS.get(layer, layer)}.{rest}"
 
-
+# %% ../../../nbs/parts/nets/state_dicts.ipynb #d14e20d6
 _FAMILIES = {  # who names so → entries that tell, and how a name becomes timm's
     "numbered layers": (("0.weight", "1.running_mean", "4.0.conv1.weight"), _by_number(_NUMBERED)),
     "numbered stages": (("0.conv1.weight", "1.0.conv1.weight"), _by_number(_NUMBERED_SE)),

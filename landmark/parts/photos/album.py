@@ -300,7 +300,7 @@ def _say(counts: dict):
             f"with fewer than {VERDICT} no difference between methods is a verdict"
         )
 
-
+# %% ../../../nbs/parts/photos/album.ipynb #fc299fe5
 def _write_tables(photos: pd.DataFrame, skipped: pd.DataFrame, noise: float, out: Path):
     "The layout, the truth if it is known, every photo with its place, and what is left out."
     write_layout(photos, out)

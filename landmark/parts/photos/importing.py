@@ -287,7 +287,7 @@ def _import_new(jobs: list, kept, work, n_workers: int) -> list:  # facts or rea
     made = iter(parallel_map(work, new, n_workers if len(new) > 24 else 1, "photos"))
     return [next(made) if f is None else f for f in facts]
 
-
+# %% ../../../nbs/parts/photos/importing.ipynb #8d23cc08
 def take_files(
     folder: Path,  # the folder that was scanned
     files: pd.DataFrame,  # its photos, as `scan_folder` lists them

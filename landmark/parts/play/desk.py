@@ -159,7 +159,7 @@ def slider(
     more = {} if knob.kind is int else dict(readout_format=".3g")
     return kind(value=value, min=low, max=high, step=knob.step, **same, **more)
 
-
+# %% ../../../nbs/parts/play/desk.ipynb #a7e567ff
 class Tunes:
     "The controls above the list."
 
@@ -429,7 +429,7 @@ class Desk:
             with contextlib.suppress(Exception):  # whoever clicks on it is told
                 self.play.local(key)
 
-
+# %% ../../../nbs/parts/play/desk.ipynb #bee77050
 _LEGEND = (
     f' (<span style="color:{COLOURS["right"]}">easy</span>, <span style="color:{COLOURS["few"]}">hard</span>,'
     f' <span style="color:{COLOURS["junk"]}">junk</span>)'

@@ -52,7 +52,7 @@ class Sets:
     labels: np.ndarray = None  # landmark_id of every training image [t]
     own: np.ndarray = None  # position of every training image in the index, where they are one collection [t]
 
-
+# %% ../../../nbs/parts/play/ground.ipynb #d1c19397
 @dataclass
 class Source:
     "Everything one can play with."

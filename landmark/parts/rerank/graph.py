@@ -190,7 +190,7 @@ def _padded(off, device):
     cols[slots], vals[slots] = table.indices, table.data
     return torch.from_numpy(cols).to(device), torch.from_numpy(vals).to(device)
 
-
+# %% ../../../nbs/parts/rerank/graph.ipynb #3b1ac765
 def _restricted(ids, cols, vals):
     "1 + matrix restricted to each row of images: [b, t, t] from [b, t]."
     import torch

@@ -91,7 +91,7 @@ class _Way:
         self.seen.whole = True
         return found
 
-
+# %% ../../../nbs/parts/search/knn.ipynb #1a8c1477
 def _checked(queries, base, k, method):
     "Refuse what cannot be searched."
     if method not in _METHODS:
