@@ -52,7 +52,9 @@ _PHOTO = 119e3  # bytes of an image file: 595 GB of tars in 5.0 million
 _DECODED = 3 * 1.25**2  # bytes of a photo that is kept in memory, for each pixel of the input
 _MIB = 2**20
 _BESIDE = dict(  # methods of re-ranking → bytes for each image of the index, extrapolated from 20,000
-    dba=lambda cfg, d: 4.7 * d, diffusion=lambda cfg, d: 46 * cfg.truncation, k_reciprocal=lambda cfg, d: 22_300
+    dba=lambda cfg, d: 4.7 * d,
+    diffusion=lambda cfg, d: 46 * cfg.truncation,
+    k_reciprocal=lambda cfg, d: 22_300,
 )
 
 # %% ../nbs/cost.ipynb #3b43d843
