@@ -14,6 +14,7 @@ import numpy as np
 from ..core import ParameterError
 from .layout import read_ids, splits
 from .tables import read_table
+from .wish import IMAGES
 from .worlds import find_world
 
 # %% ../../../nbs/parts/data/sizes.ipynb #234206b7
@@ -29,10 +30,10 @@ class Split:
 
 PUBLISHED = dict(
     v1_train=Split(1_225_029, 14_951),
-    v2_train=Split(4_132_914, 203_094),
+    v2_train=Split(IMAGES["train"], 203_094),
     v2_clean=Split(1_580_470, 81_313),
-    index=Split(761_757),
-    test=Split(117_577),
+    index=Split(IMAGES["index"]),
+    test=Split(IMAGES["test"]),
     queries=Split(1_129),  # of test, those that are scored
     roxford5k_query=Split(70),
     roxford5k_index=Split(4_993),

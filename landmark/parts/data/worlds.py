@@ -14,6 +14,11 @@ from .wish import gld_home
 from ..minigld.world import VERSION, WORLDS, draw_world
 
 # %% ../../../nbs/parts/data/worlds.ipynb #c9335e6c
+def _named(name: str) -> Path:
+    "The folder that a name stands for; from the project's root on, if it is no whole path."
+    return gld_home() if name in ("gld", "data/gld") else project_root() / name
+
+
 def find_world(
     world: str = "default",  # default, a drawn world (tiny, mini, midi), gld, or a folder
     seed: int = 1,  # seed of a drawn world
@@ -22,10 +27,10 @@ def find_world(
     name = default_world() if world == "default" else world
     if name in WORLDS:
         return runs_dir() / "worlds" / f"{name}-seed{seed}-{VERSION}"
-    gld = name in ("gld", "data/gld")
-    path = gld_home() if gld else Path(name) if Path(name).is_absolute() else project_root() / name
+    path = _named(name)
     if not path.is_dir():
-        fetched = f"; {path} comes to be by stage 00 with world: gld, or by landmark_fetch" if gld else ""
+        how = f"; {path} comes to be by stage 00 with world: gld, or by landmark_fetch"
+        fetched = how if path == gld_home() else ""
         neither = f"neither a drawn world ({', '.join(WORLDS)}) nor a folder"
         raise ParameterError(f"world is {world!r}: {neither}{fetched}")
     return path
@@ -37,9 +42,7 @@ def world_folder(
     "The folder that a world is."
     if not isinstance(world, str) or world.startswith("@") or world in ("", "default", *WORLDS):
         return None
-    if world in ("gld", "data/gld"):
-        return gld_home().resolve()
-    return (project_root() / world).resolve()
+    return _named(world).resolve()
 
 # %% ../../../nbs/parts/data/worlds.ipynb #e4ea9b1c
 def make_world(
