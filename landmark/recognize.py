@@ -15,7 +15,7 @@ import pandas as pd
 
 from .parts.artifacts import artifact, digest_of, open_stage
 from .parts.config import stage_config, stage_main
-from .parts.core import ParameterError, is_tiny, log, pick_device, read_json, write_csv
+from .parts.core import ParameterError, is_tiny, log, read_json, write_csv
 from landmark.parts.data.layout import (
     clean_list,
     landmark_names,
@@ -43,6 +43,7 @@ from landmark.parts.rerank.confidence import (
 )
 from .parts.rerank.voting import choose_limit, distractor_rule, minus_non_landmarks, recognise
 from .parts.search.knn import search
+from .parts.search.knn_torch import devices_of
 
 # %% ../nbs/06_recognize.ipynb #91e633e5
 @stage_config
@@ -73,7 +74,7 @@ class Config:
     max_dist: float | None = None  # largest distance of a match; None: as `verified` has it, or the kind
     ratio: float | None = None  # ratio test, 0 for none; None: likewise
     residual: float | None = None  # largest residual, share of the partner's longest side; None: likewise
-    device: str = "auto"  # where to search: auto, cpu, cuda
+    device: str = "auto"  # where to search: auto, all, cpu, cuda, cuda:N
     memory_mib: int = 1024  # memory of a search beside its data
     n_workers: int = 0  # processes and threads, 0 is one per core
 
@@ -185,7 +186,7 @@ def describer(
     "What makes local features: a kind that needs no training, or the DELF of cleaning."
     how = dict(max_keypoints=cfg.max_keypoints, max_side=cfg.max_side, min_side=cfg.min_side)
     if not delf:
-        where = str(pick_device(cfg.device))
+        where = str(devices_of(cfg.device)[0])
         return lambda paths, ids, out_dir: open_local(
             extract_many(paths, ids, out_dir, cfg.kind, **how, n_workers=cfg.n_workers, device=where)
         )
@@ -193,7 +194,7 @@ def describer(
 
     made = load_delf(delf / "delf")
     return lambda paths, ids, out_dir: open_local(
-        extract_many_delf(made, paths, ids, out_dir, **how, device=str(pick_device(cfg.device)))
+        extract_many_delf(made, paths, ids, out_dir, **how, device=str(devices_of(cfg.device)[0]))
     )
 
 # %% ../nbs/06_recognize.ipynb #9206b1e4

@@ -39,12 +39,14 @@ def pages_of(
     steps: list,  # steps of one seed
 ) -> list:  # those that get a page, in the order of the stages, the main world first
     "Every run on the main world, and the first control of every stage."
-    worlds = [world_of(s) for s in steps]
+    worlds, first = [world_of(s) for s in steps], ("main", "final", "v2")
     main = max(worlds, key=worlds.count, default="")
     seen, out = set(), []
     for s, w in zip(steps, worlds):
         if w == main or s.stage in ("data", "tables") or s.stage not in seen:
-            out.append((STAGES[s.stage], w != main, s.name != "main", len(out), s))
+            out.append(
+                (STAGES[s.stage], w != main, first.index(s.name) if s.name in first else 3, len(out), s)
+            )
         if w != main:
             seen.add(s.stage)
     return [s for *_, s in sorted(out)]

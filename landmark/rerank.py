@@ -18,17 +18,7 @@ import pandas as pd
 
 from .parts.artifacts import artifact, digest_of, open_stage, stage_dir
 from .parts.config import stage_config, stage_main
-from landmark.parts.core import (
-    ParameterError,
-    atomic_path,
-    hash8,
-    is_tiny,
-    locked,
-    log,
-    pick_device,
-    progress,
-    write_csv,
-)
+from .parts.core import ParameterError, atomic_path, hash8, is_tiny, locked, log, progress, write_csv
 from landmark.parts.data.layout import (
     benchmarks,
     clean_list,
@@ -52,6 +42,7 @@ from .parts.rerank import beyond, local_first
 from .parts.rerank import methods as paper
 from .parts.rerank.inliers import InlierCounts
 from .parts.rerank.problem import METHODS, Problem, method_parameters, rank
+from .parts.search.knn_torch import devices_of
 
 # %% ../nbs/05_rerank.ipynb #8a8df690
 OFFERS = (paper, beyond, local_first)  # the parts whose methods can be asked for
@@ -91,7 +82,7 @@ class Config:
     max_keypoints: int = 1000  # local features per image
     max_side: int = 800  # larger images are reduced to this longest side before local features
     min_side: int = 0  # smaller images are enlarged to this least side before them; 0: none
-    device: str = "auto"  # where to search: auto, cpu, cuda
+    device: str = "auto"  # where to search: auto, all, cpu, cuda, cuda:N
     memory_mib: int = 1024  # memory of a search beside its data
     shard: int = 0  # with n_shards: the part of the searches that this machine does first
     n_shards: int = 1  # machines that share the searches
@@ -231,7 +222,7 @@ def local_features(
     folder = home / f"{split}-{hash8([digest_of(world), made_by, ids, *masked_by])}"
     paths = read_images(world, split).set_index("image_id").path.reindex(ids).tolist()
     with locked(folder):
-        work = dict(n_workers=cfg.n_workers, device=str(pick_device(cfg.device)))
+        work = dict(n_workers=cfg.n_workers, device=str(devices_of(cfg.device)[0]))
         store = open_local(extract_many(paths, ids, folder, **how, **work))
         if cfg.carrier:
             _leave_carriers_out(store, index, cfg.n_workers)
@@ -257,7 +248,7 @@ def local_counts(
         return None
     home = stage_dir("rerank", cfg).parent.parent / "local" / code_hash("landmark.parts.local.verification")
     sets = dict(queries=("test", list(queries)), index=("index", list(index)))
-    how = dict(n_threads=cfg.n_workers, device=str(pick_device(cfg.device)), memory_mib=cfg.memory_mib)
+    how = dict(n_threads=cfg.n_workers, device=str(devices_of(cfg.device)[0]), memory_mib=cfg.memory_mib)
 
     @cache
     def open_set(name):

@@ -289,6 +289,9 @@ def test_ground_truth(tmp_path):
 
 def test_tars(tmp_path):
     fuzz(tars(), lambda p: unpack(p, p.parent / "train"), [DownloadError], tmp_path, "images_000.tar")
+
+
+def test_named_members_of_archives(tmp_path):
     names = {"012aaaaaaaaaaaaa"}
     packed = {"tgz": gzip.compress(tars()["tar"])}
     fuzz(packed, lambda p: unpack_named(p, p.parent / "train", names), [DownloadError], tmp_path, "toy.tgz")

@@ -66,7 +66,8 @@ def run(tmp_path_factory):
             small["data", "main"] |= dict(bucket=hosts.bucket, revisited=hosts.revisited, v1_urls=urls)
             small["data", "main"] |= dict(n_tars=N_TARS)
             steps = graph.plan("gld", more=small, given=dict(runs="gld-small"))
-            for step in sorted(steps, key=lambda s: s.stage != "data"):  # everything waits for the data
+            steps = sorted(steps, key=lambda s: s.stage != "data")  # everything waits for the data
+            for step in graph.with_shards(graph.prepare(steps)):
                 importlib.import_module(f"landmark.{step.stage}").run(step.cfg)
         yield drawn, home / "gld", {f"{s.stage}/{s.name}": s for s in steps}
 

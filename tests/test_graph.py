@@ -23,8 +23,8 @@ def snakemake(runs, *args, **kw):
     env = {**os.environ, "LANDMARK_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
     options = ["--cores", "all", "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime"]
     run = [sys.executable, "-m", "snakemake", *options, "--directory", str(ROOT)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([*run, "--config", "profile=tiny", *args], cwd=ROOT, env=env, **pipes, **kw)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) | kw
+    return subprocess.Popen([*run, "--config", "profile=tiny", *args], cwd=ROOT, env=env, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,9 @@ def runs(tmp_path_factory):
     killed: Snakemake dies at once, what it had started lives on for a while."""
     runs = Path(os.environ.get("LANDMARK_TEST_RUNS") or tmp_path_factory.mktemp("runs") / "Émile's runs #1")
     if not list(runs.glob("tiny/seed1/tables/*/manifest.json")):
-        first = snakemake(runs)
+        first = snakemake(
+            runs, stdout=subprocess.DEVNULL
+        )  # a pipe that nobody reads would stop what lives on
         for _ in range(600):  # as soon as training is under way
             time.sleep(0.2)
             if list(runs.glob("tiny/seed1/train/v1-*/state.json")) or first.poll() is not None:

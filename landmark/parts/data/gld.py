@@ -62,7 +62,7 @@ def _get_bench(wish, name, keep, how):
     "A benchmark; its ground truth comes to its place last, when every image that it names is there."
     home, tmp = wish.world / "revisited" / name, wish.work / "revisited" / name
     urls = sorted(wish.revisited[name], key=lambda u: not u.endswith(".pkl"))
-    pkl, archives = fetch(urls[0], tmp / f"gnd_{name}.pkl", **how), []
+    pkl = fetch(urls[0], tmp / f"gnd_{name}.pkl", **how)
     try:
         truth = read_ground_truth(pkl)
     except ValueError as e:
@@ -71,19 +71,19 @@ def _get_bench(wish, name, keep, how):
     for url in urls[1:]:
         if not (lack := unseen(home, truth)):
             break
-        archives.append(fetch(url, tmp / url.rpartition("/")[2], **how))
-        _check_pin(wish, f"{name}/{archives[-1].name}", archives[-1])
+        archive = fetch(url, tmp / url.rpartition("/")[2], **how)
+        _check_pin(wish, f"{name}/{archive.name}", archive)
         try:
-            unpack_named(archives[-1], home / "jpg", lack)
+            unpack_named(archive, home / "jpg", lack)
         except DownloadError:
-            archives[-1].unlink()
+            archive.unlink()
             raise
     if lack := unseen(home, truth):
         few = f"{name}: {len(lack):,} images are in none of its archives, {min(lack)} for instance"
         raise DownloadError(few, "give the addresses of all its archives")
     os.replace(pkl, home / pkl.name)
-    for archive in [] if keep else archives:
-        archive.unlink()
+    if not keep:  # those of an earlier, killed call, too
+        shutil.rmtree(tmp)
 
 # %% ../../../nbs/parts/data/gld.ipynb #spgld201
 def _check_pin(wish, name, path):

@@ -38,7 +38,8 @@ def log(self: Keeping):
     loss = round(sums[0].item() / self.acc.num_processes, 5)
     accuracy, lr = round((sums[1] / sums[2]).item(), 4), self.opt.param_groups[0]["lr"]
     self.rows.append(dict(epoch=self.epoch, step=self.step, loss=loss, accuracy=accuracy, lr=lr))
-    self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", images_s=f"{self.rate:.0f}")
+    shown = dict(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", images_s=f"{self.rate:.0f}")
+    self.bar.set_postfix(**shown, refresh=False)  # the bar decides when: a log gets a line now and then
     if self.on_log and self.acc.is_main_process:
         self.on_log(self.rows, self.rate)
     self.recent, self.since = [], time.perf_counter()
