@@ -8,7 +8,7 @@ from landmark import graph, train
 from landmark.parts.core import project_root
 from landmark.parts.images.batching import BINS3, BINS5, SIZES
 
-FISHNET, RESNET, SERESNEXT = "fishnet150", "resnet101.tv_in1k", "legacy_seresnext101_32x4d"
+FISHNET, RESNET, SERESNEXT = "fishnet150_wide", "resnet101.tv_in1k", "legacy_seresnext101_32x4d"
 # model: backbone, pooling, loss, margin, cleaned with (verify, freq), epochs planned + scale-up, epochs run,
 #        augmentation, sizes, scale-up, parent's margin
 MODELS = dict(
