@@ -35,18 +35,20 @@ from .parts.templates import fill
 from .pipeline import world_of
 
 # %% ../nbs/report.ipynb #8c38e53b
+_STORY = ("main", "final", "v1")  # the run on whose page a stage's story is told, before others of the plan
+
+
 def pages_of(
     steps: list,  # steps of one seed
 ) -> list:  # those that get a page, in the order of the stages, the main world first
     "Every run on the main world, and the first control of every stage."
-    worlds, first = [world_of(s) for s in steps], ("main", "final", "v2")
+    worlds = [world_of(s) for s in steps]
     main = max(worlds, key=worlds.count, default="")
     seen, out = set(), []
     for s, w in zip(steps, worlds):
         if w == main or s.stage in ("data", "tables") or s.stage not in seen:
-            out.append(
-                (STAGES[s.stage], w != main, first.index(s.name) if s.name in first else 3, len(out), s)
-            )
+            turn = _STORY.index(s.name) if s.name in _STORY else len(_STORY)
+            out.append((STAGES[s.stage], w != main, turn, len(out), s))
         if w != main:
             seen.add(s.stage)
     return [s for *_, s in sorted(out)]
