@@ -114,9 +114,8 @@ def head_size(
     ends = ("backbone.", "globalmodel.", "features.")  # a trunk that stands in something has a head beside it
     if not any(e in k for k in state for e in ends) and not any(k.startswith("head.fc.") for k in state):
         return 0
-    found = [
-        v for k, v in state.items() if k.endswith(("fc.weight", "head.fc.weight")) and "att_cls" not in k
-    ]
+    classifiers = ("att_cls.fc.weight", *(f"{e}{net}fc.weight" for e in ends for net in ("", "net.")))
+    found = [v for k, v in state.items() if k.endswith("fc.weight") and not k.endswith(classifiers)]
     return int(found[0].shape[0]) if found else 0
 
 
@@ -149,10 +148,11 @@ def main():
     ap.add_argument("folder", type=Path)
     ap.add_argument("--backbone", required=True, help="timm name, fishnet150 or fishnet150_wide")
     ap.add_argument("--pooling", default="gem", help="a name, or letters per stage such as G,G,G,G")
+    ap.add_argument("--dim", type=int, default=-1, help="length of the descriptor; 0: all channels")
     ap.add_argument("--sha256", default="", help="expected hash of the file, or its beginning")
     ap.add_argument("--leave-out", action="store_true", help="leave out entries that nothing here takes")
     a = ap.parse_args()
     try:
-        print(take_model(a.file, a.folder, a.backbone, a.pooling, -1, a.sha256, not a.leave_out))
+        print(take_model(a.file, a.folder, a.backbone, a.pooling, a.dim, a.sha256, not a.leave_out))
     except ValueError as e:
         sys.exit(str(e))
