@@ -99,7 +99,8 @@ def models_of(
         names = [f"{loss}_{s}" for s in _listed(cfg.train_set) for loss in _listed(cfg.loss)]
         return [Model(name, cfg.name, cfg.backbone, cfg.pooling, cfg.dim) for name in names]
     found = [m for u in step.upstream if u.stage == "train" for m in models_of(u)]
-    found += [Model(r, "", r.partition(":")[2]) for r in _listed(cfg.models) if is_reference(r)]
+    bare = [(r, r.partition(":")[2]) for r in _listed(cfg.models) if is_reference(r)]
+    found += [Model(r, "", net, dim=footprint(net, dim=0).dim) for r, net in bare]
     return [m for m in found if not cfg.select or {m.name, m.run} & set(cfg.select)]
 
 
@@ -130,12 +131,12 @@ def _train(step, sizes):
         loss, _, chosen = m.name.rpartition("_")
         train = sizes[dict(v1="v1_train", v2="v2_train").get(chosen.removeprefix("v1+"), "v2_clean")]
         times = cfg.steps * cfg.batch_size / train.n / epochs if cfg.steps else 1
-        amount = 3 * train.n * times * pixels
-        if LOSSES[loss].batches == "tuples":
-            amount += (cfg.pool_share + 1 / (2 + cfg.n_negatives)) * train.n * times * pixels
-        amount += judged * pixels
+        tuples = LOSSES[loss].batches == "tuples"  # a pool is described, and one anchor of each tuple
+        mined = (cfg.pool_share + 1 / (2 + cfg.n_negatives)) * tuples
+        amount = ((3 + mined) * train.n * times + judged) * pixels
         work = Work(f"{m.name}, {epochs} epochs", "train", amount * foot.flops / 1e12, cfg.backbone)
-        work.photos, work.loaders = (0 if cfg.in_memory else train.n * times * epochs), cfg.n_loaders
+        read = ((1 + mined) * train.n * times + judged) * epochs
+        work.photos, work.loaders = (0 if cfg.in_memory else read), cfg.n_loaders
         needs.work.append(work)
         head = train.n_labels * cfg.dim * (LOSSES[loss].batches == "images")
         moments = 1 if cfg.optimizer == "sgd" else 2
@@ -212,7 +213,8 @@ def _verify(step, sizes):
             Work("attention of DELF", "extract", amount, network, photos=photos, loaders=cfg.n_workers or 8)
         )
     needs.work.append(_local(step, n))
-    dim = 512 if cfg.descriptors else 0
+    described = [m.dim for u in step.upstream if u.stage == "extract" for m in models_of(u)]
+    dim = max(described, default=512) if cfg.descriptors else 0
     if dim:
         needs.work.append(Work("search of partners", "search", 2 * n * all_of.n * dim / 1e12))
     on = "cpu" if cfg.device == "cpu" else "gpu"
@@ -303,9 +305,19 @@ _STAGES = dict(data=_data, verify=_verify, clean=_clean, train=_train, extract=_
 _STAGES |= dict(rerank=_rerank, recognize=_recognize, tables=_tables)
 
 # %% ../nbs/cost.ipynb #dbd93f8f
+def _join_once(step, needs, joined):
+    "Take off the ensembles that an earlier step has joined already."
+    for w in [w for w in needs.work if w.kind == "join"]:
+        if (step.seed, w.what) in joined:
+            needs.work.remove(w)
+            needs.disk -= 2e9 * w.amount
+        joined.add((step.seed, w.what))
+
+
 def needs_of_step(
     step,  # as `graph.plan` makes it
     known: dict = None,  # world → sizes that were read before
+    joined: set = None,  # seed and name of each ensemble that an earlier step joins
 ) -> Needs:
     "What a step does, leaves and holds."
     known, world = {} if known is None else known, step.cfg.world
@@ -316,6 +328,7 @@ def needs_of_step(
     except KeyError as e:
         has = f"reads {e.args[0]}, and the world {world!r} has none"
         raise ParameterError(f"cost: {step.stage}/{step.name} {has}") from None
+    _join_once(step, needs, set() if joined is None else joined)
     needs.work.append(Work("start and report", "start", 1, on="once"))
     return needs
 
@@ -346,7 +359,7 @@ def _hours(work: Work, rates: Rates, held: int, cores: int) -> tuple:
     hours = work.amount / rate.value / share / 3600
     photos = rates.of("photos", "cpu") if work.photos else None
     if photos and on == "gpu":
-        loading = work.photos / photos.value / ((work.loaders or cores) * held) / 3600
+        loading = work.photos / photos.value / (min(work.loaders or cores, cores) * held) / 3600
         if loading > hours:
             return loading, Rate(photos.value, photos.unit, f"loading decides; {photos.source}")
     return hours, rate
@@ -375,12 +388,8 @@ def _rows_of(steps, rates, gpus, cores):
     "Rows of both tables, and the sizes that were used."
     rows, work_rows, known, joined = [], [], {}, set()
     for step in steps:
-        needs, held, total = needs_of_step(step, known), gpus_of(step.cfg, gpus), 0.0
+        needs, held, total = needs_of_step(step, known, joined), gpus_of(step.cfg, gpus), 0.0
         for w in needs.work:
-            if w.kind == "join" and w.what in joined:
-                needs.disk -= 2e9 * w.amount
-                continue
-            joined |= {w.what} if w.kind == "join" else set()
             hours, rate = _hours(w, rates, held, cores)
             amount = w.photos if rate.source.startswith("loading") else w.amount
             work_rows.append((*_key(step), w.what, amount, rate.unit, rate.value, rate.source, hours))

@@ -473,9 +473,9 @@ def _print_plan(steps: list):
         print(f"{state:6} seed {s.seed}  {s.stage}/{s.name}  {s.dir}")
 
 
-def _print_check(steps: list):
-    "What `landmark_graph check` says."
-    check(steps)
+def _print_check(steps: list, here: bool):
+    "What `landmark_graph check` says, of this machine or of a cluster's."
+    check(steps, here)
     todo = sum(not s.stamp.exists() for s in steps)
     print(f"{todo} of {len(steps)} steps to do; nothing will be missed")
 
@@ -508,23 +508,27 @@ def _print_cost(words: list):
     print(report(steps, **how))
 
 
-_ANSWERS = dict(plan=_print_plan, done=_print_tables, check=_print_check)
+_ANSWERS = dict(plan=_print_plan, done=_print_tables)
 
 
 def main():
     """`landmark_graph runs` lists the runs; `landmark_graph plan PROFILE [NAME=VALUE …] [SEED …]` shows what
-    would run, `check` what would be missed on the way; `done` prints the tables;
+    would run, `check` what would be missed on the way (with `--cluster` not of this machine); `done` prints
+    the tables;
     `landmark_graph cost PROFILE [NAME=VALUE …] [--gpus 8]` estimates what a run takes."""
     what, *rest = sys.argv[1:] or ["help"]
     os.environ.pop("LANDMARK_WORLD", None)  # a profile names its worlds itself
-    if what not in ("runs", "cost", *_ANSWERS):
+    if what not in ("runs", "cost", "check", *_ANSWERS):
         sys.exit(main.__doc__)
     try:
         if what == "runs":
             return _print_runs()
         if what == "cost":
             return _print_cost(rest)
-        profile, seeds, given = read_words(rest)
-        return _ANSWERS[what](prepare(plan(profile, seeds, given=given)))
+        profile, seeds, given = read_words([w for w in rest if w != "--cluster"])
+        steps = prepare(plan(profile, seeds, given=given))
+        if what == "check":
+            return _print_check(steps, here="--cluster" not in rest)
+        return _ANSWERS[what](steps)
     except ParameterError as e:
         sys.exit(str(e))

@@ -258,6 +258,42 @@ def test_the_command_says_it_and_ends_badly(world, monkeypatch, capsys):
     assert "nothing will be missed" in capsys.readouterr().out
 
 
+def test_a_cluster_is_not_this_machine(world, monkeypatch, capsys):
+    "Its GPUs are its own; weights that its machines will ask for are fetched here."
+    asked = []
+    monkeypatch.setattr(backbones, "pretrained_file", lambda name, sha256: asked.append(name))
+    monkeypatch.setattr(preflight, "lacking_gpus", lambda *_: [needs.Lack("a GPU", "take one")])
+    monkeypatch.setattr(sys, "argv", ["landmark_graph", "check", "gld", "--cluster"])
+    graph.main()
+    assert "nothing will be missed" in capsys.readouterr().out
+    assert asked == ["legacy_seresnext101_32x4d", "resnet101.tv_in1k"]
+    monkeypatch.setattr(sys, "argv", ["landmark_graph", "check", "gld"])
+    with pytest.raises(SystemExit, match="a GPU"):
+        graph.main()
+
+
+def test_what_a_killed_step_has_written_is_not_asked_for_again(world):
+    "Half of its shards are there: the disk needs room for the others."
+    step = next(s for s in steps() if s.stage == "verify")
+    whole = preflight.leaves_and_holds(step, {}, set())[0]
+    shard = step.dir.with_name(f"{step.name}.shard0of8-01234567") / "local/00000/xy.npy"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(100))
+    os.makedirs(step.dir)
+    os.link(shard, step.dir / "xy.npy")
+    assert preflight.leaves_and_holds(step, {}, set())[0] == max(0, whole - 100)
+
+
+def test_an_ensemble_is_joined_once(monkeypatch, tmp_path):
+    "Re-ranking with and without memory, and recognition, read the one that the first of them wrote."
+    monkeypatch.setenv("LANDMARK_DATA", str(tmp_path))
+    plan, joined = graph.plan("gld"), set()
+    steps = [s for s in plan if s.name.startswith("ensemble") and s.stage in ("rerank", "recognize")]
+    once = [preflight.leaves_and_holds(s, {}, joined)[0] for s in steps]
+    alone = [preflight.leaves_and_holds(s, {}, set())[0] for s in steps]
+    assert len(steps) == 3 and once[0] == alone[0] and all(b - a > 30e9 for a, b in zip(once[1:], alone[1:]))
+
+
 def test_a_run_begins_nothing(tmp_path):
     "Through Snakemake: a sentence, no step, and a name that nobody left open is refused, too."
     env = {**os.environ, "LANDMARK_DATA": str(tmp_path), "LANDMARK_RUNS": str(tmp_path / "runs")}

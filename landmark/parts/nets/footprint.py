@@ -23,6 +23,7 @@ class Footprint:
     kept: float  # numbers that the backward pass needs, per pixel
     largest: float  # numbers of its largest map, per pixel
     weights: int  # parameters
+    dim: int  # length of the descriptor
     grouped: bool  # does it have grouped convolutions, of which a GPU makes less?
 
 
@@ -57,10 +58,11 @@ def footprint(
         model = make_model(backbone, pooling, dim).eval()
         seen, handles = _watch(model, stride)
         with torch.no_grad():
-            model(torch.empty(1, 3, _SIDE, _SIDE))
+            out = model(torch.empty(1, 3, _SIDE, _SIDE))
     for h in handles:
         h.remove()
     flops, kept = (sum(x) / _SIDE**2 for x in zip(*seen))
     grouped = any(m.groups > 1 for m in model.modules() if isinstance(m, nn.Conv2d))
     largest = max(n for _, n in seen) / _SIDE**2
-    return Footprint(flops, kept, largest, sum(p.numel() for p in model.parameters()), grouped)
+    weights = sum(p.numel() for p in model.parameters())
+    return Footprint(flops, kept, largest, weights, out.shape[1], grouped)
