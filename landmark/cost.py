@@ -17,6 +17,7 @@ import pandas as pd
 from .parts.bench.rates import DELF_SCALES, Rate, Rates
 from .parts.core import ParameterError
 from .parts.data.sizes import pairs_of, sizes_of
+from .parts.descriptors.inputs import is_bench
 from .parts.images.batching import scaled_size, size_table
 from .parts.nets.checkpoints import is_reference
 from .parts.nets.footprint import footprint
@@ -126,7 +127,7 @@ def _train(step, sizes):
     cfg, needs = step.cfg, Needs()
     pixels, epochs = pixels_trained(cfg)
     foot = footprint(cfg.backbone, cfg.pooling, cfg.dim)
-    judged = sum(s.n for name, s in sizes.items() if name.endswith(("_query", "_index"))) * bool(cfg.evaluate)
+    judged = sum(s.n for name, s in sizes.items() if is_bench(name)) * bool(cfg.evaluate)
     for m in models_of(step):
         loss, _, chosen = m.name.rpartition("_")
         train = sizes[dict(v1="v1_train", v2="v2_train").get(chosen.removeprefix("v1+"), "v2_clean")]
@@ -156,11 +157,11 @@ def _extract(step, sizes):
     w, h = size_table(cfg.sizes)[1][1 if len(size_table(cfg.sizes)[1]) == 5 else 0]
     wanted = [s for s in cfg.splits if s in sizes]
     if "benchmarks" in cfg.splits:
-        wanted += [s for s in sizes if s.endswith(("_query", "_index"))]
+        wanted += [s for s in sizes if is_bench(s)]
     for m in models_of(step):
         foot, amount, photos = footprint(m.backbone, m.pooling, m.dim), 0, 0
         for s in wanted:
-            bench = s.endswith(("_query", "_index"))
+            bench = is_bench(s)
             side = (cfg.bench_side * 3 // 4, cfg.bench_side) if bench else (h, w)
             scales = cfg.bench_scales if bench else cfg.scales
             least = cfg.multiple if bench else cfg.min_side
