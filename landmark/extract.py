@@ -255,7 +255,7 @@ def wanted_splits(
     "The splits that are asked for; `benchmarks` stands for the queries and the index of every one there is."
     there, wanted = world_splits(world), []
     for split in cfg.splits:
-        all_of = [s for s in there if s.endswith(("_query", "_index"))] if split == "benchmarks" else [split]
+        all_of = [s for s in there if is_bench(s)] if split == "benchmarks" else [split]
         if not set(all_of) <= set(there):
             said = f"there is no split {split!r} in {world}; there are {', '.join(there)}"
             raise ParameterError(f"extract: {said}, or benchmarks for all of those")
