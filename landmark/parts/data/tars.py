@@ -57,6 +57,7 @@ def fetch_tar(
 # %% ../../../nbs/parts/data/tars.ipynb #e376ffa2
 _PLACE = re.compile(r"(?:\./)?(([0-9a-f])/([0-9a-f])/([0-9a-f])/(\2\3\4[0-9a-f]{13})\.jpg)")
 _BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, gzip.BadGzipFile)
+_BROKEN += (TypeError,)  # of tarfile, where a gzip ends within its head
 _RECORDED = "report it: the tar is as recorded, and running again does not help"
 LARGEST = 2**28  # bytes of an image in a tar
 
