@@ -231,10 +231,8 @@ def _check_split(world: Path, split: str, check: str, n_workers: int) -> tuple:
     except ParameterError as e:
         found.append((split, "", str(e)))
     if "landmark_id" in df:
-        for landmark, n in df.landmark_id.value_counts().items():
-            if n == 1:
-                image_id = df.image_id[df.landmark_id == landmark].iloc[0]
-                found.append((split, image_id, f"label {landmark} has one image"))
+        one = df[~df.landmark_id.duplicated(keep=False)]
+        found += [(split, i, f"label {k} has one image") for i, k in zip(one.image_id, one.landmark_id)]
     sizes = pd.DataFrame(np.concatenate([some for _, some in looks]), columns=["width", "height", "bytes"])
     sizes.insert(0, "split", split)
     sizes.insert(1, "image_id", df.image_id)

@@ -30,8 +30,8 @@ from PIL import Image
 
 from landmark import data
 from landmark.parts.core import ParameterError
-from landmark.parts.data import download, fetching, tars, wish
-from landmark.parts.data.download import DiskFull, DownloadError, fetch
+from landmark.parts.data import download, fetching, tars, v1, wish
+from landmark.parts.data.download import DiskError, DownloadError, fetch
 from landmark.parts.data.gld import fetch_gld
 from landmark.parts.data.layout import read_ids, read_images, read_recognition_solution, splits
 
@@ -120,6 +120,9 @@ class Troubled(http.server.BaseHTTPRequestHandler):
     def is_overrun(self, whole, start):
         self.send_error(429)
 
+    def is_forbidden(self, whole, start):
+        self.send_error(403)
+
     def is_slow(self, whole, start):
         self.send_response(200)
         self.send_header("Content-Length", str(len(whole)))
@@ -133,6 +136,13 @@ class Troubled(http.server.BaseHTTPRequestHandler):
 
     def is_damaged(self, whole, start):
         self.send(whole[:-9] + b"123456789", start, len(whole))
+
+    def outgrown_then_breaks_off(self, whole, start):
+        "The part is longer than the file; then a third of the rest comes."
+        if start >= len(whole):
+            unsatisfied(self, whole)
+        else:
+            self.send(whole, start, start + max(1, (len(whole) - start) // 3))
 
     def waits(self, whole, start):
         "Sends half, and the rest when somebody lets it."
@@ -397,7 +407,7 @@ def test_a_full_disk_stops_at_once(shop, tmp_path):
     part = world / ".fetch/tars" / f"{name}.part"
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
-    with pytest.raises(DiskFull, match="the disk is full at .*images_000.tar.part") as said:
+    with pytest.raises(DiskError, match="the disk is full at .*images_000.tar.part") as said:
         get(shop, world, n_threads=1, revisited={}, wanted=["train", "test"])
     assert "free some space and run again" in said.value.todo
     assert not [a for a, _ in shop.asked if a.startswith("test/images")]  # nothing else was begun
@@ -412,7 +422,7 @@ def test_a_disk_that_fills_while_unpacking(shop, tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
         patch.object(tars.Path, "write_bytes", side_effect=full),
-        pytest.raises(DiskFull, match="is full at"),
+        pytest.raises(DiskError, match="is full at"),
     ):
         get(shop, world, wanted=["train"])
     assert not list(world.glob("v2/train/?/?/?/*"))
@@ -422,7 +432,7 @@ def test_a_disk_that_fills_while_unpacking(shop, tmp_path):
 def test_a_disk_that_is_too_small_is_noticed_before(shop, tmp_path):
     small = patch("shutil.disk_usage", return_value=shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     said = "needs room for .* GB more, and 0.0 GB are free; nothing was begun"
-    with small, pytest.raises(DiskFull, match=said):
+    with small, pytest.raises(DiskError, match=said):
         get(shop, tmp_path / "gld")
     assert not [a for a, _ in shop.asked if a.endswith((".tar", ".tgz"))]
 
@@ -584,6 +594,72 @@ def test_a_folder_of_before(shop, tmp_path):
     assert (world / "v2/index.csv.own").read_text() == "id\nmine\n" and complete(world)
 
 
+def test_a_table_of_ones_own_harms_no_published_one(shop, tmp_path):
+    "Written into the file as it is there, twice: both are kept, and the published one comes back."
+    world = tmp_path / "gld"
+    get(shop, world)
+    for mine in ("id\nmine\n", "id\nmine, too\n"):
+        (world / "v2/index.csv").write_text(mine)
+        assert get(shop, world) == ([], []) and complete(world)
+    own = {p.name: p.read_text() for p in world.glob("v2/*.own*")}
+    assert own == {"index.csv.own": "id\nmine\n", "index.csv.own1": "id\nmine, too\n"}
+
+
+def test_archives_that_somebody_keeps_stay(shop, tmp_path):
+    "Also in the calls that say nothing about it, as that of stage 00."
+    world = tmp_path / "gld"
+    get(shop, world, keep=True)
+    kept = sorted(p for p in world.rglob("*") if p.suffix in (".tar", ".tgz"))
+    assert len(kept) == 6 + 2 and get(shop, world) == ([], [])
+    assert sorted(p for p in world.rglob("*") if p.suffix in (".tar", ".tgz")) == kept
+
+
+def test_a_tar_that_came_for_more_landmarks_is_not_swept(shop, tmp_path):
+    "Killed between the last byte and the new note, beside the note of the first landmark."
+    world, name = tmp_path / "gld", "train/images_000.tar"
+    given = dict(wanted=["train"], revisited={})
+    get(shop, world, landmarks=[9], **given)
+    (world / ".fetch/tars" / name).write_bytes(shop.files[name])
+    missing, asked = get(shop, world, landmarks=[8, 9], **given)
+    assert missing == [] and name not in asked and "train/images_001.tar" in asked
+    (world / ".fetch/tars" / name).write_bytes(shop.files[name])  # killed behind the note
+    assert get(shop, world, landmarks=[8, 9], **given) == ([], [])
+    assert not list(world.rglob("*.tar"))
+
+
+def test_tables_list_what_came(shop, tmp_path):
+    "Not the images of a tar that failed, though an earlier choice noted what it holds."
+    world, tar = tmp_path / "gld", shop.files.pop("train/images_001.tar")
+    assert get(shop, world, revisited={})[0] == ["train/images_001.tar"]
+    assert read_ids(world, "v2_train").tolist() == TRAIN[:4]
+    shop.files["train/images_001.tar"] = tar
+    world = tmp_path / "grown"
+    get(shop, world, landmarks=[7], wanted=["train"], revisited={})
+    del shop.files["train/images_001.tar"]
+    for n_tars in (2, 0):
+        assert get(shop, world, n_tars=n_tars, wanted=["train"], revisited={})[0] == ["train/images_001.tar"]
+        assert read_ids(world, "v2_train").tolist() == TRAIN[:5]  # 4 is of landmark 7
+
+
+def test_tars_of_which_nothing_is_wanted(shop, tmp_path):
+    "Landmark 8 answers no test image; 9 is there, whatever the notes say."
+    world = tmp_path / "gld"
+    missing, asked = get(shop, world, landmarks=[8], revisited={})
+    assert missing == [] and {a.partition("/")[0] for a in asked if a.endswith(".tar")} == {"train"}
+    get(shop, world, landmarks=[9], revisited={})
+    shutil.rmtree(world / ".fetch/notes")
+    assert get(shop, world, landmarks=[9], revisited={}) == ([], [])
+
+
+def test_a_trial_over_a_folder_of_before(shop, tmp_path):
+    "Some tars first, then all: what somebody laid out is seen all the same."
+    world = tmp_path / "gld"
+    get(shop, world)
+    shutil.rmtree(world / ".fetch")
+    assert get(shop, world, n_tars=1)[0] == []
+    assert get(shop, world) == ([], []) and complete(world)
+
+
 def test_version_1_from_a_list(shop, tmp_path):
     world = tmp_path / "gld"
     shop.files |= {
@@ -595,14 +671,86 @@ def test_version_1_from_a_list(shop, tmp_path):
         f"{i * 4},{shop.base}/s1600/{i[3]}.jpg,{n}" for n, i in enumerate(["000a", "000b", "000c", "000d"])
     ]
     (tmp_path / "v1.csv").write_text("\n".join(["id,url,landmark_id", *rows, "000f,None,None"]))
-    assert get(shop, world, v1_urls=tmp_path / "v1.csv", wanted=["v1"])[0] == []
+    given = dict(v1_urls=tmp_path / "v1.csv", wanted=["v1"])
+    assert [get(shop, world, **given)[0] for _ in range(3)] == [["v1"], ["v1"], []]  # c may be a login
     df = read_images(world, "v1_train")
     assert df.landmark_id.tolist() == [0]
     with Image.open(df.path[0]) as im:
         assert im.size == (800, 600) and im.format == "JPEG"
     left = pd.read_csv(world / "v1/left_out.csv").why.tolist()
     assert "shorter side" in left[0] and "web page" in left[1] and "404" in left[2]
-    assert get(shop, world, v1_urls=tmp_path / "v1.csv", wanted=["v1"]) == ([], [])
+    assert get(shop, world, **given) == ([], [])
+
+
+def list_of(path, urls):
+    "A list of version 1 with these addresses."
+    rows = [f"{n:016x},{url},{n}" for n, url in enumerate(urls)]
+    path.write_text("\n".join(["id,url,landmark_id", *rows]))
+    return dict(v1_urls=path, wanted=["v1"], revisited={})
+
+
+def test_a_server_in_trouble_loses_no_photograph(shop, tmp_path):
+    "403 to everybody is no verdict on a photograph; 404 is one, and so is a text that is no address."
+    shop.files["a.jpg"], world = photo(1), tmp_path / "gld"
+    shop.trouble["a.jpg"] = ("is_forbidden", 1)
+    odd = ["http://a..b/x.jpg", "http://[abc/", "http://a b/x.jpg", "nonsense", f"{shop.base}/gone.jpg"]
+    given = list_of(tmp_path / "v1.csv", [f"{shop.base}/a.jpg", *odd])
+    missing = fetch_gld(world, **given, pause=0.01)
+    assert missing.why.tolist() == ["1 photographs did not come yet (v1/left_out.csv)"]
+    assert pd.read_csv(world / "v1/left_out.csv").asked.tolist() == [1] + 5 * [v1.ASKED]
+    assert get(shop, world, **given) == ([], ["a.jpg"]) and len(read_ids(world, "v1_train")) == 1
+
+
+def test_a_dead_host_is_given_up_after_three_runs(shop, tmp_path):
+    given = list_of(tmp_path / "v1.csv", ["http://127.0.0.1:9/x.jpg"])
+    assert [len(fetch_gld(tmp_path / "gld", **given, pause=0.001)) for _ in range(4)] == [1, 1, 0, 0]
+    assert v1.photos_left(tmp_path / "gld", tmp_path / "v1.csv") == (1, 0)
+    room = wish.Wish(tmp_path / "gld", **given)
+    assert wish.room_for(room, wish.files_left(room))[0] == 0
+
+
+def test_version_1_needs_room_too(shop, tmp_path):
+    given = list_of(tmp_path / "v1.csv", [f"{shop.base}/a.jpg"])
+    small = patch("shutil.disk_usage", return_value=shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with small, pytest.raises(DiskError, match="nothing was begun"):
+        get(shop, tmp_path / "gld", **given)
+    assert shop.asked == []
+
+
+def test_what_this_machine_refuses_is_no_fault_of_the_server(shop, tmp_path):
+    (tmp_path / "a").mkdir()
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    said = "x.part cannot be written .Permission denied"
+    with (
+        patch.object(download, "open", side_effect=refused, create=True),
+        pytest.raises(DiskError, match=said),
+    ):
+        fetch(f"{shop.base}/metadata/test.csv", tmp_path / "x")
+    assert len(shop.asked) == 1
+
+
+def test_a_part_that_was_thrown_away_grows_again(shop, tmp_path):
+    "Its old length is no mark that the new one has to pass, so that every try brings something."
+    name = "train/images_000.tar"
+    (tmp_path / "x.part").write_bytes(bytes(len(shop.files[name]) + 9))  # longer than the file: 416
+    shop.trouble[name] = ("outgrown_then_breaks_off", 4)
+    fetch(f"{shop.base}/{name}", tmp_path / "x", tries=2, pause=0.01)
+    assert (tmp_path / "x").read_bytes() == shop.files[name]
+
+
+def test_a_tar_as_recorded_that_is_none(shop, tmp_path):
+    "Running again would not help, and the sentence says so."
+    shop.tar("test", 0, TEST[:2], "readme-{0}.txt")
+    assert get(shop, tmp_path / "gld", wanted=["test"], revisited={})[0] == ["test/images_000.tar"]
+    assert "report it" in pd.read_csv(tmp_path / "gld/missing.csv").what_to_do[0]
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_a_list_that_is_none_is_a_sentence(tmp_path):
+    (tmp_path / "v1.csv").write_text("id,url,landmark_id\n../x,http://a/b,1\n")
+    words = ["landmark_fetch", str(tmp_path / "gld"), "--v1-urls", str(tmp_path / "v1.csv"), "--only", "v1"]
+    with patch("sys.argv", words), pytest.raises(SystemExit, match="cannot be a file name"):
+        fetching.main()
 
 
 def test_the_line_is_down(shop, tmp_path):

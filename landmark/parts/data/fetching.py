@@ -16,9 +16,8 @@ from ..core import ParameterError
 from .download import DownloadError
 from .gld import fetch_gld
 from .subset import landmark_images
-from .v1 import read_urls
+from .v1 import photos_left
 from .wish import BUCKET, PHOTO, TABLES, Wish, files_left, gld_home, room_for, with_sizes
-from ..images.reading import image_path
 
 # %% ../../../nbs/parts/data/fetching.ipynb #fe100006
 def _counts(wish) -> dict:  # group → files, were nothing there
@@ -32,9 +31,8 @@ def _of_v1(wish) -> list:  # rows for `plan_of`
     "The photographs of version 1; nobody knows their sizes."
     if "v1" not in wish.wanted:
         return []
-    ids = read_urls(wish.v1_urls).id
-    left = sum(not image_path(wish.world / "v1" / "train", i).exists() for i in ids)
-    return [("v1", len(ids), len(ids) - left, left, left * PHOTO, "150 kB a photograph")]
+    n, left = photos_left(wish.world, wish.v1_urls)
+    return [("v1", n, n - left, left, left * PHOTO, "150 kB a photograph")]
 
 
 def _sizes_from(said) -> str:
@@ -46,6 +44,7 @@ def plan_of(
     wish: Wish,
     mbit: float = 100,  # megabits per second of the line
     ask: bool = True,  # ask the servers for sizes
+    keep: bool = False,  # the archives stay
 ) -> pd.DataFrame:  # group, files, there, to_fetch, gb, hours, sizes_from
     "What a fetch would bring, by group."
     known = all((wish.published / name).exists() for name, _ in TABLES.values())
@@ -68,7 +67,9 @@ def plan_of(
         )
     if wish.landmarks and not known:
         notes.append("how many images they have is known when the tables are there; the room is that for all")
-    plan.attrs |= dict(notes=notes, room=room_for(wish, files, only))
+    plan.attrs |= dict(
+        notes=notes, room=room_for(wish, files, only, keep=keep or (wish.work / "keep").exists())
+    )
     return plan
 
 # %% ../../../nbs/parts/data/fetching.ipynb #fe100009
@@ -87,7 +88,7 @@ def _arguments():
     ap.add_argument("--revisited", nargs="+", default=[], metavar="NAME=URL,URL", help="other benchmarks")
     ap.add_argument("--pin", nargs="+", default=[], metavar="FILE=MD5", help="accept a file with this sum")
     ap.add_argument("--threads", type=int, default=8, help="files at a time")
-    ap.add_argument("--keep", action="store_true", help="keep the archives")
+    ap.add_argument("--keep", action="store_true", help="keep the archives, now and in later calls")
     return ap
 
 
@@ -119,10 +120,10 @@ def main():
         how |= dict(n_tars=a.n_tars, landmarks=tuple(a.landmarks), pins=_pairs(a.pin, "--pin"))
         world = Path(a.world) if a.world else gld_home()
         if a.dry_run:
-            _say(plan_of(Wish(world, **how), a.mbit))
+            _say(plan_of(Wish(world, **how), a.mbit, keep=a.keep))
             return
         missing = fetch_gld(world, **how, n_threads=a.threads, keep=a.keep)
-    except (ParameterError, DownloadError) as e:
+    except (ValueError, DownloadError) as e:  # a ParameterError is a ValueError
         todo = getattr(e, "todo", "")
         sys.exit(f"{e}; {todo}" if todo and todo not in str(e) else str(e))
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import log, progress, read_json, write_csv, write_json
-from .download import DiskFull, DownloadError, disk_full, fetch, md5_of, sole
+from .download import DiskError, DownloadError, disk_errors, fetch, md5_of, sole
 from .revisited import read_ground_truth
 from .subset import landmark_images, tables_in_step
 from .tars import fetch_tar, unpack, unpack_named
@@ -29,6 +29,7 @@ from landmark.parts.data.wish import (
     check_room,
     files_left,
     has_bench,
+    images_of,
     missing_tars,
     note_of,
     unseen,
@@ -52,7 +53,13 @@ def _get_table(wish, source, how):
 def _get_tar(wish, split, number, only, keep, how):
     "A tar: fetched, unpacked, noted, thrown away."
     tar = fetch_tar(split, number, wish.work / "tars", wish.bucket, wish.pins, **how)
-    ids = unpack(tar, wish.world / "v2" / split, only)
+    try:
+        ids = unpack(tar, wish.world / "v2" / split, only)
+    except DiskError:
+        raise
+    except DownloadError:  # kept, it would be refused again and again
+        tar.unlink()
+        raise
     write_json(note_of(wish, split, number), {"all": only is None, "ids": ids})
     if not keep:
         tar.unlink()
@@ -102,7 +109,7 @@ def _work(jobs: dict, n_threads: int, stop) -> list:  # (file, why, what to do)
         for done in progress(as_completed(futures), "files", len(futures)):
             try:
                 done.result()
-            except DiskFull:
+            except DiskError:
                 raise
             except DownloadError as e:
                 missing.append((futures[done], str(e), e.todo))
@@ -130,24 +137,32 @@ def _there(wish) -> dict:  # split → ids, None for all
     write_json(path, parts)
     have, chosen = {}, {}
     for split, part in parts.items():
-        some = Wish(wish.world, wish.bucket, wish.revisited, **part)
+        some = Wish(wish.world, wish.bucket, wish.revisited, wanted=(split,), **part)
+        if not (some.landmarks or some.n_tars or missing_tars(some, {})):
+            have[split] = None
+            continue
+        have[split] = images_of(some, split)
         if some.landmarks and some.landmarks not in chosen:
             chosen[some.landmarks] = landmark_images(wish.published, some.landmarks)
-        have[split] = chosen[some.landmarks][split] if some.landmarks else None
+        if some.landmarks:
+            have[split] &= chosen[some.landmarks][split]
         if some.n_tars:
             notes = [note_of(some, split, n) for n in some.tars(split)]
-            ids = {i for note in notes if note.exists() for i in read_json(note)["ids"]}
-            have[split] = ids if have[split] is None else ids & have[split]
+            have[split] &= {i for note in notes if note.exists() for i in read_json(note)["ids"]}
     return have
 
 # %% ../../../nbs/parts/data/gld.ipynb #spgld001
-def _sweep(wish):
-    "Throw away what a kill left behind: halves of files, and archives that are unpacked and noted."
+def _sweep(wish, tars, keep):
+    "Throw away what a kill left behind: halves of files, and archives of which nothing more is wanted."
     halves = [*wish.work.glob("**/*.unpacking"), *wish.work.glob("**/.*.tmp")]
     for half in [*halves, *(t for d in ("", "v1/", "v2/published/") for t in wish.world.glob(f"{d}.*.tmp"))]:
         half.unlink()
+    if keep:
+        return
     for tar in wish.work.glob("tars/*/images_*.tar"):
-        if (wish.work / "notes" / tar.parent.name / f"{tar.stem}.json").exists():
+        split, number = tar.parent.name, int(tar.stem.rpartition("_")[2])
+        notes = note_of(wish, split, number), wish.work / "notes" / split / "all.json"
+        if (split, number) not in tars and any(note.exists() for note in notes):
             tar.unlink()
     for archives in wish.work.glob("revisited/*"):
         if archives.name in wish.revisited and has_bench(wish, archives.name):
@@ -156,9 +171,10 @@ def _sweep(wish):
 
 def _fetch(wish, n_threads, keep, how) -> list:  # (file, why, what to do)
     "What `fetch_gld` does, in a folder that is held."
-    stop = how["stop"]
-    if not keep:
-        _sweep(wish)
+    stop, mark = how["stop"], wish.work / "keep"
+    if keep:
+        mark.touch()
+    keep = mark.exists()
     adopt_tables(wish)
     tables = [s for s, (n, _) in TABLES.items() if not (wish.published / n).exists() and wish.splits]
     jobs = {TABLES[s][0]: lambda s=s: _get_table(wish, s, how) for s in tables}
@@ -168,9 +184,11 @@ def _fetch(wish, n_threads, keep, how) -> list:  # (file, why, what to do)
         adopt(wish, split)
     only, benches = _only(wish), [b for b in wish.revisited if b in wish.wanted and not has_bench(wish, b)]
     tars = missing_tars(wish, only)
-    if tars or benches:
+    _sweep(wish, tars, keep)
+    if tars or benches or "v1" in wish.wanted:
         files = with_sizes(files_left(wish, only))
-        check_room(wish, files, only, n_threads)
+        check_room(wish, files, only, n_threads, keep)
+    if tars or benches:
         log(f"{len(files):,} files of {files.bytes.sum() / 1e9:,.1f} GB are fetched into {wish.world}")
     jobs = {b: lambda b=b: _get_bench(wish, b, keep, how) for b in benches}
     for s, n in tars:
@@ -194,7 +212,7 @@ def fetch_gld(
     landmarks=(),  # landmark ids of v2 train; all if none is named
     pins: dict | None = None,  # "train/images_000.tar" → md5 that is accepted in spite of the recorded one
     n_threads: int = 8,  # files at a time
-    keep: bool = False,  # keep the archives when they are unpacked
+    keep: bool = False,  # keep the archives when they are unpacked, now and in later calls
     pause: float = 1.0,  # seconds after the first failure of a file; doubles
     timeout: float = 60,  # seconds without a byte
 ) -> pd.DataFrame:  # file, why, what_to_do: what is missing; no rows when the world is complete
@@ -202,7 +220,7 @@ def fetch_gld(
     wish = Wish(world, bucket, revisited, v1_urls, tuple(wanted), n_tars, tuple(landmarks), pins or {})
     how = dict(pause=pause, timeout=timeout, stop=threading.Event())
     table = wish.world / "missing.csv"
-    with sole(world), disk_full(world):
+    with disk_errors(world), sole(world):
         missing = pd.DataFrame(_fetch(wish, n_threads, keep, how), columns=["file", "why", "what_to_do"])
         if len(missing):
             write_csv(missing, table)

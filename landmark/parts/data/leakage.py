@@ -102,10 +102,11 @@ def refuse_shared(
     for (split, train), rows in shared.groupby(["split", "train_split"], sort=False):
         few = ", ".join(i if i == j else f"{i} as {j}" for i, j in rows[["image_id", "train_id"]].values[:3])
         found.append(f"{len(rows):,} of {split} in {train} ({few}{', …' if len(rows) > 3 else ''})")
-    raise ParameterError(
-        f"{asking}: evaluation images of {world} are training images, too: {'; '.join(found)}. "
-        "Take them out of the table of the training set"
-    )
+    todo = "Take them out of the table of the training set"
+    if (Path(world) / ".fetch").exists():  # whose tables are written anew from the published ones
+        todo = "Let stage 00 list them (shared: list), and train on a clean set without them"
+    said = f"evaluation images of {world} are training images, too: {'; '.join(found)}"
+    raise ParameterError(f"{asking}: {said}. {todo}")
 
 # %% ../../../nbs/parts/data/leakage.ipynb #c7cc4bdd
 def read_overlap(

@@ -6,20 +6,14 @@
 __all__ = ['TABLES', 'landmark_images', 'tables_in_step']
 
 # %% ../../../nbs/parts/data/subset.ipynb #su100003
+import itertools
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
 
-from landmark.parts.core import (
-    ParameterError,
-    atomic_path,
-    link_or_copy,
-    log,
-    read_json,
-    sha256_of,
-    write_json,
-)
+from ..core import ParameterError, atomic_path, log, read_json, sha256_of, write_json
 from .tables import read_table
 
 # %% ../../../nbs/parts/data/subset.ipynb #su100006
@@ -99,11 +93,10 @@ def _landmarks(path) -> set:
 
 
 def _make(source: Path, out: Path, change, have: dict, known):
-    "A table with its rows changed, or a second name of it where everything is there."
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
+    "A table with its rows changed, or a copy of it where everything is there."
     if all(ids is None for ids in have.values()):
-        link_or_copy(source, out)
+        with atomic_path(out) as tmp:
+            shutil.copyfile(source, tmp)
         return
     with atomic_path(out) as tmp, open(tmp, "w", encoding="utf-8", newline="") as f:
         for n, rows in enumerate(_chunks(source)):
@@ -115,10 +108,11 @@ def _install(new: Path, path: Path, source: Path, notes: Path):
     made, sums = sha256_of(new), read_json(notes) if notes.exists() else {}
     was = sha256_of(path) if path.exists() else made
     if was != made and was not in [*sums.get(path.name, []), sha256_of(source)]:
-        own = path.with_name(f"{path.name}.own")
+        names = (path.with_name(f"{path.name}.own{n or ''}") for n in itertools.count())
+        own = next(p for p in names if not p.exists())
         log(f"{path} was not written here; it is kept as {own.name}")
         os.replace(path, own)
-    if path.exists() and was == made:
+    if path.exists() and was == made and not path.samefile(source):
         new.unlink()
         return
     sums[path.name] = [*dict.fromkeys([*sums.get(path.name, []), made])]

@@ -6,6 +6,7 @@
 __all__ = ['LARGEST', 'fetch_tar', 'put', 'unpack', 'unpack_named']
 
 # %% ../../../nbs/parts/data/tars.ipynb #ta100003
+import contextlib
 import gzip
 import os
 import re
@@ -14,7 +15,7 @@ import zlib
 from pathlib import Path
 
 from ..core import log, one_line
-from .download import DownloadError, disk_full, fetch, md5_of
+from .download import AGAIN, DownloadError, disk_errors, fetch, md5_of
 
 # %% ../../../nbs/parts/data/tars.ipynb #85dee222
 def _recorded(split, number, tar_dir, bucket, **how):
@@ -56,6 +57,8 @@ def fetch_tar(
 # %% ../../../nbs/parts/data/tars.ipynb #e376ffa2
 _PLACE = re.compile(r"(?:\./)?(([0-9a-f])/([0-9a-f])/([0-9a-f])/(\2\3\4[0-9a-f]{13})\.jpg)")
 _BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, gzip.BadGzipFile)
+_BROKEN += (TypeError,)  # of tarfile, where a gzip ends within its head
+_RECORDED = "report it: the tar is as recorded, and running again does not help"
 LARGEST = 2**28  # bytes of an image in a tar
 
 
@@ -70,7 +73,8 @@ def _members(tar, tar_path) -> dict:
     if odd := [m.name for m in members if not _is_image(m)]:
         raise DownloadError(
             f"{tar_path} holds {len(odd)} entries that are no images at their place "
-            f"({odd[0][:200]!r} first); nothing of it was unpacked"
+            f"({odd[0][:200]!r} first); nothing of it was unpacked",
+            _RECORDED,
         )
     return {_PLACE.fullmatch(m.name)[5]: m for m in members}
 
@@ -81,10 +85,23 @@ def put(
     beside: Path,  # where it is written first, on the same disk
 ):
     "Write a file whole or not at all."
-    with disk_full(path):
+    with disk_errors(path):
         Path(beside).write_bytes(data)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _unpacking(archive, kind, todo):
+    "Where an image is written first; an archive that cannot be read is a sentence."
+    beside = Path(f"{archive}.unpacking")
+    try:
+        yield beside
+    except _BROKEN as e:
+        said = one_line(e) or type(e).__name__
+        raise DownloadError(f"{archive} cannot be read as {kind}: {said}", todo) from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def unpack(
@@ -93,20 +110,13 @@ def unpack(
     only=None,  # ids that are wanted; all if not given
 ) -> list:  # ids of all its images, wanted or not
     "Unpack the images of a tar into their places."
-    beside = Path(f"{tar_path}.unpacking")
-    try:
-        with tarfile.open(tar_path, "r:") as tar:
-            members = _members(tar, tar_path)
-            for i, m in members.items():
-                path = Path(split_dir) / _PLACE.fullmatch(m.name)[1]
-                if only is not None and i not in only or path.exists() and path.stat().st_size == m.size:
-                    continue
-                put(tar.extractfile(m).read(), path, beside)
-    except _BROKEN as e:
-        said = one_line(e) or type(e).__name__
-        raise DownloadError(f"{tar_path} cannot be read as a tar: {said}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    with _unpacking(tar_path, "a tar", _RECORDED) as beside, tarfile.open(tar_path, "r:") as tar:
+        members = _members(tar, tar_path)
+        for i, m in members.items():
+            path = Path(split_dir) / _PLACE.fullmatch(m.name)[1]
+            if only is not None and i not in only or path.exists() and path.stat().st_size == m.size:
+                continue
+            put(tar.extractfile(m).read(), path, beside)
     return list(members)
 
 # %% ../../../nbs/parts/data/tars.ipynb #ta100007
@@ -116,19 +126,13 @@ def unpack_named(
     names,  # names of the wanted images, without ending
 ) -> set:  # those that were found
     "Unpack the images that somebody names, wherever they stand in an archive."
-    found, beside = set(), Path(f"{archive}.unpacking")
-    try:
-        with tarfile.open(archive, "r|*") as tar:
-            for m in tar:
-                name, _, ending = m.name.rpartition("/")[2].rpartition(".")
-                if name not in names or name in found or ending.lower() != "jpg":
-                    continue
-                if m.isreg() and not m.issparse() and m.size <= LARGEST:
-                    put(tar.extractfile(m).read(), Path(folder) / f"{name}.jpg", beside)
-                    found.add(name)
-    except _BROKEN as e:
-        said = one_line(e) or type(e).__name__
-        raise DownloadError(f"{archive} cannot be read as an archive: {said}") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    found = set()
+    with _unpacking(archive, "an archive", AGAIN) as beside, tarfile.open(archive, "r|*") as tar:
+        for m in tar:
+            name, _, ending = m.name.rpartition("/")[2].rpartition(".")
+            if name not in names or name in found or ending.lower() != "jpg":
+                continue
+            if m.isreg() and not m.issparse() and m.size <= LARGEST:
+                put(tar.extractfile(m).read(), Path(folder) / f"{name}.jpg", beside)
+                found.add(name)
     return found
