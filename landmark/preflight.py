@@ -209,7 +209,7 @@ def fetch_weights(
         if (kind := getattr(step.cfg, "kind", "")) in WEIGHTS:
             wanted.add((weights_file, kind))
         wanted |= {(model_file, ref) for ref in _referred(step)}
-    return [fetch(*what) for fetch, *what in sorted(wanted, key=str)]
+    return [fetch(*what) for fetch, *what in sorted(wanted, key=lambda w: w[1:])]
 
 # %% ../nbs/preflight.ipynb #b5f0b111
 def _in_part(steps) -> set:
