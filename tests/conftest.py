@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -21,6 +22,13 @@ def contributing(name: str) -> str:
     "The Python that CONTRIBUTING.md shows for something registered as `name`."
     blocks = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```python\n")[1:]
     return next(b for b in (block.partition("```")[0] for block in blocks) if f'("{name}"' in b)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call():
+    "What a test, or a command that it calls, changes in the environment is gone afterwards."
+    with patch.dict(os.environ):
+        yield
 
 
 left_out = pytest.StashKey()  # how many tests -k, -m or --deselect left out
