@@ -90,7 +90,7 @@ def put(
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(beside, path)
 
-
+# %% ../../../nbs/parts/data/tars.ipynb #ae3bba73
 @contextlib.contextmanager
 def _unpacking(archive, kind, todo):
     "Where an image is written first; an archive that cannot be read is a sentence."
