@@ -50,7 +50,7 @@ class Needs:
 
 _LOADER = 0.6e9  # bytes of a process that loads photos
 _PHOTO = 119e3  # bytes of an image file: 595 GB of tars in 5.0 million
-_DECODED = 3 * 1.25**2  # bytes of a photo that is kept in memory, for each pixel of the input
+_DECODED = 3  # bytes of a photo that is kept in memory, for each pixel
 _MIB = 2**20
 _BESIDE = dict(  # methods of re-ranking → bytes for each image of the index, extrapolated from 20,000
     dba=lambda cfg, d: 4.7 * d,
@@ -146,7 +146,7 @@ def _train(step, sizes):
         half = 4 if cfg.precision == "fp32" else 2
         largest = max(map(_pixels, [*_listed(cfg.sizes), *([cfg.scale_up] if cfg.scale_up else [])]))
         needs.gpu = max(needs.gpu, held + half * foot.kept * largest * cfg.batch_size / max(1, cfg.devices))
-        photos = _DECODED * train.n * largest * cfg.in_memory
+        photos = _DECODED * train.n * largest * 1.25**2 * cfg.in_memory  # kept with room for cuts
         needs.memory = max(needs.memory, 3e9 + photos)
     needs.memory += _LOADER * cfg.n_loaders * max(1, cfg.devices)
     return needs
@@ -175,6 +175,8 @@ def _extract(step, sizes):
         work = Work(what, "extract", amount * foot.flops / 1e12, m.backbone)
         work.photos, work.loaders = photos, cfg.n_loaders
         needs.work.append(work)
+    if cfg.in_memory and not cfg.n_loaders:  # the photos of a shard stay for the next model
+        needs.memory += _DECODED * w * h * min(cfg.shard_size, max((sizes[s].n for s in wanted), default=0))
     needs.memory += _LOADER * cfg.n_loaders * max(1, cfg.devices)
     return needs
 
