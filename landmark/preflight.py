@@ -166,11 +166,13 @@ def _of_hub(ref) -> list:
         return _pretrained(name)
     return _out_of_reach(name, out_of_reach(name, "weights.safetensors"))
 
-
-def _begins_pretrained(step) -> bool:
-    "Whether a training begins with the weights that its network is known for."
-    new = step.stage == "train" and any(not s.startswith("v1+") for s in _listed(step.cfg.train_set))
-    return new and step.cfg.pretrained and not step.cfg.weights
+# %% ../nbs/preflight.ipynb #48770d79
+def _begins_with(step) -> tuple:
+    "What a training begins with that others trained: a file, or the name of a network; empty where nothing."
+    c = step.cfg
+    if step.stage != "train" or all(s.startswith("v1+") for s in _listed(c.train_set)):
+        return "", ""
+    return c.weights, c.backbone if c.pretrained and not c.weights else ""
 
 
 def _referred(step) -> list:
@@ -184,17 +186,16 @@ def lacking_weights(
     step,  # a step of a plan
 ) -> list:  # of `Lack`
     "What a step would miss of the weights that others trained."
-    c, out = step.cfg, []
-    if step.stage == "train" and c.weights and any(not s.startswith("v1+") for s in _listed(c.train_set)):
-        to_do = "put the published checkpoint there"
-        out += lacking_file(project_root() / c.weights, to_do, c.sha256)
-    if _begins_pretrained(step):
-        out += _pretrained(c.backbone, c.sha256)
+    (file, network), c, out = _begins_with(step), step.cfg, []
+    if file:
+        out += lacking_file(project_root() / file, "put the published checkpoint there", c.sha256)
+    if network:
+        out += _pretrained(network, c.sha256)
     if (kind := getattr(c, "kind", "")) in WEIGHTS:
         out += _out_of_reach(kind, wheel_out_of_reach(kind))
     return out + [x for ref in _referred(step) for x in _of_hub(ref)]
 
-
+# %% ../nbs/preflight.ipynb #de767199
 def fetch_weights(
     steps: list,  # of a plan
 ) -> list:  # files, in the user's cache
@@ -204,8 +205,8 @@ def fetch_weights(
 
     wanted = set()
     for step in [s for s in steps if not s.stamp.exists() and not lacking_weights(s)]:
-        if _begins_pretrained(step):
-            wanted.add((pretrained_file, step.cfg.backbone, step.cfg.sha256))
+        if network := _begins_with(step)[1]:
+            wanted.add((pretrained_file, network, step.cfg.sha256))
         if (kind := getattr(step.cfg, "kind", "")) in WEIGHTS:
             wanted.add((weights_file, kind))
         wanted |= {(model_file, ref) for ref in _referred(step)}
@@ -247,7 +248,12 @@ def _lacking_memory(need) -> list:
     if need <= (there := machine_memory()):
         return []
     said = f"about {readable(need)} of memory; this machine has {readable(there)}"
-    return [Lack(said, "take a larger machine, set less `memory_mib`, or leave out what asks for it")]
+    return [
+        Lack(
+            said,
+            "take a larger machine, set less `memory_mib`, `in_memory: false`, or leave out what asks for it",
+        )
+    ]
 
 
 class _Disk:
@@ -283,7 +289,7 @@ def _no_folder(step, steps) -> list:
         return []
     return [Lack(f"{shown(folder)} is not there", _GET)]
 
-
+# %% ../nbs/preflight.ipynb #1027d204
 def look_ahead(
     steps: list,  # of a plan, each after what it reads
     here: bool = True,  # whether they run on this machine
