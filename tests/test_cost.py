@@ -11,6 +11,7 @@ from landmark import cost, graph
 from landmark.parts.bench.rates import rates_dir
 from landmark.parts.core import ParameterError
 from landmark.parts.data.worlds import make_world
+from landmark.parts.images.batching import size_table
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,39 @@ def test_every_step_has_a_line_and_the_whole_is_the_sum(gld, estimated):
         parts = [getattr(s, column) for s in stages]
         assert getattr(whole, column) == pytest.approx(sum(parts)), column
     assert whole.hours == pytest.approx(estimated.steps.hours.sum())
+
+
+def test_loaders_share_the_cores_that_there_are(gld, estimated):
+    "Where loading decides, twelve loaders on two cores load as two."
+    few = cost.estimate(gld, gpus=8, cores=2)
+    loads = estimated.work.source.str.startswith("loading decides") & (
+        estimated.work.what != "attention of DELF"
+    )
+    twelve = loads & estimated.work.stage.isin(["train", "extract"])
+    assert twelve.sum() > 5
+    assert (few.work.hours[twelve] / estimated.work.hours[twelve]).tolist() == pytest.approx(
+        [6] * twelve.sum()
+    )
+
+
+def test_a_network_without_a_head_describes_by_all_its_channels():
+    "Begun from ImageNet, cleaning compares 2,048 numbers of a photo, and says so of disk and search."
+    steps = {f"{s.stage}/{s.name}": s for s in graph.plan("gld", given=dict(begin="imagenet"))}
+    (model,) = cost.models_of(steps["extract/clean_source"])
+    assert model.dim == 2048
+    found = cost.needs_of_step(steps["verify/main"])
+    search = next(w.amount for w in found.work if w.kind == "search")
+    assert search == pytest.approx(2 * 4_132_914**2 * 2048 / 1e12)
+
+
+def test_photos_that_stay_in_memory_are_counted(gld):
+    step = next(s for s in gld if s.stage == "extract")
+    kept, read = (
+        cost.needs_of_step(replace(step, cfg=replace(step.cfg, n_loaders=0, in_memory=m))).memory
+        for m in (True, False)
+    )
+    w, h = size_table(step.cfg.sizes)[1][1]
+    assert kept - read == 3 * w * h * step.cfg.shard_size
 
 
 def test_every_line_says_where_its_rate_comes_from(estimated):

@@ -344,6 +344,15 @@ def as_delg(net, blocks=(2, 2, 2, 2)):
     return state
 
 
+def test_a_trunk_that_kept_its_classifier(resnet, head, tmp_path):
+    "`self.backbone = resnet50()` keeps ImageNet's thousand classes; the head is the layer beside it."
+    state = {f"backbone.{k}": v for k, v in resnet.state_dict().items()} | head.state_dict()
+    path = saved(tmp_path / "own.pth", state | {"pool.p": torch.tensor([3.0])})
+    assert "backbone.fc.weight" in state and models.head_size(path) == 64
+    model = load_model(models.take_model(path, tmp_path / "m", "resnet26"))
+    assert torch.equal(model.fc.weight, state["fc.weight"])
+
+
 def test_delg(resnet, head, tmp_path):
     "feymanpriv/DELG: `globalmodel.s1.b1.f.a.weight` …, its head in the trunk, no batch norm behind it."
     state = as_delg(resnet) | {"head.pool.p": torch.tensor([2.7])}

@@ -33,9 +33,8 @@ def runs(tmp_path_factory):
     killed: Snakemake dies at once, what it had started lives on for a while."""
     runs = Path(os.environ.get("LANDMARK_TEST_RUNS") or tmp_path_factory.mktemp("runs") / "Émile's runs #1")
     if not list(runs.glob("tiny/seed1/tables/*/manifest.json")):
-        first = snakemake(
-            runs, stdout=subprocess.DEVNULL
-        )  # a pipe that nobody reads would stop what lives on
+        # a pipe that nobody reads would stop what lives on
+        first = snakemake(runs, stdout=subprocess.DEVNULL)
         for _ in range(600):  # as soon as training is under way
             time.sleep(0.2)
             if list(runs.glob("tiny/seed1/train/v1-*/state.json")) or first.poll() is not None:

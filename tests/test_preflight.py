@@ -273,7 +273,7 @@ def test_a_cluster_is_not_this_machine(world, monkeypatch, capsys):
 
 
 def test_what_a_killed_step_has_written_is_not_asked_for_again(world):
-    "Half of its shards are there: the disk needs room for the others."
+    "A file of a shard, which has a second name in the whole, is room that is taken already, once."
     step = next(s for s in steps() if s.stage == "verify")
     whole = preflight.leaves_and_holds(step, {}, set())[0]
     assert whole > 100

@@ -13,7 +13,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from test_ensemble import made
 
-from landmark import recognize, verify
+from landmark import recognize, rerank, verify
 from landmark.parts.data.layout import read_images
 from landmark.parts.data.worlds import make_world
 from landmark.parts.images.reading import read_image
@@ -34,6 +34,14 @@ from landmark.parts.rerank.confidence import (
 )
 
 SIZE = dict(world="tiny", max_keypoints=100, max_side=160)
+
+
+def test_several_devices_search_and_one_of_them_describes(tmp_path):
+    "`device: all`, or some by name, is of the search; local features are found on the first."
+    several = dict(kind="rootsift", device="cpu,cpu")
+    assert recognize.describer(recognize.Config(**several))
+    cfg = rerank.Config(world="tiny", **several)
+    assert rerank.local_counts(cfg, make_world("tiny"), [], []).how["device"] == "cpu"
 
 
 @pytest.fixture(scope="module")
